@@ -1,0 +1,13 @@
+"""PaceLLM for vLLM: a per-request activation memory for the FFN layers of decoder LLMs.
+
+``config``    PaceConfig, the one configuration object, and its presets
+``plugin``    what vLLM's entry points call
+``ops``       the memory's arithmetic on plain tensors; knows nothing of vLLM
+``memory``    where a bank lives: page layout, KV cache spec and manager, the vLLM layer
+``models``    ``pacify`` and the registered ``Pace*ForCausalLM`` architectures
+``serving``   the server command, HTTP routes and counters
+``platform``  a pure-PyTorch CPU platform for machines without a GPU
+``compat``    everything that leans on vLLM internals
+"""
+
+__version__ = "0.1.0"

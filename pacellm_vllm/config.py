@@ -1,0 +1,179 @@
+"""PaceConfig: the one configuration object of the memory, its presets and its error messages.
+
+Read from the checkpoint's ``config.json`` key ``"pacellm"``, then from vLLM's
+``--additional-config '{"pacellm": {...}}'``; the later one wins field by field.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
+
+CONFIG_KEY = "pacellm"
+
+Preset = Literal["official", "paper"]
+
+# Values the two presets disagree on: paper Sec. 4.4 and Algorithm 1 against the published code.
+PRESETS: dict[str, dict[str, float]] = {
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
+}
+
+# The paper places its two memory layers at 12 and 26 of 28 (0-based, Sec. 4.4).
+PAPER_LAYERS, PAPER_DEPTH = (12, 26), 28
+
+DEFAULT_MAX_INSERTIONS = 16
+
+_ALLOWED = {
+    "layers": 'a non-empty list of distinct 0-based layer indices, or "auto"',
+    "preset": '"official" or "paper"',
+    "bank_size": "an integer from 1 to 1024",
+    "theta_high": "a number from -1 to 1",
+    "theta_low": "a number from -1 to 1, not above theta_high",
+    "top_k": "an integer from 1 to 1024",
+    "negative_k": "an integer from 0 to 1024",
+    "noise": "a number from 0 to 1",
+    "alpha": "a number from 0 to 1",
+    "segment_size": "an integer from 1 to 1048576",
+    "max_insertions": "an integer from 0 to bank_size",
+    "momentum": "a number from 0 to 1",
+    "bank_dtype": '"auto" (the model dtype) or "float32"',
+}
+
+
+class PaceConfigError(ValueError):
+    """A setting that cannot be served: its message says what, why and what to do instead."""
+
+
+class PaceConfig(BaseModel):
+    """Settings of the activation memory (PaceLLM, Sec. 3.2.1).
+
+    Raises ``PaceConfigError`` through :meth:`from_sources`; built directly, pydantic's own error.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: Literal["auto"] | tuple[int, ...] = Field(
+        "auto", description="0-based decoder layers that carry memory; auto: the paper's depths"
+    )
+    preset: Preset = Field("official", description="published code, or the paper's text")
+    bank_size: int = Field(100, ge=1, le=1024, strict=True, description="slots M of one bank")
+    theta_high: float = Field(ge=-1, le=1, description="similarity above: replaced by memory")
+    theta_low: float = Field(ge=-1, le=1, description="similarity at or below: left as it is")
+    top_k: int = Field(5, ge=1, le=1024, strict=True, description="most similar slots blended in")
+    negative_k: int = Field(2, ge=0, le=1024, strict=True, description="least similar slots used")
+    noise: float = Field(0.1, ge=0, le=1, description="weight of the least similar slots (lambda)")
+    alpha: float = Field(ge=0, le=1, description="share of the blend in the FFN activation")
+    segment_size: int = Field(
+        1024, ge=1, le=1 << 20, strict=True, description="tokens that read one committed bank"
+    )
+    max_insertions: int = Field(
+        ge=0, le=1024, strict=True, description="used slots replaced per segment, at most"
+    )
+    momentum: float = Field(0.5, ge=0, le=1, description="share of the old slot kept in a merge")
+    bank_dtype: Literal["auto", "float32"] = Field("auto", description="dtype of stored slots")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        preset = data.get("preset", "official")
+        filled = dict(PRESETS[preset]) if preset in ("official", "paper") else {}
+        size = data.get("bank_size", cls.model_fields["bank_size"].default)
+        if isinstance(size, int):
+            filled["max_insertions"] = max(0, min(DEFAULT_MAX_INSERTIONS, size))
+        return {**filled, **data}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PaceConfig":
+        if self.theta_low > self.theta_high:
+            raise PaceConfigError(
+                _sentence("theta_low", self.theta_low, f"at most theta_high = {self.theta_high}")
+            )
+        if self.max_insertions > self.bank_size:
+            raise PaceConfigError(
+                _sentence(
+                    "max_insertions", self.max_insertions, f"at most bank_size = {self.bank_size}"
+                )
+            )
+        if self.layers != "auto" and (
+            not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
+        ):
+            raise PaceConfigError(_sentence("layers", list(self.layers), _ALLOWED["layers"]))
+        return self
+
+    @classmethod
+    def from_sources(cls, *sources: Any) -> "PaceConfig":
+        """Merge mappings (later wins per field) and validate.
+
+        Raises ``PaceConfigError`` with one sentence about the first thing that is wrong.
+        """
+        merged: dict[str, Any] = {}
+        for source in sources:
+            if source is None:
+                continue
+            if not isinstance(source, Mapping):
+                raise PaceConfigError(
+                    f"pacellm: the configuration {source!r} is not valid: it must be an object "
+                    "such as {'layers': [12, 26]}."
+                )
+            merged.update(source)
+        unknown = [name for name in merged if name not in cls.model_fields]
+        if unknown:
+            raise PaceConfigError(
+                f"pacellm: unknown field {unknown[0]!r} = {merged[unknown[0]]!r}; the fields are "
+                f"{', '.join(cls.model_fields)}."
+            )
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raised = first.get("ctx", {}).get("error")
+            if isinstance(raised, PaceConfigError):
+                raise PaceConfigError(str(raised)) from None
+            name = str(first["loc"][0])
+            value = merged.get(name, first.get("input"))
+            raise PaceConfigError(_sentence(name, value, _ALLOWED[name])) from None
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Sorted layer indices for a model of ``num_layers``; ``PaceConfigError`` if one is out."""
+        if self.layers == "auto":
+            return tuple(
+                sorted({math.floor((i + 0.5) * num_layers / PAPER_DEPTH) for i in PAPER_LAYERS})
+            )
+        for index in self.layers:
+            if index >= num_layers:
+                raise PaceConfigError(
+                    _sentence("layers", index, f"from 0 to {num_layers - 1} for this model")
+                )
+        return tuple(sorted(self.layers))
+
+    def stored_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype a bank's slots are stored in."""
+        return model_dtype if self.bank_dtype == "auto" else torch.float32
+
+    def rules(self) -> MemoryRules:
+        """The numbers the ops work with."""
+        return MemoryRules(
+            bank_size=self.bank_size,
+            segment_size=self.segment_size,
+            max_insertions=self.max_insertions,
+            top_k=self.top_k,
+            negative_k=self.negative_k,
+            theta_high=self.theta_high,
+            theta_low=self.theta_low,
+            noise=self.noise,
+            alpha=self.alpha,
+            momentum=self.momentum,
+            mid_self_weight=0.5 if self.preset == "paper" else 0.0,
+            update=UpdateRule(self.preset),
+        )
+
+
+def _sentence(name: str, value: Any, allowed: str) -> str:
+    return f"pacellm: {name} = {value!r} is not allowed; it must be {allowed}."

@@ -1,0 +1,9 @@
+"""Where a request's bank lives: pages of vLLM's own paged KV cache pool.
+
+``layout``   BankLayout, which row of a bank lies in which page, and how many pages tokens need
+``store``    PagedStore, one bank read and written through a request's block table row
+``spec``     PagedBankSpec and PagedBankManager, what the scheduler allocates and frees
+``backend``  the metadata a step's layers share: which tokens belong to which segment of whom
+``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op
+``counts``   what the memory did so far, since the engine started
+"""

@@ -1,0 +1,101 @@
+"""PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from pacellm_vllm.compat import add_splitting_op, eager_in_graphs, register_custom_op
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.backend import BankBackend, BankMetadata
+from pacellm_vllm.memory.counts import MemoryCounts
+from pacellm_vllm.memory.plan import plan_spec
+from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.ops.update import advance
+
+OP_NAME = "pacellm_memory"
+
+
+class PaceMemory(nn.Module, AttentionLayerBase):
+    """Looks activations up in their requests' banks and updates the banks.
+
+    ``width`` is this rank's share of the intermediate size. It has no parameters, so weight
+    loading does not see it.
+    """
+
+    supports_dcp = False
+
+    def __init__(self, config: PaceConfig, width: int, prefix: str) -> None:
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        layers = vllm_config.compilation_config.static_forward_context
+        if prefix in layers:
+            raise ValueError(f"Duplicate layer name: {prefix}")
+        layers[prefix] = self
+        add_splitting_op(vllm_config, OP_NAME)
+
+        self.prefix = prefix
+        self.config = config
+        self.rules = config.rules()
+        self.width = width
+        self.counts = MemoryCounts()
+        self.kv_cache = torch.tensor([])
+        self._reduce = (
+            tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
+        )
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return BankBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        self.spec = plan_spec(vllm_config, self.config, self.width)
+        return self.spec
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """Enhanced activations [tokens, width] in the dtype of ``a``."""
+        out = torch.empty_like(a)
+        torch.ops.vllm.pacellm_memory(a, out, self.prefix)
+        return out
+
+    def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
+        """Advance every request's bank by its tokens of this step."""
+        # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
+        layout = self.spec.layout
+        units = unit_view(self.kv_cache, layout, self.config.stored_dtype(a.dtype))
+        done = 0
+        for piece in metadata.pieces:
+            tokens = slice(piece.begin, piece.end)
+            pages = metadata.block_table[piece.request, : piece.pages]
+            done = piece.end
+            # Warm-up and padding rows hold block 0, vLLM's null block, which is nobody's bank.
+            if not pages.all():
+                out[tokens] = a[tokens]
+                continue
+            store = PagedStore(units, pages, layout)
+            out[tokens], progress = advance(
+                store, a[tokens], piece.position, self.rules, self._reduce
+            )
+            self.counts.add(progress)
+        out[done:] = a[done:]
+
+
+@eager_in_graphs
+def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if not isinstance(metadata, dict):
+        # A profiling run: no pages exist yet.
+        out.copy_(a)
+        return
+    layer = context.no_compile_layers[layer_name]
+    layer.run(a, out, metadata[layer_name])
+
+
+register_custom_op(OP_NAME, _memory_op, mutates=["out"])

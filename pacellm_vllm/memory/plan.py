@@ -1,0 +1,63 @@
+"""How large a bank's pages are in a given engine, and how many a request needs."""
+
+from typing import cast
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.spec import PagedBankSpec
+
+_PAGE_ALIGNMENT = 256
+
+
+def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedBankSpec:
+    """The spec of every bank of this engine; equal on all ranks and for all memory layers.
+
+    A block of the pool holds the attention pages of all of a stage's layers, or the bank pages of
+    all its memory layers: bank pages are cut to fill the block that attention already needs.
+    """
+    attention = _attention_spec(vllm_config)
+    model = vllm_config.model_config
+    total = model.get_total_num_hidden_layers()
+    layers = config.resolve_layers(total)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    per_bank = []
+    for stage in range(stages):
+        start, end = get_pp_indices(total, stage, stages)
+        if banks := sum(start <= layer < end for layer in layers):
+            per_bank.append((end - start) * attention.page_size_bytes // banks)
+    page_bytes = min(per_bank) // _PAGE_ALIGNMENT * _PAGE_ALIGNMENT
+    dtype = config.stored_dtype(cast(torch.dtype, model.dtype))
+    layout = BankLayout.plan(config.rules(), width, dtype, page_bytes)
+    return PagedBankSpec(
+        block_size=attention.block_size,
+        num_kv_heads=1,
+        head_size=page_bytes // 2,
+        head_size_v=page_bytes - page_bytes // 2,
+        dtype=torch.uint8,
+        layout=layout,
+        num_layers=len(layers),
+        summary=f"layers {', '.join(map(str, layers))} of {total}, preset {config.preset}",
+    )
+
+
+def _attention_spec(vllm_config: VllmConfig) -> AttentionSpec:
+    """The one spec all attention layers of this rank share.
+
+    Raises ``ValueError`` when they differ, where a block would not hold one page of each.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = {
+        layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)
+    }
+    if len(specs) != 1:
+        raise ValueError(
+            f"pacellm: memory needs attention layers with one kind of KV cache, this model has "
+            f"{len(specs)}; serve it without pacellm."
+        )
+    return cast(AttentionSpec, specs.pop())

@@ -1,0 +1,24 @@
+"""The registered architectures: any vLLM decoder whose FFNs fit, with memory in chosen layers.
+
+``table``   which ``Pace*`` architecture stands on which vLLM class
+``pacify``  the subclass itself: swaps the class of chosen FFNs and attaches their memory
+``settings`` where the configuration is read from
+``checks``  what is refused before an engine starts
+
+``Pace*ForCausalLM`` are attributes of this package, made on first use so that importing it
+imports no model.
+"""
+
+from typing import Any
+
+from pacellm_vllm.models.table import ARCHITECTURES
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pacellm_vllm.models.pacify import pacify
+
+    cls = pacify(ARCHITECTURES[name].load(), name)
+    globals()[name] = cls
+    return cls

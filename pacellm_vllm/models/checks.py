@@ -1,0 +1,82 @@
+"""What is refused before an engine starts, each with one sentence."""
+
+from vllm.config import VllmConfig
+
+from pacellm_vllm.compat import plugin_logger
+from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
+from pacellm_vllm.models.settings import additional_settings, read_config
+from pacellm_vllm.models.table import pace_architecture
+
+logger = plugin_logger()
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Validate the memory's configuration against the engine's; for ``Pace*`` architectures.
+
+    Raises ``PaceConfigError``. Turns prefix caching off: a hit would skip tokens that the bank
+    has to see.
+    """
+    model = vllm_config.model_config
+    config = read_config(vllm_config)
+    config.resolve_layers(model.get_total_num_hidden_layers())
+
+    experts = next((n for n in _EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
+    parallel = vllm_config.parallel_config
+    refusals = {
+        f"a mixture-of-experts model ({experts})": (
+            experts is not None,
+            "its FFNs have no single activation to remember; serve it without pacellm",
+        ),
+        "speculative decoding": (
+            vllm_config.speculative_config is not None,
+            "rejected draft tokens would stay in the bank; drop --speculative-config",
+        ),
+        "pipeline parallelism": (
+            parallel.pipeline_parallel_size > 1,
+            "banks have not been tested across stages; use --tensor-parallel-size",
+        ),
+        "context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "a bank needs all tokens of its request on one rank; set the context parallel sizes "
+            "to 1",
+        ),
+        "dual-batch overlap": (
+            bool(parallel.enable_dbo),
+            "two half-batches would read one step's metadata; drop --enable-dbo",
+        ),
+        "KV transfer": (
+            vllm_config.kv_transfer_config is not None,
+            "tokens computed elsewhere carry no memory; drop --kv-transfer-config",
+        ),
+        "the pooling runner": (
+            model.runner_type != "generate",
+            "memory is tested for generation only; serve the base architecture",
+        ),
+    }
+    for what, (found, why) in refusals.items():
+        if found:
+            raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
+
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        logger.info("pacellm: prefix caching is off; a hit would skip tokens a bank has to see.")
+        cache.enable_prefix_caching = False
+
+
+def check_not_configured(vllm_config: VllmConfig) -> None:
+    """For every other architecture: refuse a configuration that would silently do nothing."""
+    architecture = vllm_config.model_config.architecture
+    if additional_settings(vllm_config) is None:
+        logger.info("pacellm: installed, not active for %s.", architecture)
+        return
+    pace = pace_architecture(architecture)
+    remedy = (
+        f'add --hf-overrides \'{{"architectures": ["{pace}"]}}\''
+        if pace
+        else "drop pacellm from --additional-config, or serve a dense decoder that pacellm knows"
+    )
+    raise PaceConfigError(
+        f"pacellm: {CONFIG_KEY} is configured but {architecture} carries no memory; {remedy}."
+    )

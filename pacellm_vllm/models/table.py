@@ -1,0 +1,35 @@
+"""Which ``Pace*`` architecture stands on which vLLM class."""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A class of ``vllm.model_executor.models`` registered under ``architecture``."""
+
+    architecture: str
+    module: str
+    name: str
+
+    def load(self) -> type:
+        module = import_module(f"vllm.model_executor.models.{self.module}")
+        return getattr(module, self.name)
+
+
+_BASES = (
+    BaseModel("LlamaForCausalLM", "llama", "LlamaForCausalLM"),
+    BaseModel("MistralForCausalLM", "mistral", "MistralForCausalLM"),
+    BaseModel("Qwen2ForCausalLM", "qwen2", "Qwen2ForCausalLM"),
+    BaseModel("Qwen3ForCausalLM", "qwen3", "Qwen3ForCausalLM"),
+)
+
+ARCHITECTURES = {f"Pace{base.architecture}": base for base in _BASES}
+
+
+def pace_architecture(architecture: str) -> str | None:
+    """The ``Pace*`` name for a checkpoint's architecture (itself, if it is one), else None."""
+    if architecture in ARCHITECTURES:
+        return architecture
+    name = f"Pace{architecture}"
+    return name if name in ARCHITECTURES else None

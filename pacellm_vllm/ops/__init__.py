@@ -1,0 +1,7 @@
+"""The memory's arithmetic on plain tensors. Nothing here knows of vLLM.
+
+``rules``   MemoryRules, the numbers of Enhance and Update
+``lookup``  Enhance: similarities, the tokens' regimes, the blend
+``update``  Update: what a running segment gathers, and the commit at its end
+``sums``    sums over tokens whose bits do not depend on how the tokens are cut
+"""

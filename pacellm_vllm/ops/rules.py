@@ -1,0 +1,36 @@
+"""MemoryRules: every number Enhance and Update depend on."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class UpdateRule(Enum):
+    """Which published update is followed where the paper and its code differ."""
+
+    OFFICIAL = "official"
+    PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class MemoryRules:
+    """Sizes in slots or tokens, similarities as cosines, weights without unit.
+
+    ``mid_self_weight`` is the share of the token's own activation in the mid regime: 0.5 in the
+    paper (Algorithm 1), 0 in the published code. The memory's share there is 0.5 in both.
+    """
+
+    bank_size: int
+    segment_size: int
+    max_insertions: int
+    top_k: int
+    negative_k: int
+    theta_high: float
+    theta_low: float
+    noise: float
+    alpha: float
+    momentum: float
+    mid_self_weight: float
+    update: UpdateRule
+
+    high_weight = 1.0
+    mid_weight = 0.5

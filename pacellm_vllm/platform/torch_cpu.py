@@ -1,0 +1,119 @@
+"""``TorchCpuPlatform``: vLLM's CPU platform without native kernels."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform, get_max_threads
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+from vllm.utils.mem_constants import GiB_bytes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+_MAX_DEFAULT_KV_BYTES = 4 * GiB_bytes
+
+
+class TorchCpuPlatform(CpuPlatform):
+    """``CpuPlatform`` (vllm/platforms/cpu.py) whose kernels are PyTorch operators."""
+
+    # Inductor would compile C++ for tens of seconds at the first logprobs request.
+    simple_compile_backend = "eager"
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """Register ``torch.ops._C`` operators; the native libraries are not in the wheel."""
+        from pacellm_vllm.platform import kernels  # noqa: F401
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+            raise NotImplementedError(
+                "MLA and sparse attention are not implemented on the torch CPU platform."
+            )
+        super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        return "pacellm_vllm.platform.attention.TorchAttentionBackend"
+
+    @classmethod
+    def apply_config_platform_defaults(cls, vllm_config: "VllmConfig") -> None:
+        # check_and_update_config runs after vLLM has derived its compilation settings: too late.
+        from vllm.config import CompilationMode
+
+        compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE
+        if not {"all", "none"} & set(compilation.custom_ops):
+            compilation.custom_ops.append("none")  # every custom op has a PyTorch forward
+        vllm_config.kernel_config.enable_jit_warmup = False
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        parallel = vllm_config.parallel_config
+        backend = parallel.distributed_executor_backend
+        super().check_and_update_config(vllm_config)
+        # CpuPlatform turns "uni" into "mp" only to pin OpenMP threads for its native kernels:
+        # not worth one more process and its start-up.
+        parallel.distributed_executor_backend = backend
+        cls._set_default_thread_placement(parallel.world_size)
+        cls._set_default_kv_cache_size(vllm_config)
+
+    @classmethod
+    def _set_default_thread_placement(cls, workers: int) -> None:
+        """Leave threads unpinned, and share the cores out where several workers start here.
+
+        vLLM's default ("auto") asks for one NUMA node per worker, so tensor parallelism would not
+        start on most machines (vllm/utils/ompmultiprocessing.py).
+        """
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if workers > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, get_max_threads() // workers)))
+
+    @classmethod
+    def _set_default_kv_cache_size(cls, vllm_config: "VllmConfig") -> None:
+        """Choose a modest KV cache where the user has not.
+
+        vLLM's CPU default takes ``gpu_memory_utilization`` (0.92) of the whole machine, and
+        refuses to start where that much is not free.
+        """
+        from vllm.config import CacheConfig
+
+        cache = vllm_config.cache_config
+        if (
+            cache.kv_cache_memory_bytes is not None
+            or cache.gpu_memory_utilization != CacheConfig().gpu_memory_utilization
+        ):
+            return
+        node = get_memory_node_info(get_visible_memory_node()[0])  # knows container limits
+        ranks = vllm_config.parallel_config.world_size
+        size = min(_MAX_DEFAULT_KV_BYTES, node.available_memory // 4) // ranks
+        cache.kv_cache_memory_bytes = size
+        logger.info(
+            "KV cache: %.2f GiB per worker (a quarter of the free memory, 4 GiB at most, over %d "
+            "workers); set --kv-cache-memory-bytes or --gpu-memory-utilization to change it.",
+            size / GiB_bytes,
+            ranks,
+        )
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """Replace the one Triton kernel every step needs.
+
+        Works around vLLM 0.32.0: the fallback in vllm/utils/cpu_triton_utils.py still has an older
+        kernel's parameters, so without Triton the first step fails on its arguments. The table of
+        CpuPlatform can serve again once that signature follows
+        ``ComputeSlotMappingKernel.kernel``; its other entries are for speculative decoding.
+        """
+        from vllm.triton_utils import HAS_TRITON
+
+        if HAS_TRITON:
+            return
+        from vllm.triton_utils.dispatcher import register_kernels
+
+        from pacellm_vllm.platform.kernels import slot_mapping_kernel
+
+        register_kernels(
+            {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": slot_mapping_kernel}
+        )

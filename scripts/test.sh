@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: lint, format, types, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+bin=${PACELLM_VENV:-.venv}/bin
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+# One OpenMP thread: the models are tiny, and two engines at once would fight over the cores.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest "$@"

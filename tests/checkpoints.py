@@ -1,0 +1,139 @@
+"""Tiny random checkpoints, and prompts, on which every branch of the memory is taken.
+
+Ordinary random weights are useless here: activations are then all alike or all unrelated, and
+greedy decoding falls into a cycle of a few tokens. So tokens come in topics (tokens of a topic
+resemble each other), and the residual stream has two halves: the first carries the token, and the
+FFNs read mostly that; the second carries what attention and FFNs wrote, and the head reads mostly
+that. A token seen before is then a high match, its topic a mid match, a new topic a low one, while
+the next token depends on the whole context and on what the memory did to the FFNs.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
+TOPIC_SIZE = 8
+
+# Share of a token embedding's variance that its topic explains.
+TOPIC_SHARE = 0.85
+# How strongly each kind of weight deals with the second, contextual half of the residual stream,
+# where 1 is how it deals with the first.
+EMBED_CONTEXT = 0.1
+READ_CONTEXT = 0.3
+WRITE_CONTEXT = 4.0
+HEAD_CONTEXT = 2.5
+# RMS of what a block adds to the first half, where the embedding has RMS 1.
+ATTENTION_RMS = 0.1
+FFN_RMS = 0.1
+# Gain of queries and of keys.
+SHARPNESS = 2.5
+LOGIT_RMS = 2.0
+
+
+def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> Path:
+    """Write a random fp32 checkpoint (safetensors, no tokenizer) and return its directory.
+
+    Args:
+        directory: created if missing.
+        arch: one of ARCHITECTURES.
+        seed: fixes every weight.
+        sizes: overrides of any field of the Hugging Face configuration.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        # Random models would end a sequence, or start one, at random.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+    if arch == "qwen2":
+        # vLLM's Qwen2 has no head_dim of its own: it must be hidden size / heads.
+        settings["hidden_size"] = 128
+    if arch == "mistral":
+        settings["sliding_window"] = None
+    config = AutoConfig.for_model(arch, **{**settings, **sizes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Llama and Mistral have the same parameters: without the offset they would be the same model.
+    generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + ARCHITECTURES.index(arch))
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(_weight(name, parameter.shape, config, generator))
+    directory = Path(directory)
+    model.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
+    """One parameter's initial value, by the last part of its name."""
+    noise = torch.randn(shape, generator=generator)
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    # Queries and keys must be strong enough for attention to choose; Qwen3 normalises them, so that
+    # there the norms have to be.
+    if kind in ("q_norm", "k_norm"):
+        return SHARPNESS * (1 + 0.1 * noise)
+    if kind.endswith("norm"):
+        return 1 + 0.1 * noise
+    if kind == "bias":
+        return 0.1 * noise
+    if kind == "embed_tokens":
+        topics = torch.randn(-(-shape[0] // TOPIC_SIZE), shape[1], generator=generator)
+        topic = topics.repeat_interleave(TOPIC_SIZE, dim=0)[: shape[0]]
+        embedding = TOPIC_SHARE**0.5 * topic + (1 - TOPIC_SHARE) ** 0.5 * noise
+        return embedding * _halves(config.hidden_size, EMBED_CONTEXT)
+    # With inputs of RMS 1 a gain of 1 makes outputs of RMS 1.
+    weight = noise / shape[1] ** 0.5
+    if kind in ("gate_proj", "up_proj"):
+        return 1.4 * weight * _halves(config.hidden_size, READ_CONTEXT)
+    if kind == "lm_head":
+        return LOGIT_RMS * weight * _halves(config.hidden_size, HEAD_CONTEXT)
+    if kind == "o_proj":
+        # Averaging over tokens shrinks what attention brings.
+        return 2 * ATTENTION_RMS * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
+    if kind == "down_proj":
+        # silu(g) * u of two unit normals has an RMS of about 0.6.
+        return FFN_RMS / 0.6 * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
+    return (SHARPNESS if kind in ("q_proj", "k_proj") else 1.0) * weight
+
+
+def _halves(hidden: int, context: float) -> torch.Tensor:
+    """Per-channel factors [H]: 1 for the token half, `context` for the other."""
+    factors = torch.ones(hidden)
+    factors[hidden // 2 :] = context
+    return factors
+
+
+def make_prompt(seed: int, length: int, vocab: int = 256) -> list[int]:
+    """A random prompt of token ids: long runs within favourite topics, and asides from anywhere."""
+    rng = random.Random(seed)
+    topics = -(-vocab // TOPIC_SIZE)
+    order = rng.sample(range(topics), topics)
+    weights = [(rank + 1) ** -1.2 for rank in range(topics)]
+    topic = order[0]
+    prompt: list[int] = []
+    while len(prompt) < length:
+        if rng.random() < 0.1:
+            topic = rng.choices(order, weights)[0]
+        if rng.random() < 0.25:
+            token = rng.randrange(vocab)
+        else:
+            # Within a topic, too, a few tokens are common and the rest rare.
+            offset = min(int(rng.expovariate(0.8)), TOPIC_SIZE - 1)
+            token = min(topic * TOPIC_SIZE + offset, vocab - 1)
+        # A token that has seen only itself has the same activations at every position. Such slots
+        # tie, and rounding would decide between them.
+        if prompt != [token]:
+            prompt.append(token)
+    return prompt

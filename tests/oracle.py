@@ -1,0 +1,277 @@
+"""The oracle: PaceLLM's activation memory in plain PyTorch, written from the design alone.
+
+It shares no code with the package and is meant to be read beside section 1 of the design. It is
+slow on purpose: one request, one bank per layer, loops over tokens.
+
+Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, M = bank slots, V = vocabulary.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+EPS = 1e-8
+
+PRESETS: dict[str, dict[str, float]] = {
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
+}
+# w_high, w_mid, w_self
+BLEND = {"official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
+
+
+@dataclass(frozen=True)
+class MemoryRules:
+    """The memory's settings under their public names; build it with `MemoryRules.of`."""
+
+    theta_high: float
+    theta_low: float
+    alpha: float
+    preset: str = "official"
+    layers: tuple[int, ...] = ()
+    bank_size: int = 100
+    top_k: int = 5
+    negative_k: int = 2
+    noise: float = 0.1
+    segment_size: int = 1024
+    max_insertions: int = 16
+    momentum: float = 0.5
+
+    @classmethod
+    def of(cls, **pace: Any) -> "MemoryRules":
+        """The preset's defaults, overridden by whatever `pace` names."""
+        preset = pace.get("preset", "official")
+        settings = {"preset": preset, **PRESETS[preset], **pace}
+        return cls(**{**settings, "layers": tuple(settings.get("layers", ()))})
+
+
+class Bank:
+    """One request's memory in one layer.
+
+    Attributes:
+        keys, values: [M, D], slots in use first.
+        usage: [M] fp32.
+        num_valid: slots in use; they are always [0, num_valid).
+        counts: how often each branch was taken. "read" and "write" hold tokens by category
+            ("empty" for tokens that met an empty bank, so "low" means a real comparison), "slots"
+            holds slots merged, filled and replaced and low tokens dropped.
+        closest_call: how near any similarity came to deciding otherwise (a threshold, or the next
+            slot in rank). A correct implementation may differ visibly from the oracle when this is
+            no larger than its rounding error, so tests choose prompts where it is larger.
+    """
+
+    def __init__(self, rules: MemoryRules, dim: int, dtype: torch.dtype = torch.float32):
+        self.rules = rules
+        self.keys = torch.zeros(rules.bank_size, dim, dtype=dtype)
+        self.values = torch.zeros(rules.bank_size, dim, dtype=dtype)
+        self.usage = torch.zeros(rules.bank_size)
+        self.num_valid = 0
+        self.counts: dict[str, Counter[str]] = {
+            "read": Counter(),
+            "write": Counter(),
+            "slots": Counter(),
+        }
+        self.closest_call = float("inf")
+
+    def similarities(self, a: Tensor) -> Tensor:
+        """Cosines of a [T, D] with the valid keys: [T, num_valid]."""
+        a, keys = a.float(), self.keys[: self.num_valid].float()
+        a_norm = a.norm(dim=-1).clamp_min(EPS)
+        key_norm = keys.norm(dim=-1).clamp_min(EPS)
+        return (a @ keys.T) / (a_norm[:, None] * key_norm[None, :])
+
+    def top_slots(self, sim: Tensor) -> Tensor:
+        """The k most similar slots for sim [num_valid], best first, ties to the lower slot."""
+        return self._first(torch.sort(sim, descending=True, stable=True), self.rules.top_k)
+
+    def bottom_slots(self, sim: Tensor) -> Tensor:
+        """The k' least similar slots for sim [num_valid], worst first, ties to the lower slot."""
+        return self._first(torch.sort(sim, stable=True), self.rules.negative_k)
+
+    def _first(self, ranked: Any, k: int) -> Tensor:
+        ordered, slots = ranked
+        if 0 < k < len(slots):
+            self.closest_call = min(self.closest_call, abs(ordered[k] - ordered[k - 1]).item())
+        return slots[:k]
+
+    def category(self, similarity: float) -> str:
+        """Which side of the two thresholds a similarity falls on."""
+        for theta in (self.rules.theta_high, self.rules.theta_low):
+            self.closest_call = min(self.closest_call, abs(similarity - theta))
+        if similarity > self.rules.theta_high:
+            return "high"
+        return "mid" if similarity > self.rules.theta_low else "low"
+
+    def enhance(self, a: Tensor) -> tuple[Tensor, list[str]]:
+        """Blend a [T, D] with what the bank recalls; the bank does not change.
+
+        Returns o [T, D] and each token's read regime, by its largest similarity.
+        """
+        if self.num_valid == 0:
+            categories = ["empty"] * len(a)
+            self.counts["read"].update(categories)
+            return a.clone(), categories
+        w_high, w_mid, w_self = BLEND[self.rules.preset]
+        alpha, noise = self.rules.alpha, self.rules.noise
+        outputs, categories = [], []
+        for a_t, sim in zip(a, self.similarities(a), strict=True):
+            x = a_t.float()
+            mu_pos = self._mean_value(self.top_slots(sim))
+            mu_neg = self._mean_value(self.bottom_slots(sim))
+            category = self.category(sim.max().item())
+            if category == "high":
+                r = w_high * mu_pos + noise * mu_neg
+            elif category == "mid":
+                r = w_mid * mu_pos + w_self * x + noise * mu_neg
+            else:
+                r = x
+            # In exact arithmetic (1 - alpha) a + alpha a is a, and the low regime means just that.
+            outputs.append(a_t if category == "low" else ((1 - alpha) * x + alpha * r).to(a.dtype))
+            categories.append(category)
+        self.counts["read"].update(categories)
+        return torch.stack(outputs), categories
+
+    def _mean_value(self, slots: Tensor) -> Tensor:
+        # No slots (negative_k = 0) contribute nothing, where a mean would be NaN.
+        return self.values[slots].float().sum(dim=0) / max(len(slots), 1)
+
+    def update(self, a: Tensor, o: Tensor) -> list[str]:
+        """Commit a whole segment: a, o [S, D] in position order.
+
+        Returns each token's write category, by the mean of its top-k similarities.
+        """
+        # Everything is decided against the bank the segment read, before any slot changes.
+        tops: list[Tensor] = []
+        categories: list[str] = []
+        if self.num_valid == 0:
+            categories = ["empty"] * len(a)
+        else:
+            for sim in self.similarities(a):
+                top = self.top_slots(sim)
+                tops.append(top)
+                categories.append(self.category(sim[top].mean().item()))
+        self.counts["write"].update(categories)
+
+        mid = [t for t, category in enumerate(categories) if category == "mid"]
+        if mid:
+            if self.rules.preset == "paper":
+                new_key = new_value = a.float().mean(dim=0)
+            else:
+                new_key, new_value = a[mid].float().mean(dim=0), o[mid].float().mean(dim=0)
+            m = self.rules.momentum
+            for slot in sorted({int(slot) for t in mid for slot in tops[t]}):
+                self.keys[slot] = m * self.keys[slot].float() + (1 - m) * new_key
+                self.values[slot] = m * self.values[slot].float() + (1 - m) * new_value
+                self.usage[slot] += 1
+                self.counts["slots"]["merged"] += 1
+
+        if self.rules.preset == "paper":
+            for t, category in enumerate(categories):
+                if category == "high":
+                    self.usage[tops[t]] += 1
+
+        low = [t for t, category in enumerate(categories) if category in ("low", "empty")]
+        free = list(range(self.num_valid, self.rules.bank_size))
+        by_usage = torch.argsort(self.usage[: self.num_valid], stable=True).tolist()
+        replaceable = by_usage[: self.rules.max_insertions]
+        # Tokens beyond the open slots are dropped, so the two lists may differ in length.
+        for t, slot in zip(low, free + replaceable, strict=False):
+            self.counts["slots"]["filled" if slot in free else "replaced"] += 1
+            self.keys[slot] = a[t]
+            self.values[slot] = o[t]
+            self.usage[slot] = 1
+        self.counts["slots"]["dropped"] += max(len(low) - len(free) - len(replaceable), 0)
+        self.num_valid = min(self.num_valid + len(low), self.rules.bank_size)
+        return categories
+
+
+class OracleModel:
+    """A Hugging Face causal LM whose chosen FFNs have a memory; one request at a time.
+
+    Args:
+        path: a checkpoint directory (Qwen2, Qwen3, Llama or Mistral), loaded in fp32.
+        pace: what one writes in {"pacellm": {...}}; no layers means no memory.
+
+    After `forward` or `generate`, `banks[layer]` holds each layer's committed memory and its
+    counts.
+    """
+
+    def __init__(self, path: Any, pace: dict[str, Any]):
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.pace = pace
+        self.banks: dict[int, Bank] = {}
+        for index, layer in enumerate(self.model.model.layers):
+            layer.mlp.forward = partial(self._ffn, index, layer.mlp)
+
+    def forward(self, token_ids: list[int], **overrides: Any) -> Tensor:
+        """Logits [T, V] of a sequence seen from an empty memory; overrides are pace settings."""
+        self._reset(overrides)
+        return self._feed(token_ids)
+
+    def generate(
+        self, prompt: list[int], max_tokens: int, **overrides: Any
+    ) -> tuple[list[int], list[float]]:
+        """Greedy decoding of exactly max_tokens tokens.
+
+        Returns the tokens and the log-probability of each prompt token after the first. What was
+        generated passes through the memory like the prompt; the last token never enters the model.
+        """
+        self._reset(overrides)
+        logits = self._feed(prompt)
+        logprobs = logits[:-1].log_softmax(dim=-1)
+        prompt_logprobs = [logprobs[t, token].item() for t, token in enumerate(prompt[1:])]
+        tokens = [int(logits[-1].argmax())]
+        while len(tokens) < max_tokens:
+            tokens.append(int(self._feed(tokens[-1:])[-1].argmax()))
+        return tokens, prompt_logprobs
+
+    def _reset(self, overrides: dict[str, Any]) -> None:
+        self.rules = MemoryRules.of(**{**self.pace, **overrides})
+        dim = self.model.config.intermediate_size
+        self.banks = {layer: Bank(self.rules, dim) for layer in self.rules.layers}
+        self._segment: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in self.banks}
+        self._cache = DynamicCache()
+        self._position = 0
+
+    @torch.no_grad()
+    def _feed(self, token_ids: list[int]) -> Tensor:
+        """Append tokens to the sequence: logits [T, V]. No forward crosses a segment boundary."""
+        logits = []
+        size = self.rules.segment_size
+        while token_ids:
+            room = size - self._position % size
+            now, token_ids = token_ids[:room], token_ids[room:]
+            positions = torch.arange(self._position, self._position + len(now))[None]
+            out = self.model(
+                input_ids=torch.tensor([now]),
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            logits.append(out.logits[0])
+            self._position += len(now)
+            if self._position % size == 0:
+                self._commit()
+        return torch.cat(logits)
+
+    def _ffn(self, index: int, mlp: torch.nn.Module, x: Tensor) -> Tensor:
+        """The gated FFN of layer `index` with its memory: x [1, T, H] -> [1, T, H]."""
+        a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        if index in self.banks:
+            o, _ = self.banks[index].enhance(a[0])
+            self._segment[index].append((a[0], o))
+            a = o[None]
+        return mlp.down_proj(a)
+
+    def _commit(self) -> None:
+        for index, bank in self.banks.items():
+            a, o = (torch.cat(part) for part in zip(*self._segment[index], strict=True))
+            bank.update(a, o)
+            self._segment[index] = []

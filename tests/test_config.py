@@ -1,0 +1,73 @@
+"""PaceConfig: presets, precedence, and one sentence for everything that is wrong."""
+
+import pytest
+
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.ops.rules import UpdateRule
+
+
+def test_presets_fill_what_is_not_said():
+    official = PaceConfig.from_sources({})
+    assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)
+    paper = PaceConfig.from_sources({"preset": "paper", "alpha": 0.5})
+    assert (paper.theta_high, paper.theta_low, paper.alpha) == (0.7, 0.3, 0.5)
+    assert official.rules().mid_self_weight == 0
+    assert paper.rules().mid_self_weight == 0.5
+    assert paper.rules().update is UpdateRule.PAPER
+
+
+def test_later_sources_win_field_by_field():
+    checkpoint = {"layers": [1], "bank_size": 7, "preset": "paper"}
+    config = PaceConfig.from_sources(checkpoint, None, {"layers": [2, 0]})
+    assert config.resolve_layers(4) == (0, 2)
+    assert (config.bank_size, config.preset) == (7, "paper")
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers"),
+    [(28, (12, 26)), (32, (14, 30)), (36, (16, 34)), (4, (1, 3)), (2, (0, 1)), (1, (0,))],
+)
+def test_auto_layers_are_the_papers_relative_depths(num_layers, layers):
+    assert PaceConfig.from_sources({}).resolve_layers(num_layers) == layers
+
+
+def test_max_insertions_defaults_to_sixteen_or_the_bank():
+    assert PaceConfig.from_sources({}).max_insertions == 16
+    assert PaceConfig.from_sources({"bank_size": 7}).max_insertions == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bank_sise": 5}, ["bank_sise", "5", "bank_size"]),
+        ({"bank_size": 0}, ["bank_size", "0", "from 1 to 1024"]),
+        ({"bank_size": 7.5}, ["bank_size", "7.5", "an integer"]),
+        ({"bank_size": True}, ["bank_size", "True"]),
+        ({"preset": "best"}, ["preset", "best", '"official" or "paper"']),
+        ({"theta_low": 0.9}, ["theta_low", "0.9", "theta_high = 0.75"]),
+        ({"theta_high": "high"}, ["theta_high", "high", "a number"]),
+        ({"alpha": 1.5}, ["alpha", "1.5", "from 0 to 1"]),
+        ({"alpha": float("nan")}, ["alpha", "nan", "from 0 to 1"]),
+        ({"max_insertions": 101}, ["max_insertions", "101", "bank_size = 100"]),
+        ({"layers": []}, ["layers", "[]", "non-empty"]),
+        ({"layers": [-1]}, ["layers", "-1"]),
+        ({"layers": [2, 2]}, ["layers", "[2, 2]", "distinct"]),
+        ({"layers": "all"}, ["layers", "all", '"auto"']),
+        ({"bank_dtype": "int8"}, ["bank_dtype", "int8", "float32"]),
+        ({"experts": {"num_experts": 64}}, ["experts", "unknown"]),
+        ([1], ["[1]", "object"]),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(settings, words):
+    with pytest.raises(PaceConfigError) as refusal:
+        PaceConfig.from_sources(settings)
+    message = str(refusal.value)
+    assert message.startswith("pacellm: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_layer_outside_the_model_is_refused():
+    with pytest.raises(PaceConfigError, match=r"layers = 99 .* from 0 to 27"):
+        PaceConfig.from_sources({"layers": [12, 99]}).resolve_layers(28)

@@ -1,0 +1,175 @@
+"""The ops on plain tensors: independence of cuts, and agreement with a paged bank."""
+
+import pytest
+import torch
+from dense_store import DenseStore
+
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.ops.lookup import look_up
+from pacellm_vllm.ops.sums import TILE, running_sum
+from pacellm_vllm.ops.update import advance
+
+WIDTHS = [8, 62, 344]
+
+
+def rules(**settings):
+    return PaceConfig.from_sources({"segment_size": 48, "bank_size": 7, "top_k": 2, **settings}).rules()
+
+
+def activations(tokens, width, seed=0):
+    """Clustered rows, so that high, mid and low tokens all occur."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, width, generator=g)
+    noise = 3 * torch.rand(tokens, 1, generator=g) ** 4
+    pick = torch.randint(5, (tokens,), generator=g)
+    return centres[pick] + noise * torch.randn(tokens, width, generator=g)
+
+
+def drive(store, a, rules, cuts=()):
+    """Run ``a`` through ``store`` in pieces that end at ``cuts`` and at segment ends."""
+    size = rules.segment_size
+    ends = sorted({*cuts, *range(size, len(a), size), len(a)})
+    outputs, progress, start = [], [], 0
+    for end in ends:
+        o, step = advance(store, a[start:end], start, rules)
+        outputs.append(o)
+        progress.append(step)
+        start = end
+    return torch.cat(outputs), progress
+
+
+def paged_store(layout, dtype, seed=0):
+    """A bank in scattered pages of a packed pool whose every other byte is poison (NaN)."""
+    g = torch.Generator().manual_seed(seed)
+    blocks, stride = 3 * layout.num_pages + 1, layout.page_bytes + 512
+    pool = torch.full((blocks * stride,), 0xFF, dtype=torch.uint8)
+    view = pool.view(blocks, 1, 1, stride)[..., 256 : 256 + layout.page_bytes]
+    pages = 1 + torch.randperm(blocks - 1, generator=g)[: layout.num_pages]
+    return pool, PagedStore(unit_view(view, layout, dtype), pages, layout)
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_all_regimes_occur_and_slots_are_replaced(preset):
+    r = rules(preset=preset)
+    store = DenseStore(r, 62)
+    _, steps = drive(store, activations(600, 62), r)
+    assert min(sum(s.high for s in steps), sum(s.mid for s in steps)) > 20
+    assert sum(s.low for s in steps) > r.bank_size + 20
+    assert steps[-2].committed_slots == r.bank_size
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_a_paged_bank_equals_a_dense_one(width, dtype, preset):
+    r = rules(preset=preset, bank_size=23, max_insertions=5)
+    a = activations(500, width).to(dtype)
+    layout = BankLayout.plan(r, width, dtype, page_bytes=2048)
+    _, paged = paged_store(layout, dtype)
+    dense = DenseStore(r, width, dtype)
+    got, _ = drive(paged, a, r)
+    want, _ = drive(dense, a, r)
+    assert torch.equal(got, want)
+    assert torch.equal(paged.read_header().pack(), dense.read_header().pack())
+    for mine, theirs in zip(paged.read_slots(23), dense.read_slots(23), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not got.isnan().any()
+
+
+def test_a_paged_bank_writes_only_its_own_pages():
+    r = rules(bank_size=23)
+    layout = BankLayout.plan(r, 62, torch.float32, page_bytes=2048)
+    pool, store = paged_store(layout, torch.float32)
+    drive(store, activations(500, 62), r)
+    touched = (pool.view(-1, layout.page_bytes + 512) != 0xFF).any(dim=1).nonzero().flatten()
+    assert set(touched.tolist()) <= set(store._pages.tolist())
+
+
+def test_pages_claimed_for_the_tokens_so_far_are_enough():
+    r = rules(bank_size=23, segment_size=40)
+    layout = BankLayout.plan(r, 62, torch.float32, page_bytes=1024)
+    a = activations(90, 62)
+    want, _ = drive(DenseStore(r, 62), a, r, cuts=range(1, 90))
+    _, whole = paged_store(layout, torch.float32)
+    for t in range(90):
+        held = layout.pages_for(t + 1)
+        store = PagedStore(whole._units, whole._pages[:held], layout)
+        o, _ = advance(store, a[t : t + 1], t, r)
+        torch.testing.assert_close(o, want[t : t + 1])
+    assert layout.pages_for(1) < layout.pages_for(12) < layout.pages_for(41) == layout.num_pages
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_the_bank_does_not_depend_on_the_cuts(preset):
+    r = rules(preset=preset)
+    a = activations(300, 344)
+    whole, one_by_one, odd = (DenseStore(r, 344) for _ in range(3))
+    outputs = [
+        drive(whole, a, r)[0],
+        drive(one_by_one, a, r, cuts=range(1, 300))[0],
+        drive(odd, a, r, cuts=[1, 31, 33, 50, 79, 80, 81, 200])[0],
+    ]
+    for o in outputs[1:]:
+        torch.testing.assert_close(o, outputs[0], rtol=1e-5, atol=1e-5)
+    for store in (one_by_one, odd):
+        assert torch.equal(store.words, whole.words)
+        torch.testing.assert_close(store.slots, whole.slots, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stale_bank_does_not_show():
+    r = rules()
+    store = DenseStore(r, 62)
+    drive(store, activations(400, 62, seed=1), r)
+    a = activations(300, 62, seed=2)
+    again, _ = drive(store, a, r)
+    fresh, _ = drive(DenseStore(r, 62), a, r)
+    assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize("cuts", [range(1, 100), [31, 32, 33], [5, 70], []])
+def test_running_sums_have_the_same_bits_for_any_cut(cuts):
+    rows = torch.randn(100, 33) * torch.logspace(-3, 3, 100)[:, None]
+    rows[40:70] = 0
+
+    def add_up(ends):
+        total, tile, start = torch.zeros(33), torch.zeros(33), 0
+        for end in ends:
+            piece = rows[start:end]
+            total, tile = running_sum(
+                total, tile, piece if piece.any() else None, start, end - start
+            )
+            start = end
+        return total + tile
+
+    want = torch.zeros(33)
+    for begin in range(0, 100, TILE):
+        tile = torch.zeros(33)
+        for row in rows[begin : begin + TILE]:
+            tile = tile + row
+        want = want + tile
+    assert torch.equal(add_up([*cuts, 100]), want)
+
+
+def test_ties_go_to_the_lower_slot_and_unlike_tokens_pass_through():
+    r = rules(top_k=1, negative_k=1)
+    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    values = torch.arange(8.0).view(4, 2)
+    a = torch.tensor([[2.0, 0.0], [-1.0, -1.0]])
+    found = look_up(a, keys, values, r)
+    assert found.top.tolist()[0] == [1]
+    want = 0.8 * a[0] + 0.2 * (values[1] + 0.1 * values[0])
+    torch.testing.assert_close(found.output[0], want)
+    assert torch.equal(found.output[1], a[1])
+
+
+def test_layouts_split_rows_that_a_page_cannot_hold():
+    r = rules(bank_size=100)
+    wide = BankLayout.plan(r, 18944, torch.bfloat16, page_bytes=32768)
+    assert wide.parts > 1
+    assert wide.unit_elements * 2 <= 32768
+    packed = BankLayout.plan(r, 18944, torch.bfloat16, page_bytes=458752)
+    assert packed.num_pages * packed.page_bytes <= 1.3 * packed.committed_bytes
+    with pytest.raises(ValueError, match="too small for rows of 18944"):
+        BankLayout.plan(r, 18944, torch.float32, page_bytes=256)
