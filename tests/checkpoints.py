@@ -30,7 +30,7 @@ HEAD_CONTEXT = 2.5
 ATTENTION_RMS = 0.1
 FFN_RMS = 0.1
 # Gain of queries and of keys.
-SHARPNESS = 2.5
+SHARPNESS = 2.0
 LOGIT_RMS = 2.0
 
 

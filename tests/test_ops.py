@@ -15,7 +15,9 @@ WIDTHS = [8, 62, 344]
 
 
 def rules(**settings):
-    return PaceConfig.from_sources({"segment_size": 48, "bank_size": 7, "top_k": 2, **settings}).rules()
+    return PaceConfig.from_sources(
+        {"segment_size": 48, "bank_size": 7, "top_k": 2, **settings}
+    ).rules()
 
 
 def activations(tokens, width, seed=0):

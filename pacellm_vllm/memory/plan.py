@@ -3,12 +3,14 @@
 from typing import cast
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.backend import BankBackend
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankSpec
 
@@ -21,6 +23,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     A block of the pool holds the attention pages of all of a stage's layers, or the bank pages of
     all its memory layers: bank pages are cut to fill the block that attention already needs.
     """
+    check_layouts(vllm_config)
     attention = _attention_spec(vllm_config)
     model = vllm_config.model_config
     total = model.get_total_num_hidden_layers()
@@ -46,15 +49,36 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     )
 
 
+def _attention_layers(vllm_config: VllmConfig) -> list[Attention]:
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(layer, Attention)]
+
+
+def check_layouts(vllm_config: VllmConfig) -> None:
+    """Refuse attention backends, or a requested layout, that cannot share blocks with banks."""
+    ours = {layout.name for layout in BankBackend.supported_kv_cache_layouts()}
+    requested = envs.VLLM_KV_CACHE_LAYOUT
+    if requested is not None and requested not in ours:
+        raise ValueError(
+            f"pacellm: VLLM_KV_CACHE_LAYOUT={requested} keeps layers apart, but memory packs its "
+            f"pages beside the attention pages of a block; unset it or use one of {sorted(ours)}."
+        )
+    for backend in {layer.get_attn_backend() for layer in _attention_layers(vllm_config)}:
+        theirs = backend.supported_kv_cache_layouts()
+        if theirs is not None and ours.isdisjoint(layout.name for layout in theirs):
+            raise ValueError(
+                f"pacellm: attention backend {backend.get_name()} knows only the KV cache layouts "
+                f"{[layout.name for layout in theirs]}, but memory needs one of {sorted(ours)} to "
+                "pack its pages beside attention's; choose another with --attention-backend."
+            )
+
+
 def _attention_spec(vllm_config: VllmConfig) -> AttentionSpec:
     """The one spec all attention layers of this rank share.
 
     Raises ``ValueError`` when they differ, where a block would not hold one page of each.
     """
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    specs = {
-        layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)
-    }
+    specs = {layer.get_kv_cache_spec(vllm_config) for layer in _attention_layers(vllm_config)}
     if len(specs) != 1:
         raise ValueError(
             f"pacellm: memory needs attention layers with one kind of KV cache, this model has "

@@ -84,13 +84,12 @@ class PagedBankManager(CircularBufferManager):
         layout, pool = spec.layout, self.block_pool.num_gpu_blocks
         used = spec.num_layers * layout.num_pages * layout.page_bytes
         logger.info(
-            "pacellm: memory in %s; a request's banks take %.1f MB in up to %d KV blocks "
-            "(%d for its first %d tokens), %.2f %% of the %d-block KV pool.",
+            "pacellm: memory in %s; a request's banks take %.1f MB: %d KV blocks for its first "
+            "token, %d from its second segment on, which is %.2f %% of the pool's %d.",
             spec.summary,
             used / 1e6,
-            layout.num_pages,
             layout.pages_for(1),
-            1,
+            layout.num_pages,
             100 * layout.num_pages / pool,
             pool,
         )

@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform, get_max_threads
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
@@ -11,8 +12,10 @@ from vllm.utils.mem_constants import GiB_bytes
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+# vLLM shows the loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
 
+_MIN_DEFAULT_KV_BYTES = GiB_bytes // 2
 _MAX_DEFAULT_KV_BYTES = 4 * GiB_bytes
 
 
@@ -75,26 +78,38 @@ class TorchCpuPlatform(CpuPlatform):
     def _set_default_kv_cache_size(cls, vllm_config: "VllmConfig") -> None:
         """Choose a modest KV cache where the user has not.
 
-        vLLM's CPU default takes ``gpu_memory_utilization`` (0.92) of the whole machine, and
-        refuses to start where that much is not free.
+        vLLM's own CPU default takes ``gpu_memory_utilization`` (0.92) of the machine, refuses to
+        start where that much is not free, and touches every page of it at start-up.
         """
         from vllm.config import CacheConfig
 
-        cache = vllm_config.cache_config
+        cache, model = vllm_config.cache_config, vllm_config.model_config
+        default_share = CacheConfig().gpu_memory_utilization
         if (
-            cache.kv_cache_memory_bytes is not None
-            or cache.gpu_memory_utilization != CacheConfig().gpu_memory_utilization
+            model is None
+            or cache.kv_cache_memory_bytes is not None
+            or cache.gpu_memory_utilization != default_share
         ):
             return
+        parallel = vllm_config.parallel_config
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved "auto" by now
+        token_bytes = (
+            2
+            * model.get_num_layers(parallel)
+            * model.get_num_kv_heads(parallel)
+            * model.get_head_size()
+            * model.dtype.itemsize
+        )
+        two_requests = 2 * model.max_model_len * token_bytes
+        size = min(max(two_requests, _MIN_DEFAULT_KV_BYTES), _MAX_DEFAULT_KV_BYTES)
         node = get_memory_node_info(get_visible_memory_node()[0])  # knows container limits
-        ranks = vllm_config.parallel_config.world_size
-        size = min(_MAX_DEFAULT_KV_BYTES, node.available_memory // 4) // ranks
+        size = min(size, node.available_memory // (4 * parallel.world_size))
         cache.kv_cache_memory_bytes = size
         logger.info(
-            "KV cache: %.2f GiB per worker (a quarter of the free memory, 4 GiB at most, over %d "
-            "workers); set --kv-cache-memory-bytes or --gpu-memory-utilization to change it.",
+            "KV cache: %.2f GiB per worker (two requests of full length; at least 0.5 GiB, at most "
+            "4 GiB and a quarter of the free memory). Set --kv-cache-memory-bytes or "
+            "--gpu-memory-utilization to change it.",
             size / GiB_bytes,
-            ranks,
         )
 
     @classmethod

@@ -49,16 +49,17 @@ def make_checkpoint(family, path):
                 torch.nn.init.normal_(parameter, std=0.1)
     else:  # soft-capped logits, every second layer with a sliding window
         common["tie_word_embeddings"] = True
-        model = Gemma2ForCausalLM(
-            Gemma2Config(
-                **common,
-                head_dim=16,
-                sliding_window=24,
-                attn_logit_softcapping=3.0,
-                query_pre_attn_scalar=16,
-                attn_implementation="eager",
-            )
+        config = Gemma2Config(
+            **common,
+            head_dim=16,
+            sliding_window=24,
+            attn_logit_softcapping=3.0,
+            query_pre_attn_scalar=16,
+            attn_implementation="eager",
         )
+        model = Gemma2ForCausalLM(config)
+        # Shrunk embeddings: with tied ones of full size, generation echoes its last token.
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
     model.eval().save_pretrained(path)
     return model
 

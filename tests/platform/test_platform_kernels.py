@@ -218,7 +218,7 @@ def test_refuses_alibi_and_sinks():
 def test_reshape_and_cache_writes_its_slots_only(layout, dtype):
     block_size, kv_heads, dim = 16, 3, 10
     key_cache, value_cache = make_cache(layout, 7, kv_heads, block_size, dim, dtype)
-    slots = [5 * 16 + 15, 16, -1, 33, 2 * 16 + 14, -1, 111]
+    slots = [5 * 16 + 15, 16, -1, 33, 2 * 16 + 14, -1, 110]
     # More rows than slots: the model's padded tokens. Strided: slices of a fused projection.
     key, value = torch.randn(9, 2, kv_heads, dim).to(dtype).unbind(1)
     torch.ops._C.cpu_attn_reshape_and_cache(

@@ -1,0 +1,133 @@
+"""Real engines for tests: in this process, on tiny checkpoints, with what a test wants to see."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+NAMES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+
+
+class Engine:
+    """One ``LLM`` on token ids; ``core`` is the engine core inside it."""
+
+    def __init__(self, path: Any, **settings: Any) -> None:
+        self.llm = LLM(
+            model=str(path),
+            **{
+                "dtype": "float32",
+                "skip_tokenizer_init": True,
+                "max_model_len": 1024,
+                "max_num_seqs": 8,
+                "block_size": 16,
+                "kv_cache_memory_bytes": 64 << 20,
+                "disable_log_stats": False,
+                **settings,
+            },
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.pool = self.core.scheduler.kv_cache_manager.block_pool
+        self.free_at_start = self.pool.get_num_free_blocks()
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any
+    ) -> list[Any]:
+        """One ``RequestOutput`` per prompt, greedy unless told otherwise."""
+        params = SamplingParams(
+            **{
+                "temperature": 0,
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+                "detokenize": False,
+                **sampling,
+            }
+        )
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+
+    def tokens(self, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any) -> list[Any]:
+        return [
+            list(out.outputs[0].token_ids) for out in self.generate(prompts, max_tokens, **sampling)
+        ]
+
+    def metric(self, name: str) -> float:
+        """The sum of one counter, such as ``vllm:num_preemptions``."""
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
+
+    def memories(self) -> dict[int, Any]:
+        """The ``PaceMemory`` of each layer that has one."""
+        layers = self.core.vllm_config.compilation_config.static_forward_context
+        return {
+            int(name.split(".")[2]): layer
+            for name, layer in layers.items()
+            if name.endswith(".memory")
+        }
+
+    def all_blocks_are_back(self) -> bool:
+        return self.pool.get_num_free_blocks() == self.free_at_start
+
+
+def prompt_logprobs(output: Any) -> list[float]:
+    """Log-probability of each prompt token after the first; needs ``prompt_logprobs=0``."""
+    tokens = output.prompt_token_ids[1:]
+    return [
+        entry[token].logprob
+        for entry, token in zip(output.prompt_logprobs[1:], tokens, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def engine(path: Any, arch: str = "qwen2", pace: Any = None, **settings: Any) -> Iterator[Engine]:
+    """An engine with memory when ``pace`` (what one writes in ``{"pacellm": ...}``) is given."""
+    if pace is not None:
+        settings.setdefault("hf_overrides", {"architectures": [f"Pace{NAMES[arch]}ForCausalLM"]})
+        settings["additional_config"] = {"pacellm": pace}
+    running = Engine(path, **settings)
+    try:
+        yield running
+    finally:
+        running.llm.llm_engine.engine_core.shutdown()
+        del running
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@contextlib.contextmanager
+def poisoned_pages(running: Engine) -> Iterator[list[int]]:
+    """Fill every page with NaN bytes before the first step and whenever it is freed.
+
+    Yields the block ids poisoned so far.
+    """
+    pool, poisoned = running.pool, []
+    caches = running.core.model_executor.driver_worker.worker.model_runner.kv_caches
+
+    def poison(blocks: list[Any]) -> None:
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null:
+                poisoned.append(block.block_id)
+                for cache in caches:
+                    cache[block.block_id].view(torch.uint8).fill_(0xFF)
+
+    free_blocks = pool.free_blocks
+
+    def free_and_poison(blocks: Any, *args: Any, **kwargs: Any) -> None:
+        blocks = list(blocks)
+        free_blocks(blocks, *args, **kwargs)
+        poison(blocks)
+
+    pool.free_blocks = free_and_poison
+    poison(pool.blocks)
+    try:
+        yield poisoned
+    finally:
+        del pool.free_blocks

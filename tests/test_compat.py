@@ -1,0 +1,130 @@
+"""One test per lean on vLLM internals: red means vLLM moved and ``compat`` must follow."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import vllm
+from vllm.config import CompilationConfig
+from vllm.logger import DEFAULT_LOGGING_CONFIG
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+import pacellm_vllm
+from pacellm_vllm import compat
+from pacellm_vllm.models.table import ARCHITECTURES
+
+
+def test_the_tested_vllm_is_installed():
+    assert vllm.__version__.startswith("0.32.")
+
+
+def test_registering_first_would_still_hide_the_built_in_specs():
+    """The reason for ``register_kv_cache_spec``; in a fresh process, as the registry is global."""
+    program = """
+from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as R, _REGISTRY_KVCACHESPEC_LIST
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+class Ours(CircularBufferSpec): pass
+_REGISTRY_KVCACHESPEC_LIST.clear()
+R.register(Ours, CircularBufferManager, Ours)
+R._ensure_registered()
+print(FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_registering_ours_keeps_the_built_in_ones():
+    program = """
+from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as registered
+print(registered[PagedBankSpec].manager_class is PagedBankManager, FullAttentionSpec in registered)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == ["True", "True"]
+
+
+def test_config_hooks_run_after_the_architectures_own_and_once():
+    calls = []
+
+    class Own(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config):
+            calls.append("own")
+
+    def hook(vllm_config):
+        calls.append("ours")
+
+    MODELS_CONFIG_MAP["PacellmTestModel"] = Own
+    try:
+        compat.add_config_hook("PacellmTestModel", hook)
+        compat.add_config_hook("PacellmTestModel", hook)
+        MODELS_CONFIG_MAP["PacellmTestModel"].verify_and_update_config(None)
+    finally:
+        del MODELS_CONFIG_MAP["PacellmTestModel"]
+    assert calls == ["own", "ours"]
+
+
+def test_every_architecture_stands_on_what_vllm_registers():
+    for base in ARCHITECTURES.values():
+        registered = ModelRegistry.models[base.architecture]
+        module = f"vllm.model_executor.models.{base.module}"
+        assert (registered.module_name, registered.class_name) == (module, base.name)
+
+
+def test_runner_v1_still_computes_a_slot_mapping_for_every_group():
+    """The reason for the long rows of ``PagedBankSpec.max_num_blocks_per_req``."""
+    assert "uses_slot_mapping" not in inspect.getsource(GPUModelRunner)
+
+
+def test_splitting_ops_still_take_names():
+    ops = ["vllm::other"]
+    config = SimpleNamespace(compilation_config=SimpleNamespace(splitting_ops=ops))
+    compat.add_splitting_op(config, "pacellm_memory")
+    compat.add_splitting_op(config, "pacellm_memory")
+    assert ops == ["vllm::other", "vllm::pacellm_memory"]
+    assert "vllm::unified_attention_with_output" in CompilationConfig._attention_ops
+
+
+def test_loggers_outside_vllm_still_print_nothing():
+    assert "pacellm_vllm" not in DEFAULT_LOGGING_CONFIG["loggers"]
+    assert "vllm" in DEFAULT_LOGGING_CONFIG["loggers"]
+
+
+def test_the_base_manager_still_frees_what_was_claimed_and_never_hits():
+    hits, tokens = CircularBufferManager.find_longest_cache_hit(
+        block_hashes=[],
+        max_length=64,
+        kv_cache_group_ids=[0],
+        block_pool=None,
+        kv_cache_spec=None,
+        drop_eagle_block=False,
+        alignment_tokens=16,
+    )
+    assert (hits, tokens) == (([],), 0)
+
+
+def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
+    package = Path(pacellm_vllm.__file__).parent
+    order = ["ops", "config", "compat", "memory", "models"]
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if part not in order:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                top, *rest = node.module.split(".")
+                assert not (part in ("ops", "config") and top == "vllm"), path
+                if top == "pacellm_vllm" and rest and rest[0] in order:
+                    assert order.index(rest[0]) <= order.index(part), path

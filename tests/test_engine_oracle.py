@@ -1,0 +1,95 @@
+"""The engine against the oracle: the same prompt logprobs and greedy tokens."""
+
+import pytest
+from checkpoints import ARCHITECTURES, make_prompt
+from engines import engine, prompt_logprobs
+from oracle import OracleModel
+
+# How far from a tie every decision of a prompt must lie: fp32 noise between two implementations
+# stays below the first; GOOD_GAP ends the search for a prompt that is clearer still.
+GAP, GOOD_GAP = 2e-7, 1e-6
+TRIES = 12
+
+SHAPES = {
+    "odd bank, replacements": {"bank_size": 23, "segment_size": 32, "max_insertions": 5},
+    "long odd segments, wide top-k": {"bank_size": 37, "segment_size": 48, "top_k": 7},
+    "tiny bank, as published": {"bank_size": 7, "segment_size": 48, "max_insertions": 7},
+}
+MAX_TOKENS = 40
+
+
+def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS):
+    """Prompts of these lengths whose every memory decision is clear of a tie, with the truth.
+
+    Returns (prompt, tokens, prompt logprobs) for each length.
+    """
+    oracle = OracleModel(path, pace)
+    cases = []
+    for length in lengths:
+        best = (GAP, None)
+        for seed in range(TRIES):
+            prompt = make_prompt(1000 * length + seed, length)
+            case = (prompt, *oracle.generate(prompt, max_tokens))
+            gap = min(bank.closest_call for bank in oracle.banks.values())
+            best = max(best, (gap, case), key=lambda found: found[0])
+            if gap > GOOD_GAP:
+                break
+        assert best[1] is not None, f"no prompt of {length} tokens without a near tie"
+        cases.append(best[1])
+    return cases
+
+
+def lengths_for(size):
+    """Shorter than a segment, ending one, one past it, several, a dozen."""
+    return [5, size - 1, size, size + 1, 3 * size + 7, 12 * size + 1]
+
+
+def assert_engine_agrees(running, cases, max_tokens=MAX_TOKENS):
+    outputs = running.generate([case[0] for case in cases], max_tokens, prompt_logprobs=0)
+    for output, (prompt, tokens, logprobs) in zip(outputs, cases, strict=True):
+        got = prompt_logprobs(output)
+        worst = max((abs(a - b) for a, b in zip(got, logprobs, strict=True)), default=0)
+        assert worst <= 1e-3, f"{len(prompt)} tokens"
+        assert list(output.outputs[0].token_ids) == tokens, f"{len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("preset", ["official", "paper"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
+    pace = {"layers": [1, 3], "preset": preset, **SHAPES[shape]}
+    cases = clear_cases(checkpoint(arch), pace, lengths_for(pace["segment_size"]))
+    with engine(checkpoint(arch), arch, pace, max_num_batched_tokens=80) as running:
+        assert_engine_agrees(running, cases)
+        for memory in running.memories().values():
+            counts = memory.counts
+            assert min(counts.high, counts.mid, counts.low, counts.commits) > 0
+            assert counts.slots_peak == pace["bank_size"]
+        assert running.all_blocks_are_back()
+
+
+def test_every_setting_reaches_the_memory(checkpoint):
+    pace = {
+        "layers": [0, 2, 3],
+        "bank_size": 19,
+        "theta_high": 0.9,
+        "theta_low": 0.1,
+        "top_k": 3,
+        "negative_k": 4,
+        "noise": 0.4,
+        "alpha": 0.7,
+        "segment_size": 24,
+        "max_insertions": 2,
+        "momentum": 0.3,
+    }
+    cases = clear_cases(checkpoint(), pace, lengths=[200])
+    with engine(checkpoint(), pace=pace) as running:
+        assert_engine_agrees(running, cases)
+
+
+def test_memory_changes_what_is_said(checkpoint):
+    prompts = [make_prompt(seed, 200) for seed in range(4)]
+    with engine(checkpoint()) as running:
+        without = running.tokens(prompts)
+    with engine(checkpoint(), pace={"layers": [1, 3], "segment_size": 32}) as running:
+        assert running.tokens(prompts) != without

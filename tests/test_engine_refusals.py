@@ -1,0 +1,111 @@
+"""What is not supported stops at start-up with one sentence."""
+
+import json
+import shutil
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine
+from transformers import MixtralConfig, Qwen2MoeConfig
+
+PACE = {"layers": [1, 3], "segment_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("pace", "sentence"),
+    [
+        ({"bank_sise": 5}, "unknown field 'bank_sise' = 5; the fields are layers, preset"),
+        ({"layers": [99]}, "layers = 99 is not allowed; it must be from 0 to 3 for this model."),
+        ({"bank_size": 0}, "bank_size = 0 is not allowed; it must be an integer from 1 to 1024."),
+        (
+            {"theta_low": 0.8},
+            "theta_low = 0.8 is not allowed; it must be at most theta_high = 0.75",
+        ),
+    ],
+)
+def test_bad_settings(pace, sentence, checkpoint):
+    with pytest.raises(ValueError, match="pacellm") as refusal, engine(checkpoint(), pace=pace):
+        pass
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "memory does not work with speculative decoding: rejected draft tokens",
+        ),
+        ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "does not work with KV transfer: tokens computed elsewhere carry no memory",
+        ),
+        ({"runner": "pooling", "convert": "embed"}, "does not work with the pooling runner"),
+    ],
+)
+def test_unsupported_features(settings, sentence, checkpoint):
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint(), pace=PACE, **settings),
+    ):
+        pass
+    assert sentence in str(refusal.value)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    settings = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
+    for config, architecture in (
+        (Qwen2MoeConfig(**settings, num_key_value_heads=2), "PaceQwen2ForCausalLM"),
+        (MixtralConfig(**settings, num_key_value_heads=2), "PaceMistralForCausalLM"),
+    ):
+        config.architectures = [architecture]
+        config.save_pretrained(tmp_path)
+        with (
+            pytest.raises(ValueError, match="pacellm") as refusal,
+            engine(tmp_path, load_format="dummy"),
+        ):
+            pass
+        assert "memory does not work with a mixture-of-experts model" in str(refusal.value)
+
+
+def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint(), additional_config={"pacellm": PACE}),
+    ):
+        pass
+    assert 'add --hf-overrides \'{"architectures": ["PaceQwen2ForCausalLM"]}\'' in str(
+        refusal.value
+    )
+
+
+def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    with (
+        pytest.raises(ValueError, match="pacellm: VLLM_KV_CACHE_LAYOUT=LBHNC"),
+        engine(checkpoint(), pace=PACE),
+    ):
+        pass
+
+
+def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_path):
+    named = tmp_path / "named"
+    shutil.copytree(checkpoint(), named)
+    config = json.loads((named / "config.json").read_text())
+    config |= {"architectures": ["PaceQwen2ForCausalLM"], "pacellm": {"preset": "paper", **PACE}}
+    (named / "config.json").write_text(json.dumps(config))
+    prompts = [make_prompt(1, 100)]
+    with engine(named) as running:
+        assert list(running.memories()) == [1, 3]
+        by_file = running.tokens(prompts)
+    with engine(checkpoint(), pace={"preset": "paper", **PACE}) as running:
+        assert running.tokens(prompts) == by_file
+    with engine(named, additional_config={"pacellm": {"layers": [2]}}) as running:
+        assert list(running.memories()) == [2]

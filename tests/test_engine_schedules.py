@@ -1,0 +1,111 @@
+"""One answer under every schedule: chunks, neighbours, preemption, stale pages, aborts, forks."""
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine, poisoned_pages, prompt_logprobs
+from test_engine_oracle import clear_cases
+from vllm import SamplingParams
+
+PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+MAX_TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoint):
+    return clear_cases(checkpoint(), PACE, [20, 33, 64, 90, 121, 150, 200, 260], MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def prompts(cases):
+    return [prompt for prompt, _, _ in cases]
+
+
+@pytest.fixture(scope="module")
+def truth(cases):
+    return [tokens for _, tokens, _ in cases]
+
+
+@pytest.mark.parametrize("chunk", [32, 80, 512])
+def test_any_chunk_size_gives_the_same_tokens(chunk, checkpoint, prompts, truth):
+    with engine(checkpoint(), pace=PACE, max_num_batched_tokens=chunk) as running:
+        assert running.tokens(prompts, MAX_TOKENS) == truth
+        assert running.all_blocks_are_back()
+
+
+def test_alone_and_in_a_batch_give_the_same_tokens(checkpoint, prompts, truth):
+    with engine(checkpoint(), pace=PACE) as running:
+        assert [running.tokens([prompt], MAX_TOKENS)[0] for prompt in prompts] == truth
+        assert running.tokens(prompts[::-1], MAX_TOKENS) == truth[::-1]
+
+
+def test_preempted_requests_give_the_same_tokens(checkpoint, prompts, truth):
+    with engine(checkpoint(), pace=PACE, max_model_len=512, num_gpu_blocks_override=64) as running:
+        assert running.tokens(prompts, MAX_TOKENS) == truth
+        assert running.metric("vllm:num_preemptions") > 0
+        assert running.all_blocks_are_back()
+
+
+def test_freed_pages_are_never_read(checkpoint, prompts, truth):
+    with (
+        engine(checkpoint(), pace=PACE, max_model_len=512, num_gpu_blocks_override=64) as running,
+        poisoned_pages(running) as poisoned,
+    ):
+        for _ in range(2):
+            assert running.tokens(prompts, MAX_TOKENS) == truth
+        assert len(set(poisoned)) > 50
+
+
+def test_an_aborted_prefill_leaves_nothing_behind(checkpoint, prompts, truth):
+    with engine(checkpoint(), pace=PACE, max_num_batched_tokens=32) as running:
+        add, step = running.llm.llm_engine.add_request, running.llm.llm_engine.step
+        add("gone", {"prompt_token_ids": prompts[-1]}, SamplingParams(max_tokens=4))
+        step()
+        step()
+        assert not running.all_blocks_are_back()
+        running.llm.llm_engine.abort_request(["gone"], internal=False)
+        step()
+        assert running.all_blocks_are_back()
+        assert running.tokens(prompts[:3], MAX_TOKENS) == truth[:3]
+
+
+def test_siblings_do_not_share_a_bank_after_they_part(checkpoint, prompts):
+    with engine(checkpoint(), pace=PACE) as running:
+        sampled = running.generate(prompts[:1], MAX_TOKENS, n=2, temperature=1, seed=7, logprobs=0)
+        first, second = sampled[0].outputs
+        assert first.token_ids != second.token_ids
+        # Each says what it would have said alone: its tokens, read back as a prompt, are as likely.
+        for sibling in (first, second):
+            said = list(sibling.token_ids)
+            alone = running.generate([prompts[0] + said], 1, prompt_logprobs=0)[0]
+            want = prompt_logprobs(alone)[-len(said) :]
+            got = [
+                entry[token].logprob for entry, token in zip(sibling.logprobs, said, strict=True)
+            ]
+            assert max(abs(a - b) for a, b in zip(want, got, strict=True)) < 1e-3
+        assert running.all_blocks_are_back()
+
+
+def test_prefix_caching_asked_for_is_off_and_changes_nothing(checkpoint, prompts, truth):
+    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
+        for _ in range(2):
+            outputs = running.generate(prompts, MAX_TOKENS)
+            assert [list(o.outputs[0].token_ids) for o in outputs] == truth
+            assert not any(output.num_cached_tokens for output in outputs)
+
+
+def test_pages_are_claimed_as_tokens_need_them(checkpoint):
+    with engine(checkpoint(), pace=PACE, max_num_batched_tokens=16) as running:
+        layout = running.memories()[1].spec.layout
+        engine_ = running.llm.llm_engine
+        engine_.add_request(
+            "grows",
+            {"prompt_token_ids": make_prompt(1, 80)},
+            SamplingParams(max_tokens=2, detokenize=False),
+        )
+        held = []
+        for _ in range(5):
+            engine_.step()
+            used = running.free_at_start - running.pool.get_num_free_blocks()
+            held.append(used - len(held) - 1)
+        assert held == [layout.pages_for(tokens) for tokens in (16, 32, 48, 64, 80)]
+        assert held[0] < held[2] == layout.num_pages

@@ -1,0 +1,135 @@
+"""The scheduler's side of a bank: vLLM's own KV cache manager driving ours."""
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.request import Request
+
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
+
+BLOCK = 16
+SEGMENT = 64
+ATTENTION, BANK = 0, 1
+
+
+def bank_spec(page_bytes=4096):
+    rules = PaceConfig.from_sources({"bank_size": 23, "segment_size": SEGMENT}).rules()
+    return PagedBankSpec(
+        block_size=BLOCK,
+        num_kv_heads=1,
+        head_size=page_bytes // 2,
+        dtype=torch.uint8,
+        layout=BankLayout.plan(rules, 344, torch.float32, page_bytes),
+        num_layers=2,
+        summary="layers 1, 3 of 4, preset official",
+    )
+
+
+def make_manager(blocks, caching):
+    kv_cache_utils.init_none_hash(sha256)
+    attention = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
+    )
+    config = KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn" for i in range(4)], attention),
+            KVCacheGroupSpec([f"model.layers.{i}.mlp.memory" for i in (1, 3)], bank_spec()),
+        ],
+    )
+    return KVCacheManager(
+        config,
+        max_model_len=2048,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=caching,
+    )
+
+
+def make_request(name, tokens, caching):
+    return Request(
+        request_id=name,
+        prompt_token_ids=tokens,
+        sampling_params=SamplingParams(max_tokens=64),
+        pooling_params=None,
+        block_hasher=kv_cache_utils.get_request_block_hasher(BLOCK, sha256) if caching else None,
+    )
+
+
+def held(manager, request, group):
+    table = manager.coordinator.single_type_managers[group].req_to_blocks
+    return [block.block_id for block in table.get(request.request_id, ())]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_pages_grow_front_to_back_never_move_and_all_come_back(caching):
+    manager = make_manager(400, caching)
+    pool = manager.block_pool
+    free = pool.get_num_free_blocks()
+    layout = bank_spec().layout
+    assert isinstance(manager.coordinator.single_type_managers[BANK], PagedBankManager)
+    requests = [make_request(f"r{i}", [i] * 150, caching) for i in range(5)]
+    owner = {}
+    for request in requests:
+        blocks, hit, _ = manager.get_computed_blocks(request)
+        assert hit == 0
+        before = []
+        for step, tokens in enumerate((10, 30, 24, 1, 70, 1, 1)):
+            new = manager.allocate_slots(request, tokens, 0, blocks if step == 0 else None)
+            request.num_computed_tokens += tokens
+            pages = held(manager, request, BANK)
+            assert len(pages) == layout.pages_for(request.num_computed_tokens)
+            assert pages[: len(before)] == before
+            assert list(new.get_block_ids()[BANK]) == pages[len(before) :]
+            before = pages
+        for block in before + held(manager, request, ATTENTION):
+            assert block not in owner, "two requests hold one block"
+            owner[block] = request.request_id
+    assert 0 not in owner
+    assert free - pool.get_num_free_blocks() == len(owner)
+    for request in requests:
+        manager.free(request)
+    assert pool.get_num_free_blocks() == free
+
+
+def test_the_bank_keeps_every_prefix_cache_hit_at_zero():
+    manager = make_manager(400, caching=True)
+    tokens = list(range(200))
+    first = make_request("first", tokens, caching=True)
+    manager.allocate_slots(first, 200)
+    first.num_computed_tokens = 200
+    manager.free(first)
+    again = make_request("again", tokens, caching=True)
+    _attention_only, per_group = manager.coordinator.find_longest_cache_hit_per_group(
+        again.block_hashes, 199
+    )
+    assert per_group[ATTENTION] > 0, "the attention group alone would hit"
+    _, hit, _ = manager.get_computed_blocks(again)
+    assert hit == 0
+
+
+def test_a_request_that_does_not_fit_takes_nothing():
+    layout = bank_spec().layout
+    need = -(-SEGMENT // BLOCK) + layout.pages_for(SEGMENT)
+    manager = make_manager(2 * need, caching=False)
+    pool = manager.block_pool
+    first = make_request("first", [1] * SEGMENT, caching=False)
+    assert manager.allocate_slots(first, SEGMENT) is not None
+    left = pool.get_num_free_blocks()
+    second = make_request("second", [2] * SEGMENT, caching=False)
+    assert manager.allocate_slots(second, SEGMENT) is None
+    assert pool.get_num_free_blocks() == left
+    assert held(manager, second, BANK) == []
+    manager.free(first)
+    assert manager.allocate_slots(second, SEGMENT) is not None
