@@ -19,9 +19,10 @@ def test_state_equals_the_published_algorithm(bank_size, segment, width):
     published = PublishedBank(bank_size, width)
     kinds = torch.zeros(3)
     for start in range(0, 12 * segment, segment):
-        # Topics come and go, so that slots are merged, confirmed and replaced.
-        a = activations(segment, width, seed=start // (3 * segment))
-        a += 0.3 * activations(segment, width, seed=start)
+        # Topics come and go, each with a share of its tokens that are much alike.
+        topic = start // (3 * segment)
+        a = activations(segment, width, seed=topic) + 0.3 * activations(segment, width, start)
+        a[segment // 3 :] += 6 * activations(1, width, seed=100 + topic)
         o, progress = advance(store, a, start, rules)
         torch.testing.assert_close(o, published.step(a), rtol=1e-5, atol=2e-6)
         header = store.read_header()
