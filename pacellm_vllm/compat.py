@@ -4,9 +4,12 @@
 """
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from starlette.datastructures import Headers
+from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -87,3 +90,27 @@ def plugin_logger() -> logging.Logger:
     own package prints nothing. Can go when plugins' loggers are configured too.
     """
     return init_logger("vllm.plugins.pacellm")
+
+
+def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
+    """Give every worker the methods of class ``name``, unless the user named an extension.
+
+    Symptom: vLLM has one slot for worker extensions and no way to add a second.
+    Can go when there can be several.
+    """
+    if not vllm_config.parallel_config.worker_extension_cls:
+        vllm_config.parallel_config.worker_extension_cls = name
+
+
+def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
+    """Whether a request's headers carry one of the server's API keys; always, if it has none.
+
+    Symptom: vLLM's own middleware guards its ``/v1`` routes and not those of plugins.
+    Can go when it guards those too.
+    """
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if not keys:
+        return lambda headers: True
+    return AuthenticationMiddleware(None, keys).verify_token  # type: ignore[arg-type]

@@ -67,11 +67,7 @@ class Engine:
     def memories(self) -> dict[int, Any]:
         """The ``PaceMemory`` of each layer that has one."""
         layers = self.core.vllm_config.compilation_config.static_forward_context
-        return {
-            int(name.split(".")[2]): layer
-            for name, layer in layers.items()
-            if name.endswith(".memory")
-        }
+        return {layer.index: layer for name, layer in layers.items() if name.endswith(".memory")}
 
     def all_blocks_are_back(self) -> bool:
         return self.pool.get_num_free_blocks() == self.free_at_start

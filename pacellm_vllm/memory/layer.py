@@ -26,13 +26,13 @@ OP_NAME = "pacellm_memory"
 class PaceMemory(nn.Module, AttentionLayerBase):
     """Looks activations up in their requests' banks and updates the banks.
 
-    ``width`` is this rank's share of the intermediate size. It has no parameters, so weight
-    loading does not see it.
+    ``index`` is the decoder layer, ``width`` this rank's share of the intermediate size. It
+    has no parameters, so weight loading does not see it.
     """
 
     supports_dcp = False
 
-    def __init__(self, config: PaceConfig, width: int, prefix: str) -> None:
+    def __init__(self, config: PaceConfig, index: int, width: int, prefix: str) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
         layers = vllm_config.compilation_config.static_forward_context
@@ -41,6 +41,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         layers[prefix] = self
         add_splitting_op(vllm_config, OP_NAME)
 
+        self.index = index
         self.prefix = prefix
         self.config = config
         self.rules = config.rules()

@@ -2,12 +2,14 @@
 
 from vllm.config import VllmConfig
 
-from pacellm_vllm.compat import plugin_logger
+from pacellm_vllm.compat import add_worker_extension, plugin_logger
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.models.settings import additional_settings, read_config
 from pacellm_vllm.models.table import pace_architecture
 
 logger = plugin_logger()
+
+REPORT_EXTENSION = "pacellm_vllm.serving.report.MemoryReport"
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -59,6 +61,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         if found:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
 
+    add_worker_extension(vllm_config, REPORT_EXTENSION)
     cache = vllm_config.cache_config
     if cache.enable_prefix_caching:
         logger.info("pacellm: prefix caching is off; a hit would skip tokens a bank has to see.")

@@ -30,8 +30,8 @@ class PaceMLPMixin:
         return out
 
 
-def attach(mlp: nn.Module, config: PaceConfig, name: str) -> None:
-    """Give ``mlp`` (at ``name`` in its model) a memory.
+def attach(mlp: nn.Module, config: PaceConfig, index: int, name: str) -> None:
+    """Give ``mlp``, the FFN of layer ``index`` at ``name`` in its model, a memory.
 
     Raises ``PaceConfigError`` when it is not a plain gated FFN.
     """
@@ -46,7 +46,8 @@ def attach(mlp: nn.Module, config: PaceConfig, name: str) -> None:
     assert isinstance(down_proj, RowParallelLinear), type(down_proj)
     base = type(mlp)
     mlp.__class__ = type(f"Pace{base.__name__}", (PaceMLPMixin, base), {})
-    mlp.memory = PaceMemory(config, down_proj.input_size_per_partition, prefix=f"{name}.memory")
+    width = down_proj.input_size_per_partition
+    mlp.memory = PaceMemory(config, index, width, prefix=f"{name}.memory")
 
 
 def pacify(base: type[nn.Module], name: str) -> type[nn.Module]:
@@ -63,7 +64,7 @@ def pacify(base: type[nn.Module], name: str) -> type[nn.Module]:
         for path, module in list(self.named_modules()):
             found = _FFN_NAME.search(path)
             if found and int(found[1]) in layers:
-                attach(module, config, f"{prefix}.{path}" if prefix else path)
+                attach(module, config, int(found[1]), f"{prefix}.{path}" if prefix else path)
 
     body: dict[str, Any] = {"__init__": __init__, "__module__": "pacellm_vllm.models"}
     return type(name, (base,), body)

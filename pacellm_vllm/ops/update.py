@@ -105,7 +105,7 @@ def advance(
     header = store.read_header()
     if offset == 0:
         header.start_segment(first=segment == 0)
-    valid = int(header.valid) if segment else 0
+    valid = int(header.valid)
     found = look_up(a, *store.read_slots(valid), rules, reduce)
     o = found.output
 

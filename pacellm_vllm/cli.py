@@ -1,0 +1,85 @@
+"""The ``pacellm`` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pacellm_vllm import __version__
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status, 2 for what was asked wrongly."""
+    parser = argparse.ArgumentParser(
+        prog="pacellm",
+        description="Serve decoder LLMs with an activation memory on vLLM.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pacellm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    args, rest = parser.parse_known_args(argv)
+    try:
+        return args.run(args, rest)
+    except PaceConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="vllm serve, with memory",
+        usage="pacellm serve MODEL [--layers 12,26] [memory flags] [any vllm serve flag]",
+        description="Runs `vllm serve` with memory on, after printing the command it runs. "
+        "Every flag not listed here goes to vllm serve.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="checkpoint directory or hub name")
+    for name, field in PaceConfig.model_fields.items():
+        serve.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=_layers if name == "layers" else _number_or_text,
+            help=field.description,
+        )
+    serve.set_defaults(run=_serve)
+
+
+def _layers(text: str) -> Any:
+    if text == "auto":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError('a list such as 12,26, or "auto"') from None
+
+
+def _number_or_text(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _serve(args: argparse.Namespace, rest: list[str]) -> int:
+    # vLLM takes seconds to import: not for --help or a typo.
+    from pacellm_vllm.serving.command import all_plugins, serve_arguments, shown, vllm_command
+
+    fields = {name: getattr(args, name) for name in PaceConfig.model_fields}
+    settings = {name: value for name, value in fields.items() if value is not None}
+    arguments = serve_arguments(args.model, settings, rest)
+    plugins = None if "VLLM_PLUGINS" in os.environ else all_plugins()
+    print(shown(arguments, plugins), flush=True)
+    if plugins:
+        os.environ["VLLM_PLUGINS"] = plugins
+    command = vllm_command(arguments)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""Serving with memory: the command that starts a server, and what one can ask it.
+
+``command``  builds the ``vllm serve`` command that ``pacellm serve`` runs
+``routes``   ``GET /plugins/pacellm/memory`` on vLLM's API server
+``report``   the worker method behind it: what each layer's memory did
+"""

@@ -1,0 +1,124 @@
+"""The ``vllm serve`` command that ``pacellm serve`` runs."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import yaml
+from vllm.transformers_utils.config import get_config
+
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
+
+_MERGED = ("--hf-overrides", "--additional-config")
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def serve_arguments(model: str, settings: dict[str, Any], rest: Sequence[str]) -> list[str]:
+    """Arguments of ``vllm`` that serve ``model`` with memory.
+
+    ``settings`` are PaceConfig fields, ``rest`` flags for vLLM, whose own ``--hf-overrides`` and
+    ``--additional-config`` are merged with ours. Raises ``PaceConfigError`` when the model is
+    none that carries memory, or a setting is wrong or given twice.
+    """
+    given, rest = _take_json(rest)
+    _check_file(rest)
+    overrides, additional = (given[name] for name in _MERGED)
+    hf_config = get_config(model, trust_remote_code="--trust-remote-code" in rest)
+    named = overrides.get("architectures") or hf_config.architectures or ["(none)"]
+    architecture = pace_architecture(named[0])
+    if architecture is None:
+        known = ", ".join(base.architecture for base in ARCHITECTURES.values())
+        raise PaceConfigError(
+            f"pacellm: {model} is a {named[0]}, which carries no memory; it must be one of {known}."
+        )
+    ours = {**(additional.get(CONFIG_KEY) or {})}
+    for name in settings.keys() & ours.keys():
+        raise PaceConfigError(
+            f"pacellm: {name} is given both as a flag and in --additional-config; drop one."
+        )
+    ours.update(settings)
+    layers = getattr(hf_config.get_text_config(), "num_hidden_layers", None)
+    config = PaceConfig.from_sources(getattr(hf_config, CONFIG_KEY, None), ours)
+    if layers is not None:
+        config.resolve_layers(layers)
+    overrides = {**overrides, "architectures": [architecture]}
+    additional = {**additional, CONFIG_KEY: ours}
+    merged = [f"--hf-overrides={json.dumps(overrides)}"]
+    merged.append(f"--additional-config={json.dumps(additional)}")
+    return ["serve", model, *merged, *rest]
+
+
+def all_plugins() -> str:
+    """A value for VLLM_PLUGINS that leaves everything installed on and adds our HTTP routes.
+
+    vLLM loads HTTP plugins only when they are named there, and what is named there is then all
+    that is loaded, of every kind.
+    """
+    names = {plugin.name for group in _PLUGIN_GROUPS for plugin in entry_points(group=group)}
+    return ",".join(sorted(names | {"pacellm_http"}))
+
+
+def vllm_command(arguments: Sequence[str]) -> list[str]:
+    """argv that runs this environment's vllm."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+def shown(arguments: Sequence[str], plugins: str | None) -> str:
+    """The command as one would type it."""
+    env = f"VLLM_PLUGINS={shlex.quote(plugins)} " if plugins else ""
+    return env + shlex.join(["vllm", *arguments])
+
+
+def _take_json(rest: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Split the two JSON flags off: their values by flag, and what remains."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in _MERGED}
+    kept = []
+    words = iter(rest)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.replace("_", "-").partition(".")[0]
+        if name not in _MERGED:
+            kept.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        try:
+            parsed = json.loads(value) if flag.replace("_", "-") == name else None
+        except json.JSONDecodeError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise PaceConfigError(
+                f"pacellm: {flag} {value!r} cannot be merged with the memory's; give {name} as one "
+                "JSON object."
+            )
+        given[name].update(parsed)
+    return given, kept
+
+
+def _check_file(rest: Sequence[str]) -> None:
+    """Refuse a ``--config`` file whose values ours on the command line would silently replace."""
+    words = list(rest)
+    for i, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag != "--config":
+            continue
+        path = Path(value or (words[i + 1] if i + 1 < len(words) else ""))
+        if not path.is_file():
+            raise PaceConfigError(f"pacellm: --config {str(path)!r} is not a file.")
+        names = {str(name).replace("_", "-") for name in yaml.safe_load(path.read_text()) or {}}
+        for name in _MERGED:
+            if name.removeprefix("--") in names:
+                raise PaceConfigError(
+                    f"pacellm: {path} sets {name.removeprefix('--')}, which the memory's flags "
+                    f"would replace; run vllm serve --config {path} instead, or move it out."
+                )

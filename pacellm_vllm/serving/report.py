@@ -1,0 +1,36 @@
+"""What each layer's memory did, asked of the workers of a running engine."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from pacellm_vllm.memory.layer import PaceMemory
+
+REPORT_METHOD = "pacellm_memory_report"
+
+
+class MemoryReport:
+    """A vLLM worker extension (``--worker-extension-cls``): one method more on every worker."""
+
+    vllm_config: VllmConfig
+
+    def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
+        """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return {
+            layer.index: {
+                "preset": layer.config.preset,
+                "bank_size": layer.config.bank_size,
+                **layer.counts.as_dict(),
+            }
+            for layer in layers
+            if isinstance(layer, PaceMemory)
+        }
+
+
+def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """One report from all workers'. Tensor parallel ranks decide alike, so any one's counts do."""
+    merged: dict[int, dict[str, Any]] = {}
+    for report in reports:
+        merged.update({int(layer): counts for layer, counts in report.items()})
+    return {str(layer): merged[layer] for layer in sorted(merged)}

@@ -1,0 +1,61 @@
+"""``GET /plugins/pacellm/memory``: what the memory did, as JSON.
+
+vLLM loads it when VLLM_PLUGINS names ``pacellm_http`` (``pacellm serve`` does so).
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+
+from pacellm_vllm.compat import api_key_check
+from pacellm_vllm.models.checks import REPORT_EXTENSION
+from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving.report import REPORT_METHOD, merge_reports
+
+MEMORY_ROUTE = "/plugins/pacellm/memory"
+
+router = APIRouter()
+
+
+@router.get(MEMORY_ROUTE)
+async def memory(request: Request) -> dict[str, Any]:
+    """``{"active": bool, "layers": {index: counts}}``; 401 without the server's API key."""
+    state = request.app.state.pacellm
+    if not state.authorized(request.headers):
+        raise HTTPException(401, "Unauthorized")
+    if state.engine is None:
+        raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
+    config = state.engine.vllm_config
+    if config.model_config.architecture not in ARCHITECTURES:
+        return {"active": False, "layers": {}}
+    if config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+        raise HTTPException(
+            501,
+            "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
+            "drop that flag to see the memory.",
+        )
+    reports = await state.engine.collective_rpc(REPORT_METHOD)
+    return {"active": True, "layers": merge_reports(reports)}
+
+
+class HttpPlugin:
+    """vLLM's ``EndpointPlugin`` (``vllm/plugins/endpoint_plugins/interface.py``)."""
+
+    name = "pacellm_http"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        state.pacellm = Namespace(engine=engine_client, authorized=api_key_check(args))
+
+
+def create_plugin() -> HttpPlugin:
+    """The entry point of group ``vllm.endpoint_plugins``."""
+    return HttpPlugin()

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Sets up .venv, builds a tiny random model, serves it with memory on, sends it a long text over
+# HTTP, prints its answer and what the memory did, and stops the server.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+bin=${PACELLM_VENV:-.venv}/bin
+work=.quickstart
+log=$work/server.log
+mkdir -p "$work"
+
+"$bin/python" scripts/make_tiny_model.py "$work/model"
+port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+url=http://127.0.0.1:$port
+
+echo "pacellm: starting the server (log in $log)"
+"$bin/pacellm" serve "$work/model" --preset official --max-model-len 8192 \
+    --host 127.0.0.1 --port "$port" > "$log" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+
+for _ in $(seq 240); do
+    if "$bin/python" -c "import urllib.request as u; u.urlopen('$url/health', timeout=2)" 2>/dev/null; then
+        grep -o "pacellm: memory in .*" "$log" || true
+        "$bin/python" scripts/quickstart_client.py "$url" LICENSE
+        exit 0
+    fi
+    kill -0 "$server" 2>/dev/null || break
+    sleep 1
+done
+echo "pacellm: the server did not start; the end of its log:" >&2
+tail -n 40 "$log" >&2
+exit 1
