@@ -93,3 +93,17 @@ def test_memory_changes_what_is_said(checkpoint):
         without = running.tokens(prompts)
     with engine(checkpoint(), pace={"layers": [1, 3], "segment_size": 32}) as running:
         assert running.tokens(prompts) != without
+
+
+@pytest.mark.parametrize("bank_dtype", ["auto", "float32"])
+def test_half_precision_stays_near_the_fp32_truth(bank_dtype, checkpoint):
+    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    cases = clear_cases(checkpoint(), pace, [100, 260], 1)
+    pace["bank_dtype"] = bank_dtype
+    with engine(checkpoint(), pace=pace, dtype="bfloat16") as running:
+        outputs = running.generate([prompt for prompt, _, _ in cases], 1, prompt_logprobs=0)
+        spec = running.memories()[1].spec
+        assert spec.layout.itemsize == (2 if bank_dtype == "auto" else 4)
+    for output, (_, _, logprobs) in zip(outputs, cases, strict=True):
+        errors = [abs(a - b) for a, b in zip(prompt_logprobs(output), logprobs, strict=True)]
+        assert sum(errors) / len(errors) < 0.1
