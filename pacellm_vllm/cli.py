@@ -20,7 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"pacellm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
+    if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):
+        first = next(iter(words[1:]), "-")
+        if first.startswith("-"):
+            parser.exit(2, "pacellm: MODEL comes first after `pacellm serve`, before any flag.\n")
+    args, rest = parser.parse_known_args(words)
     try:
         return args.run(args, rest)
     except PaceConfigError as error:

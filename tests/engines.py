@@ -100,7 +100,7 @@ def engine(path: Any, arch: str = "qwen2", pace: Any = None, **settings: Any) ->
 
 @contextlib.contextmanager
 def poisoned_pages(running: Engine) -> Iterator[list[int]]:
-    """Fill every page with NaN bytes before the first step and whenever it is freed.
+    """Fill every page with NaN bytes before the first step and whenever it is freed uncached.
 
     Yields the block ids poisoned so far.
     """
@@ -109,7 +109,7 @@ def poisoned_pages(running: Engine) -> Iterator[list[int]]:
 
     def poison(blocks: list[Any]) -> None:
         for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null:
+            if block.ref_cnt == 0 and not block.is_null and block.block_hash is None:
                 poisoned.append(block.block_id)
                 for cache in caches:
                     cache[block.block_id].view(torch.uint8).fill_(0xFF)

@@ -63,6 +63,7 @@ def test_what_the_user_gives_to_vllm_is_kept(checkpoint):
         ),
         ({}, ["--additional-config.pacellm.noise", "0"], "as one JSON object"),
         ({}, ["--hf-overrides", "{oops"], "as one JSON object"),
+        ({}, ["--additional-config", '{"pacellm": [1]}'], "it must be an object such as"),
         ({}, ["--config", "nowhere.yaml"], "'nowhere.yaml' is not a file"),
         ({}, ["--config", str(CONFIGS[0])], "which the memory's flags would replace"),
     ],
@@ -81,6 +82,32 @@ def test_a_model_without_memory_is_refused(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "is a Qwen2MoeForCausalLM, which carries no memory; it must be one of Llama" in said
     assert said.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("pacellm: the configuration of ")
+
+
+@pytest.mark.parametrize("words", [[], ["--port", "8000", "some/model"]])
+def test_the_model_comes_before_the_flags(words, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["serve", *words])
+    assert refusal.value.code == 2
+    assert capsys.readouterr().err.startswith("pacellm: MODEL comes first")
+
+
+def test_the_revision_to_be_served_is_the_one_read(monkeypatch, checkpoint):
+    asked, real = [], command.get_config
+
+    def get_config(model, trust_remote_code, revision=None):
+        asked.append((trust_remote_code, revision))
+        return real(model, trust_remote_code)
+
+    monkeypatch.setattr(command, "get_config", get_config)
+    args = parsed(checkpoint(), {}, ["--revision=v2", "--trust-remote-code"])
+    assert (args.trust_remote_code, args.revision) == (True, "v2")
+    assert asked == [(True, "v2")]
 
 
 def test_serve_prints_the_command_and_runs_it(checkpoint, capsys, monkeypatch):

@@ -83,7 +83,7 @@ def test_every_setting_reaches_the_memory(checkpoint):
         "momentum": 0.3,
     }
     cases = clear_cases(checkpoint(), pace, lengths=[200])
-    with engine(checkpoint(), pace=pace) as running:
+    with engine(checkpoint(), pace=pace, enable_prefix_caching=False) as running:
         assert_engine_agrees(running, cases)
 
 

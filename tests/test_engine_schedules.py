@@ -85,14 +85,6 @@ def test_siblings_do_not_share_a_bank_after_they_part(checkpoint, prompts):
         assert running.all_blocks_are_back()
 
 
-def test_prefix_caching_asked_for_is_off_and_changes_nothing(checkpoint, prompts, truth):
-    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
-        for _ in range(2):
-            outputs = running.generate(prompts, MAX_TOKENS)
-            assert [list(o.outputs[0].token_ids) for o in outputs] == truth
-            assert not any(output.num_cached_tokens for output in outputs)
-
-
 def test_pages_are_claimed_as_tokens_need_them(checkpoint):
     with engine(checkpoint(), pace=PACE, max_num_batched_tokens=16) as running:
         layout = running.memories()[1].spec.layout

@@ -103,22 +103,6 @@ def test_pages_grow_front_to_back_never_move_and_all_come_back(caching):
     assert pool.get_num_free_blocks() == free
 
 
-def test_the_bank_keeps_every_prefix_cache_hit_at_zero():
-    manager = make_manager(400, caching=True)
-    tokens = list(range(200))
-    first = make_request("first", tokens, caching=True)
-    manager.allocate_slots(first, 200)
-    first.num_computed_tokens = 200
-    manager.free(first)
-    again = make_request("again", tokens, caching=True)
-    _attention_only, per_group = manager.coordinator.find_longest_cache_hit_per_group(
-        again.block_hashes, 199
-    )
-    assert per_group[ATTENTION] > 0, "the attention group alone would hit"
-    _, hit, _ = manager.get_computed_blocks(again)
-    assert hit == 0
-
-
 def test_a_request_that_does_not_fit_takes_nothing():
     layout = bank_spec().layout
     need = -(-SEGMENT // BLOCK) + layout.pages_for(SEGMENT)
@@ -133,3 +117,71 @@ def test_a_request_that_does_not_fit_takes_nothing():
     assert held(manager, second, BANK) == []
     manager.free(first)
     assert manager.allocate_slots(second, SEGMENT) is not None
+
+
+def test_a_snapshot_published_in_this_step_is_copied_from_its_source():
+    manager = make_manager(400, caching=True)
+    pages = bank_spec().layout.committed_pages
+    tokens = list(range(8 * SEGMENT))
+    first, second = (make_request(name, tokens, caching=True) for name in ("first", "second"))
+    manager.new_step_starts()
+    manager.allocate_slots(first, 6 * SEGMENT)
+    first.num_computed_tokens = 6 * SEGMENT
+    manager.new_step_starts()
+    manager.allocate_slots(first, SEGMENT)
+    blocks, hit, _ = manager.get_computed_blocks(second)
+    assert hit == 6 * SEGMENT
+    manager.allocate_slots(second, 1, hit, blocks)
+    copies, retained = manager.take_kv_cache_block_copies()
+    published, restored = copies[:pages], copies[pages:]
+    mine, theirs = held(manager, first, BANK), held(manager, second, BANK)
+    assert [copy.src_block_id for copy in published] == mine[:pages]
+    assert [copy.src_block_id for copy in restored] == mine[:pages]
+    assert [copy.dst_block_id for copy in restored] == theirs[:pages]
+    manager.block_pool.free_blocks(retained)
+    for request in (first, second):
+        manager.free(request)
+    assert all(block.ref_cnt == 0 for block in manager.block_pool.blocks if not block.is_null)
+
+
+def test_tokens_still_in_flight_are_not_donated():
+    manager = make_manager(400, caching=True)
+    request = make_request("ahead", list(range(2 * SEGMENT - 1)), caching=True)
+    manager.allocate_slots(request, 2 * SEGMENT)
+    # An asynchronous step computes a token whose value the scheduler does not know yet.
+    request.num_computed_tokens = 2 * SEGMENT
+    manager.free(request)
+    again = make_request("again", list(range(2 * SEGMENT + 5)), caching=True)
+    assert manager.get_computed_blocks(again)[1] == 0
+
+
+def test_snapshots_are_published_only_while_blocks_are_plenty():
+    layout = bank_spec().layout
+    length = 8 * SEGMENT
+    need = length // BLOCK + layout.num_pages
+    for spare, publishes in ((layout.committed_pages - 1, False), (100, True)):
+        manager = make_manager(1 + need + spare, caching=True)
+        request = make_request("only", list(range(length)), caching=True)
+        manager.allocate_slots(request, length // 2)
+        request.num_computed_tokens = length // 2
+        manager.new_step_starts()
+        assert manager.allocate_slots(request, length // 2) is not None
+        copies, retained = manager.take_kv_cache_block_copies()
+        assert bool(copies) is publishes
+        manager.block_pool.free_blocks(retained)
+
+
+def test_snapshots_take_no_more_blocks_than_they_make_reusable():
+    manager = make_manager(2000, caching=True)
+    pages = bank_spec().layout.committed_pages
+    request = make_request("long", list(range(1900)), caching=True)
+    copied = 0
+    for start in range(0, 1900, 20):
+        manager.new_step_starts()
+        manager.allocate_slots(request, 20)
+        request.num_computed_tokens = start + 20
+        copies, retained = manager.take_kv_cache_block_copies()
+        manager.block_pool.free_blocks(retained)
+        copied += len(copies)
+        assert copied <= request.num_computed_tokens // BLOCK
+    assert copied >= 4 * pages

@@ -353,6 +353,7 @@ class TestModel:
         model, prompt = models[arch], make_prompt(2, 50)
         tokens, prompt_logprobs = model.generate(prompt, 40, **PACE)
         banks = model.banks
+        assert len(tokens) == 40
         # The last token never entered the model.
         logits = model.forward(prompt + tokens[:-1], **PACE)
         assert tokens == logits[len(prompt) - 1 :].argmax(dim=-1).tolist()

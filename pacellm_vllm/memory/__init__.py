@@ -2,7 +2,8 @@
 
 ``layout``   BankLayout, which row of a bank lies in which page, and how many pages tokens need
 ``store``    PagedStore, one bank read and written through a request's block table row
-``spec``     PagedBankSpec and PagedBankManager, what the scheduler allocates and frees
+``spec``     PagedBankSpec, what the scheduler knows of a bank
+``manager``  PagedBankManager, which claims, shares and frees banks' pages
 ``plan``     how large pages are in a given engine, and what it cannot share blocks with
 ``backend``  the metadata a step's layers share: which tokens belong to which segment of whom
 ``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op

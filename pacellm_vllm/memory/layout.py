@@ -107,6 +107,11 @@ class BankLayout:
         """Bytes of the keys and values of a full bank alone."""
         return 2 * self.bank_size * self.width * self.itemsize
 
+    @property
+    def committed_pages(self) -> int:
+        """Pages that hold a full committed bank: a snapshot of it."""
+        return self.pages_for(self.segment_size)
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages a request needs once ``num_tokens`` of its tokens are computed.
 

@@ -25,6 +25,13 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     """
     check_layouts(vllm_config)
     attention = _attention_spec(vllm_config)
+    size = config.segment_size
+    if vllm_config.cache_config.enable_prefix_caching and size % attention.block_size:
+        raise ValueError(
+            f"pacellm: segment_size = {size} is not allowed; with prefix caching it must be a "
+            f"multiple of the KV block size {attention.block_size} (or pass "
+            "--no-enable-prefix-caching)."
+        )
     model = vllm_config.model_config
     total = model.get_total_num_hidden_layers()
     layers = config.resolve_layers(total)

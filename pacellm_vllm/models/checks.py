@@ -17,8 +17,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 def check_engine(vllm_config: VllmConfig) -> None:
     """Validate the memory's configuration against the engine's; for ``Pace*`` architectures.
 
-    Raises ``PaceConfigError``. Turns prefix caching off: a hit would skip tokens that the bank
-    has to see.
+    Raises ``PaceConfigError``.
     """
     model = vllm_config.model_config
     config = read_config(vllm_config)
@@ -62,10 +61,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
 
     add_worker_extension(vllm_config, REPORT_EXTENSION)
-    cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
-        logger.info("pacellm: prefix caching is off; a hit would skip tokens a bank has to see.")
-        cache.enable_prefix_caching = False
 
 
 def check_not_configured(vllm_config: VllmConfig) -> None:

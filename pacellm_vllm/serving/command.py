@@ -1,5 +1,6 @@
 """The ``vllm serve`` command that ``pacellm serve`` runs."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -33,7 +34,7 @@ def serve_arguments(model: str, settings: dict[str, Any], rest: Sequence[str]) -
     given, rest = _take_json(rest)
     _check_file(rest)
     overrides, additional = (given[name] for name in _MERGED)
-    hf_config = get_config(model, trust_remote_code="--trust-remote-code" in rest)
+    hf_config = _read_checkpoint(model, rest)
     named = overrides.get("architectures") or hf_config.architectures or ["(none)"]
     architecture = pace_architecture(named[0])
     if architecture is None:
@@ -41,12 +42,14 @@ def serve_arguments(model: str, settings: dict[str, Any], rest: Sequence[str]) -
         raise PaceConfigError(
             f"pacellm: {model} is a {named[0]}, which carries no memory; it must be one of {known}."
         )
-    ours = {**(additional.get(CONFIG_KEY) or {})}
+    ours = additional.get(CONFIG_KEY) or {}
+    if not isinstance(ours, dict):
+        PaceConfig.from_sources(ours)  # raises: it says what an object of ours looks like
     for name in settings.keys() & ours.keys():
         raise PaceConfigError(
             f"pacellm: {name} is given both as a flag and in --additional-config; drop one."
         )
-    ours.update(settings)
+    ours = {**ours, **settings}
     layers = getattr(hf_config.get_text_config(), "num_hidden_layers", None)
     config = PaceConfig.from_sources(getattr(hf_config, CONFIG_KEY, None), ours)
     if layers is not None:
@@ -77,6 +80,22 @@ def shown(arguments: Sequence[str], plugins: str | None) -> str:
     """The command as one would type it."""
     env = f"VLLM_PLUGINS={shlex.quote(plugins)} " if plugins else ""
     return env + shlex.join(["vllm", *arguments])
+
+
+def _read_checkpoint(model: str, rest: Sequence[str]) -> Any:
+    """The checkpoint's configuration, read as vLLM will read it."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--revision")
+    flags.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
+    try:
+        known, _ = flags.parse_known_args(list(rest))
+        return get_config(model, known.trust_remote_code, revision=known.revision)
+    except (OSError, ValueError, argparse.ArgumentError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise PaceConfigError(
+            f"pacellm: the configuration of {model!r} cannot be read ({reason}); MODEL must be a "
+            "checkpoint directory or a hub name."
+        ) from None
 
 
 def _take_json(rest: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

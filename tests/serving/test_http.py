@@ -22,6 +22,8 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 ENGINE = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20)]
 CHAT = [{"role": "user", "content": TEXT[:3000]}]
 MAX_TOKENS = 24
+# Whatever other tests set in this process.
+ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def server(model, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--api-key", KEY, "--served-model-name", "tiny"]
-    env = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"}
     with log.open("w") as out:
         running = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -115,7 +117,7 @@ print("SAID", json.dumps(llm.chat(json.loads(sys.argv[2]), params)[0].outputs[0]
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={**ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     [line] = [line for line in offline.stdout.splitlines() if line.startswith("SAID ")]
     assert json.loads(line.removeprefix("SAID ")) == said
@@ -177,6 +179,7 @@ def test_run_batch_answers_a_file(model, tmp_path):
         text=True,
         check=False,
         timeout=300,
+        env=ENV,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     answers = {line["custom_id"]: line for line in map(json.loads, target.read_text().splitlines())}
