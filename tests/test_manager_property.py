@@ -133,7 +133,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         for request in list(self.running):
             self.finish(request)
-        copies, retained = self.manager.take_kv_cache_block_copies()
+        _copies, retained = self.manager.take_kv_cache_block_copies()
         self.manager.block_pool.free_blocks(retained)
         assert self.manager.block_pool.get_num_free_blocks() == self.free
         assert all(b.ref_cnt == 0 for b in self.manager.block_pool.blocks if not b.is_null)
