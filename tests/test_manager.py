@@ -31,6 +31,7 @@ def bank_spec(page_bytes=4096):
         dtype=torch.uint8,
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes),
         num_layers=2,
+        max_model_len=2048,
         summary="layers 1, 3 of 4, preset official",
     )
 

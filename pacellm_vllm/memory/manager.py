@@ -55,15 +55,20 @@ class PagedBankManager(CircularBufferManager):
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
+        longest = cdiv(spec.max_model_len, spec.block_size)
         logger.info(
             "pacellm: memory in %s; a request's banks take %.1f MB: %d KV blocks for its first "
-            "token, %d from its second segment on, which is %.2f %% of the pool's %d.",
+            "token, %d from its second segment on, which is %.2f %% of the pool's %d; %.1f requests "
+            "of %d tokens fit at once, %.1f without memory.",
             spec.summary,
             spec.num_layers * layout.num_pages * layout.page_bytes / 1e6,
             layout.pages_for(1),
             layout.num_pages,
             100 * layout.num_pages / pool,
             pool,
+            pool / (longest + layout.pages_for(spec.max_model_len)),
+            spec.max_model_len,
+            pool / longest,
         )
 
     def new_step_starts(self) -> None:

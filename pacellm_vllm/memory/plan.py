@@ -18,10 +18,9 @@ _PAGE_ALIGNMENT = 256
 
 
 def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedBankSpec:
-    """The spec of every bank of this engine; equal on all ranks and for all memory layers.
+    """The spec of every bank of this engine, on a rank that holds ``width`` of the FFN.
 
-    A block of the pool holds the attention pages of all of a stage's layers, or the bank pages of
-    all its memory layers: bank pages are cut to fill the block that attention already needs.
+    Raises ``ValueError`` when banks cannot live in this engine's KV cache pool.
     """
     check_layouts(vllm_config)
     attention = _attention_spec(vllm_config)
@@ -33,17 +32,40 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
             "--no-enable-prefix-caching)."
         )
     model = vllm_config.model_config
-    total = model.get_total_num_hidden_layers()
-    layers = config.resolve_layers(total)
-    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return bank_spec(
+        config,
+        attention,
+        width,
+        cast(torch.dtype, model.dtype),
+        model.get_total_num_hidden_layers(),
+        vllm_config.parallel_config.pipeline_parallel_size,
+        model.max_model_len,
+    )
+
+
+def bank_spec(
+    config: PaceConfig,
+    attention: AttentionSpec,
+    width: int,
+    dtype: torch.dtype,
+    num_layers: int,
+    stages: int,
+    max_model_len: int,
+) -> PagedBankSpec:
+    """The spec for a model of ``num_layers`` in ``stages`` pipeline stages.
+
+    A block of the pool holds the attention pages of all of a stage's layers, or the bank pages of
+    all its memory layers: bank pages are cut to fill the block that attention already needs. All
+    stages must agree on a bank's pages, so the fullest stage decides.
+    """
+    layers = config.resolve_layers(num_layers)
     per_bank = []
     for stage in range(stages):
-        start, end = get_pp_indices(total, stage, stages)
+        start, end = get_pp_indices(num_layers, stage, stages)
         if banks := sum(start <= layer < end for layer in layers):
             per_bank.append((end - start) * attention.page_size_bytes // banks)
     page_bytes = min(per_bank) // _PAGE_ALIGNMENT * _PAGE_ALIGNMENT
-    dtype = config.stored_dtype(cast(torch.dtype, model.dtype))
-    layout = BankLayout.plan(config.rules(), width, dtype, page_bytes)
+    layout = BankLayout.plan(config.rules(), width, config.stored_dtype(dtype), page_bytes)
     return PagedBankSpec(
         block_size=attention.block_size,
         num_kv_heads=1,
@@ -52,7 +74,8 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         dtype=torch.uint8,
         layout=layout,
         num_layers=len(layers),
-        summary=f"layers {', '.join(map(str, layers))} of {total}, preset {config.preset}",
+        summary=f"layers {', '.join(map(str, layers))} of {num_layers}, preset {config.preset}",
+        max_model_len=max_model_len,
     )
 
 

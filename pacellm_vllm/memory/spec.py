@@ -22,12 +22,13 @@ class PagedBankSpec(CircularBufferSpec):
     ``block_size`` is the attention layers' (it only enters the scheduler's block arithmetic) and
     ``dtype`` is uint8: a dtype unlike the KV cache's makes vLLM zero new attention blocks, which
     may have held a bank whose bytes read as NaN. ``num_layers`` carry memory in the whole model,
-    ``summary`` says which, for the start-up line.
+    ``summary`` says which, for the start-up line, and ``max_model_len`` is the longest request's.
     """
 
     layout: BankLayout
     num_layers: int
     summary: str
+    max_model_len: int
 
     @property
     def num_states(self) -> int:

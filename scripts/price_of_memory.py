@@ -1,0 +1,90 @@
+"""What memory costs in KV blocks, from vLLM's own planning functions. No GPU, no weights.
+
+    python scripts/price_of_memory.py [--gib 110]
+
+Plans the KV cache of Qwen2.5-7B shapes (28 layers, 4 KV heads, intermediate size 18944, bf16,
+layers 12 and 26, default settings) with and without memory at several parallel sizes.
+"""
+
+import argparse
+from types import SimpleNamespace
+
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.plan import bank_spec
+
+LAYERS, KV_HEADS, HEAD, WIDTH, BLOCK = 28, 4, 128, 18944, 16
+LENGTHS = (30, 100, 1000, 2000, 8000, 32768)
+CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
+
+
+def plan(
+    tensor_parallel: int, pipeline_parallel: int, memory: bool, budget: int
+) -> SimpleNamespace:
+    """vLLM's KV cache configuration for every stage, and the bank's layout."""
+    attention = FullAttentionSpec(
+        block_size=BLOCK,
+        num_kv_heads=max(KV_HEADS // tensor_parallel, 1),
+        head_size=HEAD,
+        dtype=torch.bfloat16,
+    )
+    bank = bank_spec(
+        CONFIG,
+        attention,
+        WIDTH // tensor_parallel,
+        torch.bfloat16,
+        LAYERS,
+        pipeline_parallel,
+        32768,
+    )
+    stages = []
+    for stage in range(pipeline_parallel):
+        first, last = (LAYERS * s // pipeline_parallel for s in (stage, stage + 1))
+        specs = {f"model.layers.{i}.self_attn.attn": attention for i in range(first, last)}
+        if memory:
+            layers = CONFIG.resolve_layers(LAYERS)
+            specs |= {f"model.layers.{i}.mlp.memory": bank for i in layers if first <= i < last}
+        stages.append(specs)
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=32768, original_max_model_len=32768)
+    layout = KVCacheLayout.BLNHC if memory else KVCacheLayout.LBNHC
+    config.cache_config.kv_cache_layout = layout.name
+    caches = kv_cache_utils.get_kv_cache_configs(config, stages, [budget] * pipeline_parallel)
+    return SimpleNamespace(blocks=caches[0].num_blocks, layout=bank.layout)
+
+
+def main(gib: float) -> None:
+    budget = int(gib * (1 << 30))
+    print(f"Qwen2.5-7B shapes, bf16, layers 12 and 26, {gib:g} GiB of KV cache per rank\n")
+    for tensor_parallel, pipeline_parallel in ((1, 1), (2, 1), (4, 1), (1, 2)):
+        with_memory = plan(tensor_parallel, pipeline_parallel, True, budget)
+        without = plan(tensor_parallel, pipeline_parallel, False, budget)
+        layout = with_memory.layout
+        block = budget // with_memory.blocks
+        banks = 2 // pipeline_parallel
+        committed = banks * layout.committed_bytes
+        full = layout.num_pages * block
+        print(
+            f"TP {tensor_parallel}, PP {pipeline_parallel}: block {block / 1024:.0f} KiB,", end=" "
+        )
+        print(f"{with_memory.blocks} blocks with memory, {without.blocks} without;", end=" ")
+        print(f"full bank {layout.num_pages} blocks = {full / 1e6:.2f} MB a rank,", end=" ")
+        print(f"{full / committed:.2f} x its committed bytes")
+        print(f"{'tokens':>10}{'KV blocks':>12}{'bank blocks':>13}{'at once':>9}{'without':>9}")
+        for tokens in LENGTHS:
+            kv, bank = cdiv(tokens, BLOCK), layout.pages_for(tokens)
+            at_once = with_memory.blocks // (kv + bank)
+            print(f"{tokens:>10}{kv:>12}{bank:>13}{at_once:>9}{without.blocks // kv:>9}")
+        print()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=110, help="KV cache per rank, in GiB")
+    main(parser.parse_args().gib)
