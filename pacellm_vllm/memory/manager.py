@@ -58,8 +58,8 @@ class PagedBankManager(CircularBufferManager):
         longest = cdiv(spec.max_model_len, spec.block_size)
         logger.info(
             "pacellm: memory in %s; a request's banks take %.1f MB: %d KV blocks for its first "
-            "token, %d from its second segment on, which is %.2f %% of the pool's %d; %.1f requests "
-            "of %d tokens fit at once, %.1f without memory.",
+            "token, %d from its second segment on, which is %.2f %% of the pool's %d; %.1f "
+            "requests of %d tokens fit at once, %.1f without memory.",
             spec.summary,
             spec.num_layers * layout.num_pages * layout.page_bytes / 1e6,
             layout.pages_for(1),
