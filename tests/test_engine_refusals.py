@@ -7,6 +7,10 @@ import pytest
 from checkpoints import make_prompt
 from engines import engine
 from transformers import MixtralConfig, Qwen2MoeConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.models.checks import check_engine
 
 PACE = {"layers": [1, 3], "segment_size": 32}
 
@@ -109,3 +113,23 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
         assert running.tokens(prompts) == by_file
     with engine(named, additional_config={"pacellm": {"layers": [2]}}) as running:
         assert list(running.memories()) == [2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("enable_dbo", True, "does not work with dual-batch overlap: two half-batches"),
+        ("decode_context_parallel_size", 2, "does not work with context parallelism: a bank"),
+        ("prefill_context_parallel_size", 2, "does not work with context parallelism: a bank"),
+    ],
+)
+def test_parallel_features_this_machine_cannot_start(field, value, sentence, checkpoint):
+    settings = {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
+    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
+    args = EngineArgs(str(checkpoint()), hf_overrides=overrides, **settings)
+    config = args.create_engine_config()
+    check_engine(config)
+    setattr(config.parallel_config, field, value)
+    with pytest.raises(PaceConfigError) as refusal:
+        check_engine(config)
+    assert sentence in str(refusal.value)
