@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.plan import bank_spec
+from pacellm_vllm.memory.plan import bank_spec, page_bytes_beside
 
 LAYERS, KV_HEADS, HEAD, WIDTH, BLOCK = 28, 4, 128, 18944, 16
 LENGTHS = (30, 100, 1000, 2000, 8000, 32768)
@@ -34,21 +34,18 @@ def plan(
         head_size=HEAD,
         dtype=torch.bfloat16,
     )
+    layers = CONFIG.resolve_layers(LAYERS)
+    page_bytes = page_bytes_beside(
+        [attention] * (LAYERS // pipeline_parallel), len(layers) // pipeline_parallel
+    )
     bank = bank_spec(
-        CONFIG,
-        attention,
-        WIDTH // tensor_parallel,
-        torch.bfloat16,
-        LAYERS,
-        pipeline_parallel,
-        32768,
+        CONFIG, layers, BLOCK, page_bytes, WIDTH // tensor_parallel, torch.bfloat16, "", 32768
     )
     stages = []
     for stage in range(pipeline_parallel):
         first, last = (LAYERS * s // pipeline_parallel for s in (stage, stage + 1))
         specs = {f"model.layers.{i}.self_attn.attn": attention for i in range(first, last)}
         if memory:
-            layers = CONFIG.resolve_layers(LAYERS)
             specs |= {f"model.layers.{i}.mlp.memory": bank for i in layers if first <= i < last}
         stages.append(specs)
     config = VllmConfig()

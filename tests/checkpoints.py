@@ -16,7 +16,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
+# Other decoders whose FFNs fit; what is special about each is in `_SPECIAL`.
+FAMILIES = (*ARCHITECTURES, "gemma", "gemma2", "gemma3_text", "granite", "phi3")
 TOPIC_SIZE = 8
+
+_WINDOWS = {
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 32,
+}
+_SPECIAL = {
+    # vLLM's Qwen2 and Granite have no head_dim of their own: it is hidden size / heads.
+    "qwen2": {"hidden_size": 128},
+    "granite": {"hidden_size": 128, "attention_multiplier": 32**-0.5},
+    "phi3": {"hidden_size": 128},
+    "mistral": {"sliding_window": None},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, **_WINDOWS},
+    "gemma3_text": {"tie_word_embeddings": True, **_WINDOWS},
+}
 
 # Share of a token embedding's variance that its topic explains.
 TOPIC_SHARE = 0.85
@@ -39,7 +57,7 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
 
     Args:
         directory: created if missing.
-        arch: one of ARCHITECTURES.
+        arch: one of FAMILIES.
         seed: fixes every weight.
         sizes: overrides of any field of the Hugging Face configuration.
     """
@@ -59,15 +77,11 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
         "pad_token_id": None,
         "dtype": "float32",
     }
-    if arch == "qwen2":
-        # vLLM's Qwen2 has no head_dim of its own: it must be hidden size / heads.
-        settings["hidden_size"] = 128
-    if arch == "mistral":
-        settings["sliding_window"] = None
+    settings |= _SPECIAL.get(arch, {})
     config = AutoConfig.for_model(arch, **{**settings, **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Llama and Mistral have the same parameters: without the offset they would be the same model.
-    generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + ARCHITECTURES.index(arch))
+    generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + FAMILIES.index(arch))
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_weight(name, parameter.shape, config, generator))
@@ -84,18 +98,22 @@ def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generato
     # there the norms have to be.
     if kind in ("q_norm", "k_norm"):
         return SHARPNESS * (1 + 0.1 * noise)
+    gemma = config.model_type.startswith("gemma")
     if kind.endswith("norm"):
-        return 1 + 0.1 * noise
+        # Gemma's norms add the 1 themselves.
+        return (0 if gemma else 1) + 0.1 * noise
     if kind == "bias":
         return 0.1 * noise
     if kind == "embed_tokens":
         topics = torch.randn(-(-shape[0] // TOPIC_SIZE), shape[1], generator=generator)
         topic = topics.repeat_interleave(TOPIC_SIZE, dim=0)[: shape[0]]
         embedding = TOPIC_SHARE**0.5 * topic + (1 - TOPIC_SHARE) ** 0.5 * noise
-        return embedding * _halves(config.hidden_size, EMBED_CONTEXT)
+        # Gemma scales embeddings up by this.
+        scale = config.hidden_size**-0.5 if gemma else 1.0
+        return scale * embedding * _halves(config.hidden_size, EMBED_CONTEXT)
     # With inputs of RMS 1 a gain of 1 makes outputs of RMS 1.
     weight = noise / shape[1] ** 0.5
-    if kind in ("gate_proj", "up_proj"):
+    if kind in ("gate_proj", "up_proj", "gate_up_proj"):
         return 1.4 * weight * _halves(config.hidden_size, READ_CONTEXT)
     if kind == "lm_head":
         return LOGIT_RMS * weight * _halves(config.hidden_size, HEAD_CONTEXT)
@@ -105,7 +123,7 @@ def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generato
     if kind == "down_proj":
         # silu(g) * u of two unit normals has an RMS of about 0.6.
         return FFN_RMS / 0.6 * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
-    return (SHARPNESS if kind in ("q_proj", "k_proj") else 1.0) * weight
+    return (SHARPNESS if kind in ("q_proj", "k_proj", "qkv_proj") else 1.0) * weight
 
 
 def _halves(hidden: int, context: float) -> torch.Tensor:

@@ -263,7 +263,7 @@ class OracleModel:
 
     def _ffn(self, index: int, mlp: torch.nn.Module, x: Tensor) -> Tensor:
         """The gated FFN of layer `index` with its memory: x [1, T, H] -> [1, T, H]."""
-        a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        a = _activation(mlp, x)
         if index in self.banks:
             o, _ = self.banks[index].enhance(a[0])
             self._segment[index].append((a[0], o))
@@ -275,3 +275,11 @@ class OracleModel:
             a, o = (torch.cat(part) for part in zip(*self._segment[index], strict=True))
             bank.update(a, o)
             self._segment[index] = []
+
+
+def _activation(mlp: Any, x: Tensor) -> Tensor:
+    """The gated activation [1, T, D] of a Hugging Face FFN, with or without fused projections."""
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return mlp.activation_fn(gate) * up
+    return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)

@@ -1,7 +1,7 @@
 """The engine against the oracle: the same prompt logprobs and greedy tokens."""
 
 import pytest
-from checkpoints import ARCHITECTURES, make_prompt
+from checkpoints import ARCHITECTURES, FAMILIES, make_prompt
 from engines import engine, prompt_logprobs
 from oracle import OracleModel
 
@@ -65,6 +65,19 @@ def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
             counts = memory.counts
             assert min(counts.high, counts.mid, counts.low, counts.commits) > 0
             assert counts.slots_peak == pace["bank_size"]
+        assert running.all_blocks_are_back()
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+@pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch not in ARCHITECTURES])
+def test_other_families_equal_the_oracle(arch, preset, checkpoint):
+    pace = {"layers": [1, 3], "preset": preset, **SHAPES["odd bank, replacements"]}
+    cases = clear_cases(checkpoint(arch), pace, [20, 64, 150, 260])
+    with engine(checkpoint(arch), arch, pace, max_num_batched_tokens=80) as running:
+        assert_engine_agrees(running, cases)
+        for memory in running.memories().values():
+            assert memory.counts.commits > 0
+            assert min(memory.counts.mid, memory.counts.low) > 0
         assert running.all_blocks_are_back()
 
 

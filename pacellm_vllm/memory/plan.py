@@ -1,13 +1,13 @@
 """How large a bank's pages are in a given engine, and how many a request needs."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend
@@ -23,58 +23,59 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     Raises ``ValueError`` when banks cannot live in this engine's KV cache pool.
     """
     check_layouts(vllm_config)
-    attention = _attention_spec(vllm_config)
+    attention = _attention_specs(vllm_config)
+    block_size = attention[0].block_size
     size = config.segment_size
-    if vllm_config.cache_config.enable_prefix_caching and size % attention.block_size:
+    if vllm_config.cache_config.enable_prefix_caching and size % block_size:
         raise ValueError(
             f"pacellm: segment_size = {size} is not allowed; with prefix caching it must be a "
-            f"multiple of the KV block size {attention.block_size} (or pass "
-            "--no-enable-prefix-caching)."
+            f"multiple of the KV block size {block_size} (or pass --no-enable-prefix-caching)."
         )
     model = vllm_config.model_config
+    layers = config.resolve_layers(model.get_total_num_hidden_layers())
     return bank_spec(
         config,
-        attention,
+        layers,
+        block_size,
+        page_bytes_beside(attention, len(layers)),
         width,
         cast(torch.dtype, model.dtype),
-        model.get_total_num_hidden_layers(),
-        vllm_config.parallel_config.pipeline_parallel_size,
+        f"layers {', '.join(map(str, layers))} of {model.get_total_num_hidden_layers()}",
         model.max_model_len,
     )
 
 
+def page_bytes_beside(attention: Sequence[AttentionSpec], banks: int) -> int:
+    """The largest page with which ``banks`` of them fit the block that attention already needs.
+
+    ``attention`` has one spec for each attention layer of a stage. Where some layers keep only a
+    window, the others decide: vLLM cuts the window layers into groups that fit beside them.
+    """
+    whole = [spec for spec in attention if isinstance(spec, FullAttentionSpec)] or attention
+    block_bytes = sum(spec.page_size_bytes for spec in whole)
+    return block_bytes // banks // _PAGE_ALIGNMENT * _PAGE_ALIGNMENT
+
+
 def bank_spec(
     config: PaceConfig,
-    attention: AttentionSpec,
+    layers: Sequence[int],
+    block_size: int,
+    page_bytes: int,
     width: int,
     dtype: torch.dtype,
-    num_layers: int,
-    stages: int,
+    where: str,
     max_model_len: int,
 ) -> PagedBankSpec:
-    """The spec for a model of ``num_layers`` in ``stages`` pipeline stages.
-
-    A block of the pool holds the attention pages of all of a stage's layers, or the bank pages of
-    all its memory layers: bank pages are cut to fill the block that attention already needs. All
-    stages must agree on a bank's pages, so the fullest stage decides.
-    """
-    layers = config.resolve_layers(num_layers)
-    per_bank = []
-    for stage in range(stages):
-        start, end = get_pp_indices(num_layers, stage, stages)
-        if banks := sum(start <= layer < end for layer in layers):
-            per_bank.append((end - start) * attention.page_size_bytes // banks)
-    page_bytes = min(per_bank) // _PAGE_ALIGNMENT * _PAGE_ALIGNMENT
-    layout = BankLayout.plan(config.rules(), width, config.stored_dtype(dtype), page_bytes)
+    """The spec of banks for ``layers`` with pages of ``page_bytes``; ``where`` is for the log."""
     return PagedBankSpec(
-        block_size=attention.block_size,
+        block_size=block_size,
         num_kv_heads=1,
         head_size=page_bytes // 2,
         head_size_v=page_bytes - page_bytes // 2,
         dtype=torch.uint8,
-        layout=layout,
+        layout=BankLayout.plan(config.rules(), width, config.stored_dtype(dtype), page_bytes),
         num_layers=len(layers),
-        summary=f"layers {', '.join(map(str, layers))} of {num_layers}, preset {config.preset}",
+        summary=f"{where}, preset {config.preset}",
         max_model_len=max_model_len,
     )
 
@@ -103,15 +104,20 @@ def check_layouts(vllm_config: VllmConfig) -> None:
             )
 
 
-def _attention_spec(vllm_config: VllmConfig) -> AttentionSpec:
-    """The one spec all attention layers of this rank share.
+def _attention_specs(vllm_config: VllmConfig) -> list[AttentionSpec]:
+    """One spec for each attention layer of this rank that has a KV cache of its own.
 
-    Raises ``ValueError`` when they differ, where a block would not hold one page of each.
+    Raises ``ValueError`` when their pages differ, where banks could not tell a block's size.
     """
-    specs = {layer.get_kv_cache_spec(vllm_config) for layer in _attention_layers(vllm_config)}
-    if len(specs) != 1:
+    specs = [
+        cast(AttentionSpec, spec)
+        for layer in _attention_layers(vllm_config)
+        if (spec := layer.get_kv_cache_spec(vllm_config)) is not None
+    ]
+    pages = {(spec.page_size_bytes, spec.block_size) for spec in specs}
+    if len(pages) != 1:
         raise ValueError(
-            f"pacellm: memory needs attention layers with one kind of KV cache, this model has "
-            f"{len(specs)}; serve it without pacellm."
+            f"pacellm: memory needs attention layers with one KV page size, this model has "
+            f"{len(pages)}; serve it without pacellm."
         )
-    return cast(AttentionSpec, specs.pop())
+    return specs

@@ -18,8 +18,13 @@ class BaseModel:
 
 
 _BASES = (
+    BaseModel("GemmaForCausalLM", "gemma", "GemmaForCausalLM"),
+    BaseModel("Gemma2ForCausalLM", "gemma2", "Gemma2ForCausalLM"),
+    BaseModel("Gemma3ForCausalLM", "gemma3", "Gemma3ForCausalLM"),
+    BaseModel("GraniteForCausalLM", "granite", "GraniteForCausalLM"),
     BaseModel("LlamaForCausalLM", "llama", "LlamaForCausalLM"),
     BaseModel("MistralForCausalLM", "mistral", "MistralForCausalLM"),
+    BaseModel("Phi3ForCausalLM", "phi3", "Phi3ForCausalLM"),
     BaseModel("Qwen2ForCausalLM", "qwen2", "Qwen2ForCausalLM"),
     BaseModel("Qwen3ForCausalLM", "qwen3", "Qwen3ForCausalLM"),
 )
