@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -188,3 +189,37 @@ def test_run_batch_answers_a_file(model, tmp_path):
         assert answer["response"]["status_code"] == 200
         assert answer["response"]["body"]["usage"]["completion_tokens"] > 0
     assert "pacellm: memory in layers 1, 3 of 4" in done.stdout + done.stderr
+
+
+def test_structured_output_and_beams_do_not_depend_on_the_schedule(model):
+    program = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+text, schedule = sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(sys.argv[1], max_model_len=4096, kv_cache_memory_bytes=64 << 20, block_size=32,
+          structured_outputs_config={"backend": "xgrammar"}, **schedule)
+digits = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{5}")
+params = SamplingParams(temperature=0, max_tokens=32, structured_outputs=digits)
+prompts = [text[:1500], text[500:2500]]
+said = [output.outputs[0].text for output in llm.generate(prompts, params)]
+beams = llm.beam_search([{"prompt": p} for p in prompts], BeamSearchParams(3, 6))
+print("SAID", json.dumps([said, [[b.tokens[-6:] for b in o.sequences] for o in beams]]))
+"""
+    answers = []
+    for schedule in (
+        {"max_num_batched_tokens": 64, "max_num_seqs": 2, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "enable_prefix_caching": True},
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(model), TEXT, json.dumps(schedule)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
+        answers.append(json.loads(line.removeprefix("SAID ")))
+    assert answers[0] == answers[1]
+    assert all(re.fullmatch("[0-9]{3}-[a-f]{5}", text) for text in answers[0][0])
