@@ -425,10 +425,12 @@ def _check_absent(target: Path) -> None:
 def _clear_disk_errors() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        where = getattr(error, "filename", None)
         raise ExpertsError(
-            f"pacellm: writing stopped: {error.strerror or error}{where}; nothing was left behind."
+            f"pacellm: writing stopped: {what}{f' ({where})' if where else ''}; the output "
+            "directory was not made."
         ) from error
 
 

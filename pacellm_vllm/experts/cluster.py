@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 Assignment = Literal["auto", "flow", "swaps"]
 
-KMEANS_ITERATIONS = 5
+KMEANS_ITERATIONS = 15
 BALANCED_ITERATIONS = 20
 # A round that lowers the inertia by less than this share of it is the last one.
 TOLERANCE = 2e-5

@@ -103,7 +103,7 @@ def find_feed_forwards(
         raise ExpertsError(
             f"pacellm: an FFN of {', '.join(sorted(present))} is not known; {_KNOWN}."
         )
-    return {layer: _checked(layer, *found, names, entries) for layer, found in modules.items()}
+    return {layer: _checked(layer, module, names, entries) for layer, (module,) in modules.items()}
 
 
 def _check_one_dense(layer: int, modules: Mapping[str, set[str]]) -> None:
