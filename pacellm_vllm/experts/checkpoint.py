@@ -35,7 +35,8 @@ from pacellm_vllm.experts.layout import Entry, FeedForward, Moved, find_feed_for
 Features = Literal["gate", "gate_up", "activations"]
 
 EXPERTS_JSON = "pacellm_experts.json"
-EXPERTS_ORDERS = "pacellm_experts.safetensors"
+# In a folder of its own: vLLM loads every safetensors file beside the shards as weights.
+EXPERTS_ORDERS = "pacellm_experts/orders.safetensors"
 FORMAT = 1
 
 _INDEX = "model.safetensors.index.json"
@@ -222,6 +223,7 @@ def write_permuted(
                 bar.update(sizes[shard])
         if description is not None:
             named = {f"layers.{layer}.order": order for layer, order in orders.items()}
+            (folder / EXPERTS_ORDERS).parent.mkdir()
             save_file(named, folder / EXPERTS_ORDERS)
             (folder / EXPERTS_JSON).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -357,6 +359,7 @@ def _describe(
         "format": FORMAT,
         **asdict(settings),
         "assignment": resolve_assignment(settings.assignment),
+        "orders": EXPERTS_ORDERS,
         "layers": {
             str(layer): {
                 "neurons": ffns[layer].neurons,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
+
 from pacellm_vllm.experts import cluster as module
 from pacellm_vllm.experts.cluster import (
     ExpertsError,
@@ -11,7 +13,6 @@ from pacellm_vllm.experts.cluster import (
     cluster,
     random_inertia,
 )
-from scipy.optimize import linear_sum_assignment
 
 
 def mixture(seed, count, width, kinds, noise=0.5):
