@@ -8,6 +8,7 @@ from typing import Any
 
 from pacellm_vllm import __version__
 from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.experts.command import add_parser as add_cluster
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"pacellm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
+    add_cluster(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
     if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):
