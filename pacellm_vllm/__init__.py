@@ -4,6 +4,7 @@
 ``plugin``    what vLLM's entry points call
 ``ops``       the memory's arithmetic on plain tensors; knows nothing of vLLM
 ``memory``    where a bank lives: page layout, KV cache spec and manager, the vLLM layer
+``experts``   balanced clusters of FFN neurons, and checkpoints rewritten in their order
 ``models``    ``pacify`` and the registered ``Pace*ForCausalLM`` architectures
 ``serving``   the server command, HTTP routes and counters
 ``platform``  a pure-PyTorch CPU platform for machines without a GPU
