@@ -28,6 +28,7 @@ from pacellm_vllm.experts.checkpoint import (
 from pacellm_vllm.experts.cluster import ExpertsError
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "starcoder2", "gpt2", "opt")
+ARCHITECTURES += ("phi", "gpt_neox")
 SETTINGS = ClusterSettings(8)
 NEURONS = 96
 
