@@ -16,5 +16,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0
 "${pip[@]}" -r scripts/requirements-cpu.txt -r scripts/requirements-test.txt
 "${pip[@]}" --no-deps vllm==0.32.0
+# It declares a protobuf that the list above does not have; what we use of it needs none.
+"${pip[@]}" --no-deps ortools==9.15.6755
 "${pip[@]}" --no-deps --editable .
 echo "$stamp" > "$venv/pacellm-installed"
