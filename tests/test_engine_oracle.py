@@ -120,3 +120,14 @@ def test_half_precision_stays_near_the_fp32_truth(bank_dtype, checkpoint):
     for output, (_, _, logprobs) in zip(outputs, cases, strict=True):
         errors = [abs(a - b) for a, b in zip(prompt_logprobs(output), logprobs, strict=True)]
         assert sum(errors) / len(errors) < 0.1
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 1, 2], [0, 1, 2, 3]])
+def test_any_number_of_layers(layers, checkpoint):
+    """With all of them, a bank's page is as large as attention's: vLLM groups those otherwise."""
+    pace = {"layers": layers, "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    cases = clear_cases(checkpoint(), pace, [64, 150])
+    with engine(checkpoint(), pace=pace, max_num_batched_tokens=80) as running:
+        assert_engine_agrees(running, cases)
+        assert len(running.memories()) == len(layers)
+        assert running.all_blocks_are_back()
