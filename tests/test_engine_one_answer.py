@@ -1,0 +1,55 @@
+"""One set of requests, many schedules, one set of tokens: the oracle's."""
+
+import pytest
+from engines import engine, poisoned_pages
+from test_engine_oracle import clear_cases
+
+PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+MAX_TOKENS = 70
+
+# max_num_batched_tokens, max_num_seqs, prefix caching, other settings, rounds, arrival order
+SCHEDULES = {
+    "one by one": (512, 1, False, {}, 1, 1),
+    "small chunks": (17, 2, False, {}, 1, 1),
+    "chunks of a segment": (32, 4, False, {}, 1, 1),
+    "odd chunks": (75, 8, False, {}, 1, 1),
+    "whole prompts": (2048, 8, False, {}, 1, 1),
+    "reversed arrivals": (100, 3, False, {}, 1, -1),
+    "cache, cold": (64, 4, True, {}, 1, 1),
+    "cache, warm": (64, 4, True, {}, 3, 1),
+    "cache, warm, reversed": (512, 2, True, {}, 2, -1),
+    "preempted": (80, 8, False, {"num_gpu_blocks_override": 66, "max_model_len": 512}, 1, 1),
+    "preempted, cache": (80, 8, True, {"num_gpu_blocks_override": 66, "max_model_len": 512}, 2, 1),
+    "large blocks": (96, 8, True, {"block_size": 32}, 2, 1),
+    "priorities": (80, 3, True, {"scheduling_policy": "priority"}, 2, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoint):
+    return clear_cases(checkpoint(), PACE, [20, 64, 90, 121, 150, 200, 260], MAX_TOKENS)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_gives_the_oracles_tokens(name, cases, checkpoint):
+    chunk, seqs, caching, settings, rounds, order = SCHEDULES[name]
+    prompts = [prompt for prompt, _, _ in cases][::order]
+    truth = [tokens for _, tokens, _ in cases][::order]
+    with (
+        engine(
+            checkpoint(),
+            pace=PACE,
+            max_num_batched_tokens=chunk,
+            max_num_seqs=seqs,
+            enable_prefix_caching=caching,
+            **settings,
+        ) as running,
+        poisoned_pages(running),
+    ):
+        for _ in range(rounds):
+            assert running.tokens(prompts, MAX_TOKENS) == truth
+        if name.startswith("preempted"):
+            assert running.metric("vllm:num_preemptions") > 0
+        if rounds > 1 and "preempted" not in name:
+            assert running.metric("vllm:prefix_cache_hits") > 0
+        assert running.all_blocks_are_back()
