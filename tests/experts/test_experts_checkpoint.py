@@ -324,7 +324,9 @@ def test_a_damaged_cache_is_not_trusted(save, run, tmp_path, monkeypatch, damage
 def test_an_ordinary_kill_while_writing_leaves_nothing(save, tmp_path):
     source = save()
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A test run in the background inherits that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pacellm_vllm.experts import checkpoint, command\n"
         "import argparse\n"
         "real = checkpoint.permute\n"
