@@ -12,7 +12,9 @@ from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.settings import read_config
 
-_PARTS = ("gate_up_proj", "act_fn", "down_proj")
+# What an FFN is made of, gated and plain.
+_GATED = ("gate_up_proj", "act_fn", "down_proj")
+_PLAIN = ("up_proj", "act_fn", "down_proj")
 _FFN_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
@@ -30,22 +32,37 @@ class PaceMLPMixin:
         return out
 
 
+class PacePlainMLPMixin:
+    """The FFN ``down(memory(act(up(x))))``; everything else is the base class's."""
+
+    up_proj: nn.Module
+    act_fn: nn.Module
+    down_proj: nn.Module
+    memory: PaceMemory
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, _ = self.up_proj(x)
+        out, _ = self.down_proj(self.memory(self.act_fn(up)))
+        return out
+
+
 def attach(mlp: nn.Module, config: PaceConfig, index: int, name: str) -> None:
     """Give ``mlp``, the FFN of layer ``index`` at ``name`` in its model, a memory.
 
-    Raises ``PaceConfigError`` when it is not a plain gated FFN.
+    Raises ``PaceConfigError`` when it is neither a gated nor a plain FFN.
     """
     children = {child for child, _ in mlp.named_children()}
-    if children != set(_PARTS):
+    if children not in (set(_GATED), set(_PLAIN)):
         raise PaceConfigError(
-            f"pacellm: {name} ({type(mlp).__name__}) is not a dense gated FFN (it has "
-            f"{', '.join(sorted(children)) or 'no parts'}; memory needs {', '.join(_PARTS)}); "
-            "choose other layers or serve the model without memory."
+            f"pacellm: {name} ({type(mlp).__name__}) is not a dense FFN (it has "
+            f"{', '.join(sorted(children)) or 'no parts'}; memory needs {', '.join(_GATED)} or "
+            f"{', '.join(_PLAIN)}); choose other layers or serve the model without memory."
         )
     down_proj = mlp.down_proj
     assert isinstance(down_proj, RowParallelLinear), type(down_proj)
     base = type(mlp)
-    mlp.__class__ = type(f"Pace{base.__name__}", (PaceMLPMixin, base), {})
+    mixin = PaceMLPMixin if children == set(_GATED) else PacePlainMLPMixin
+    mlp.__class__ = type(f"Pace{base.__name__}", (mixin, base), {})
     width = down_proj.input_size_per_partition
     mlp.memory = PaceMemory(config, index, width, prefix=f"{name}.memory")
 
