@@ -9,6 +9,7 @@ from typing import Any
 from pacellm_vllm import __version__
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.experts.command import add_parser as add_cluster
+from pacellm_vllm.experts.settings import parse_experts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _add_serve(commands: Any) -> None:
         serve.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
-            type=_layers if name == "layers" else _number_or_text,
+            type=_PARSERS.get(name, _number_or_text),
             help=field.description,
         )
     serve.set_defaults(run=_serve)
@@ -72,6 +73,9 @@ def _number_or_text(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+_PARSERS = {"layers": _layers, "experts": parse_experts}
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:

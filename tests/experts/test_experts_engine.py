@@ -4,7 +4,8 @@ import pytest
 from checkpoints import make_prompt
 from engines import engine, prompt_logprobs
 
-from pacellm_vllm.experts.checkpoint import ClusterSettings, cluster_checkpoint
+from pacellm_vllm.experts.rewrite import cluster_checkpoint
+from pacellm_vllm.experts.settings import ClusterSettings
 
 PACE = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
 
