@@ -117,6 +117,11 @@ def read_features(
         for move in ffn.inputs
         for block in _neurons_first(checkpoint.tensor(move.name), move).chunk(move.blocks)
     ]
+    return features_of(rows, features)
+
+
+def features_of(rows: Sequence[torch.Tensor], features: Features) -> torch.Tensor:
+    """Features [D, F] of ``rows``: those of the gate [D, H], then those of up, if there is one."""
     if features == "gate":
         return rows[0]
     return torch.cat([torch.nn.functional.normalize(r.float(), dim=1) for r in rows], dim=1)

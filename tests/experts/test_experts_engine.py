@@ -1,43 +1,146 @@
-"""A clustered checkpoint in the engine: the same tokens, with and without memory."""
+"""Experts in the engine: stored or made while loading, the model stays what it was (I2)."""
+
+import json
+import shutil
 
 import pytest
+import torch
 from checkpoints import make_prompt
-from engines import engine, prompt_logprobs
+from engines import NAMES, engine, prompt_logprobs
 
+from pacellm_vllm.experts import cache
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings
+from pacellm_vllm.models.table import pace_architecture
 
-PACE = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+K = 8
 
 
-def run(path, pace):
-    prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
-    with engine(path, pace=pace, max_num_batched_tokens=64) as running:
-        outputs = running.generate(prompts, 24, prompt_logprobs=0)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return tokens, [value for output in outputs for value in prompt_logprobs(output)]
+@pytest.fixture(scope="module", autouse=True)
+def one_cache(tmp_path_factory):
+    """Orders made here are kept here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
 def clustered(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clustered")
-    results = cluster_checkpoint(
-        checkpoint("qwen2"),
-        folder / "out",
-        ClusterSettings(8),
-        cache=folder / "cache",
-        progress=False,
-    )
-    assert len(results) == 4
-    return folder / "out"
+    """``clustered(arch)``: the checkpoint as ``pacellm cluster`` writes it."""
+    made = {}
+
+    def get(arch="qwen2"):
+        if arch not in made:
+            made[arch] = tmp_path_factory.mktemp("clustered") / arch
+            cluster_checkpoint(
+                checkpoint(arch),
+                made[arch],
+                ClusterSettings(K),
+                rename=pace_architecture,
+                progress=False,
+            )
+        return made[arch]
+
+    return get
 
 
-def test_greedy_tokens_are_those_of_the_original_with_memory_off_and_on(checkpoint, clustered):
-    off, off_logprobs = run(checkpoint("qwen2"), None)
-    on, on_logprobs = run(checkpoint("qwen2"), PACE)
-    # Else the second comparison would say nothing about memory.
-    assert on != off
-    for pace, tokens, logprobs in ((None, off, off_logprobs), (PACE, on, on_logprobs)):
-        found, found_logprobs = run(clustered, pace)
-        assert found == tokens
-        assert found_logprobs == pytest.approx(logprobs, abs=1e-3)
+def run(path, arch="qwen2", pace=None, plain=False, **settings):
+    """Greedy tokens, and the log-probabilities of all prompt tokens as one vector."""
+    if plain:
+        settings["hf_overrides"] = {"architectures": [f"{NAMES[arch]}ForCausalLM"]}
+    prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
+    settings.setdefault("max_num_batched_tokens", 64)
+    with engine(path, arch, pace, **settings) as running:
+        outputs = running.generate(prompts, 24, prompt_logprobs=0)
+        gates = {
+            int(name.split(".")[2]): module.weight.clone() for name, module in weights_of(running)
+        }
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return tokens, torch.tensor([v for o in outputs for v in prompt_logprobs(o)]), gates
+
+
+def weights_of(running):
+    driver = getattr(running.core.model_executor, "driver_worker", None)
+    if driver is None:  # Several ranks, in processes of their own.
+        return []
+    modules = driver.worker.model_runner.model.named_modules()
+    return [(n, m) for n, m in modules if n.endswith("mlp.gate_up_proj")]
+
+
+def assert_same(found, truth):
+    assert found[0] == truth[0]
+    assert float((found[1] - truth[1]).norm() / truth[1].norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "phi3"])
+def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, checkpoint, clustered):
+    """Fused (Phi-3) and separate gates; stored order, stored orders, and clustered while loading."""
+    truth = run(checkpoint(arch), arch)
+    stored = run(clustered(arch), arch)
+    by_path = run(checkpoint(arch), arch, {"experts": {"path": str(clustered(arch))}})
+    by_number = run(checkpoint(arch), arch, {"experts": {"num_experts": K}})
+    for found in (stored, by_path, by_number):
+        assert_same(found, truth)
+        # All three are in one order, which is not the original one.
+        for layer, gate in found[2].items():
+            assert not torch.equal(gate, truth[2][layer])
+            assert torch.equal(gate, stored[2][layer])
+
+
+def test_i2_with_memory_on_as_well(checkpoint, clustered):
+    plain = run(checkpoint())
+    truth = run(checkpoint(), pace=MEMORY)
+    assert truth[0] != plain[0]
+    assert_same(run(clustered(), pace=MEMORY), truth)
+    for experts in ({"path": str(clustered())}, {"num_experts": K}):
+        assert_same(run(checkpoint(), pace={**MEMORY, "experts": experts}), truth)
+
+
+def test_i2_on_two_ranks(checkpoint, clustered):
+    truth = run(checkpoint("llama"), "llama", MEMORY)
+    for path, experts in (
+        (checkpoint("llama"), {"num_experts": K}),
+        (clustered("llama"), {"path": str(clustered("llama"))}),
+    ):
+        found = run(path, "llama", {**MEMORY, "experts": experts}, tensor_parallel_size=2)
+        assert_same(found, truth)
+
+
+def test_a_clustered_checkpoint_needs_no_flag_and_has_no_memory(clustered):
+    with engine(clustered()) as running:
+        model = running.core.vllm_config.model_config
+        assert model.architecture == "PaceQwen2ForCausalLM"
+        assert running.memories() == {}
+    plain = run(clustered(), plain=True)
+    assert_same(run(clustered()), plain)
+
+
+def test_only_the_layers_with_experts_move(checkpoint):
+    gates = run(checkpoint())[2]
+    found = run(checkpoint(), pace={"experts": {"num_experts": K, "layers": [2, 0]}})[2]
+    assert [i for i in gates if not torch.equal(gates[i], found[i])] == [0, 2]
+
+
+def test_the_order_is_the_commands_and_made_once(checkpoint, clustered, monkeypatch):
+    clustered()
+    monkeypatch.setattr(cache, "cluster", None)
+    run(checkpoint(), pace={"experts": {"num_experts": K}})
+    with pytest.raises(TypeError):
+        run(checkpoint(), pace={"experts": {"num_experts": K, "seed": 1}})
+
+
+def copied(source, target, **config):
+    shutil.copytree(source, target)
+    text = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**text, **config}))
+    return target
+
+
+def refused(path, pace, **settings):
+    with (
+        pytest.raises((ValueError, RuntimeError), match="pacellm") as refusal,
+        engine(path, pace=pace, **settings),
+    ):
+        pass
+    return str(refusal.value)
