@@ -64,7 +64,7 @@ class ExpertRouter(nn.Module):
         self.gate_up.copy_(torch.cat([gate[rows], up[rows]]))
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Predicted activation of each expert, [tokens, K] float32, for inputs ``x`` [tokens, H]."""
+        """Predicted activation of each expert, [tokens, K] float32, for ``x`` [tokens, H]."""
         [act] = self._act
         a = act(torch.nn.functional.linear(x, self.gate_up))
         return a.float().abs().unflatten(-1, (self.num_experts, self.probes)).mean(-1)

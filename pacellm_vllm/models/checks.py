@@ -80,6 +80,6 @@ def check_not_configured(vllm_config: VllmConfig) -> None:
         else "drop pacellm from --additional-config, or serve a dense decoder that pacellm knows"
     )
     raise PaceConfigError(
-        f"pacellm: {CONFIG_KEY} is configured but {architecture} carries neither memory nor experts; "
-        f"{remedy}."
+        f"pacellm: {CONFIG_KEY} is configured but {architecture} carries neither memory nor "
+        f"experts; {remedy}."
     )

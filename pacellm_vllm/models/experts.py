@@ -143,7 +143,7 @@ def plan_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> ExpertsPlan:
 
 
 def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
-    """Raise ``ExpertsError`` about settings, or features of the engine, that experts cannot meet."""
+    """Raise ``ExpertsError`` about settings, or features of the engine, that do not fit."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     mixture = next((n for n in EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
     load_format = vllm_config.load_config.load_format

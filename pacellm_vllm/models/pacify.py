@@ -42,7 +42,7 @@ class PaceMLPMixin:
         return out
 
 
-def prepare(mlp: nn.Module, name: str) -> None:
+def prepare(mlp: Any, name: str) -> None:
     """Make ``mlp``, the FFN at ``name`` in its model, one that can carry memory and experts.
 
     Raises ``PaceConfigError`` when it is not a plain gated FFN.
@@ -67,13 +67,13 @@ def attach(mlp: nn.Module, config: PaceConfig, index: int, name: str) -> None:
     mlp.memory = PaceMemory(config, index, width, prefix=f"{name}.memory")
 
 
-def pacify(base: type[nn.Module], name: str) -> type[nn.Module]:
+def pacify(base: Any, name: str) -> type[nn.Module]:
     """Subclass a vLLM decoder so that the configured layers' FFNs carry memory and experts.
 
     Weight names, loaders, quantisation, LoRA and sharding stay those of ``base``.
     """
 
-    def __init__(self: nn.Module, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         config = read_config(vllm_config)
         total = vllm_config.model_config.get_total_num_hidden_layers()
@@ -93,8 +93,8 @@ def pacify(base: type[nn.Module], name: str) -> type[nn.Module]:
                 experts.attach(module, index)
         self._pace_experts = experts
 
-    def load_weights(self: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        experts: Any = self._pace_experts
+    def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        experts = self._pace_experts
         return base.load_weights(self, experts.reorder(weights) if experts else weights)
 
     body: dict[str, Any] = {

@@ -15,10 +15,10 @@ def additional_settings(vllm_config: VllmConfig) -> Any:
 
 
 def beside_checkpoint(settings: Any, model: str) -> Any:
-    """``settings`` of a config.json, whose ``experts.path`` counts from the checkpoint ``model``."""
+    """``settings`` of the config.json of ``model``, from which their ``experts.path`` counts."""
     experts = settings.get("experts") if isinstance(settings, dict) else None
     path = experts.get("path") if isinstance(experts, dict) else None
-    if not isinstance(path, str):
+    if not isinstance(experts, dict) or not isinstance(path, str):
         return settings
     # A hub name has no files to count from; what is stored beside its weights is found by name.
     found = str(Path(model, path)) if Path(model).is_dir() or path != "." else model

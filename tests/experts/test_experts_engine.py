@@ -75,7 +75,7 @@ def assert_same(found, truth):
 
 @pytest.mark.parametrize("arch", ["qwen2", "phi3"])
 def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, checkpoint, clustered):
-    """Fused (Phi-3) and separate gates; stored order, stored orders, and clustered while loading."""
+    """Fused (Phi-3) and separate gates; clustered before, by stored orders, and while loading."""
     truth = run(checkpoint(arch), arch)
     stored = run(clustered(arch), arch)
     by_path = run(checkpoint(arch), arch, {"experts": {"path": str(clustered(arch))}})
