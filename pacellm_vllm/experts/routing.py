@@ -1,8 +1,8 @@
 """Which experts a token computes: a router made from the FFN's weights alone, without training.
 
 The paper activates experts "conditionally during inference" (App. C.2, D.1.3) and says no more;
-its published code does not. The rule here is ours: a few neurons of each expert are computed for
-every token and stand for the others, which resemble them because they were clustered.
+its published code does not. The rules here are ours, after the parameter centres of MoEfication
+(Zhang et al., 2022): an expert answers to inputs that point along the mean of its gate rows.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,18 @@ from torch import nn
 # act(gate) * up on [tokens, 2 * width], gates first: vLLM's SiluAndMul and its like.
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-PROBES = 4
+# Where a normal distribution is looked at, in standard deviations, and the weights of a sum.
+_POINTS = torch.tensor([-1.5, -0.75, 0.0, 0.75, 1.5])
+_WEIGHTS = torch.softmax(-_POINTS.square() / 2, dim=0)
 
 
 class ExpertRouter(nn.Module):
     """Predicts how active each expert is and chooses the most active ones, token by token.
 
-    A choice depends on the token's FFN input alone, not on other tokens. The buffers hold probes
-    of all K experts, also where a tensor parallel rank computes only some of them, so that ranks
-    choose alike.
+    A choice depends on the token's FFN input alone, not on other tokens. The buffers describe all
+    K experts, also where a tensor parallel rank computes only some of them, so that ranks choose
+    alike: ``centres`` [K, H] is the mean of an expert's gate rows, ``spreads`` [K] their standard
+    deviation from it, per element, ``sizes`` [K] the root mean square of its up rows' elements.
 
     Args:
         num_experts: K.
@@ -29,12 +32,12 @@ class ExpertRouter(nn.Module):
         act: see ``Activation``.
         top_k: choose so many experts.
         mass: choose the fewest experts with at least this share of the predicted activation.
-        probes: neurons per expert that are looked at.
         dtype, device: of the weights.
     """
 
-    gate_up: torch.Tensor
-    bias: torch.Tensor
+    centres: torch.Tensor
+    spreads: torch.Tensor
+    sizes: torch.Tensor
 
     def __init__(
         self,
@@ -44,36 +47,54 @@ class ExpertRouter(nn.Module):
         *,
         top_k: int | None = None,
         mass: float | None = None,
-        probes: int = PROBES,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.mass = num_experts, top_k, mass
-        self.probes = probes
-        # Not a submodule: it belongs to the FFN.
+        # In a tuple, or it would be a submodule; it is the FFN's.
         self._act = (act,)
-        rows = torch.zeros(2 * num_experts * probes, hidden, dtype=dtype, device=device)
-        self.register_buffer("gate_up", rows, persistent=False)
+        # Not persistent: a checkpoint has none of them.
+        centres = torch.zeros(num_experts, hidden, dtype=dtype, device=device)
+        self.register_buffer("centres", centres, persistent=False)
+        for name in ("spreads", "sizes"):
+            values = torch.zeros(num_experts, dtype=torch.float32, device=device)
+            self.register_buffer(name, values, persistent=False)
 
     def fill(self, gate: torch.Tensor, up: torch.Tensor) -> None:
-        """Take the probes from ``gate`` and ``up`` [D, H], whose neurons are in expert order."""
-        size = gate.shape[0] // self.num_experts
-        inside = torch.linspace(0, size - 1, self.probes).round().long()
-        rows = (torch.arange(self.num_experts)[:, None] * size + inside).flatten().to(gate.device)
-        self.gate_up.copy_(torch.cat([gate[rows], up[rows]]))
+        """Describe the experts of ``gate`` and ``up`` [D, H], whose neurons are in expert order."""
+        gates = gate.float().unflatten(0, (self.num_experts, -1))
+        ups = up.float().unflatten(0, (self.num_experts, -1))
+        centres = gates.mean(dim=1, keepdim=True)
+        self.centres.copy_(centres[:, 0])
+        self.spreads.copy_((gates - centres).square().mean(dim=(1, 2)).sqrt())
+        self.sizes.copy_(ups.square().mean(dim=(1, 2)).sqrt())
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Predicted activation of each expert, [tokens, K] float32, for ``x`` [tokens, H]."""
+        """Mean gate of each expert before its activation, [tokens, K], for ``x`` [tokens, H]."""
+        return torch.nn.functional.linear(x, self.centres).float()
+
+    def expected_mass(self, x: torch.Tensor) -> torch.Tensor:
+        """Predicted activation of each expert, [tokens, K] float32, up to a factor of the token's.
+
+        The mean of ``|act(g)|`` times the size of up, where gates g of an expert's neurons are
+        normally distributed about its score with ``spreads`` times the length of ``x``.
+        """
         [act] = self._act
-        a = act(torch.nn.functional.linear(x, self.gate_up))
-        return a.float().abs().unflatten(-1, (self.num_experts, self.probes)).mean(-1)
+        mean = self.scores(x)
+        deviation = self.spreads * x.float().norm(dim=-1, keepdim=True)
+        expected = torch.zeros_like(mean)
+        for point, weight in zip(_POINTS.tolist(), _WEIGHTS.tolist(), strict=True):
+            gates = mean + point * deviation
+            expected += weight * act(torch.cat([gates, torch.ones_like(gates)], dim=-1)).abs()
+        return expected * self.sizes
 
     def choose(self, x: torch.Tensor) -> torch.Tensor:
         """Which experts each token computes, [tokens, K] bool."""
         if self.top_k == self.num_experts or self.mass == 1:
             return torch.ones(x.shape[0], self.num_experts, dtype=torch.bool, device=x.device)
-        return choose(self.scores(x), self.top_k, self.mass)
+        scores = self.scores(x) if self.mass is None else self.expected_mass(x)
+        return choose(scores, self.top_k, self.mass)
 
 
 def choose(scores: torch.Tensor, top_k: int | None, mass: float | None) -> torch.Tensor:

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import make_prompt
+from checkpoints import make_checkpoint, make_prompt
 from engines import NAMES, engine, prompt_logprobs
 
 from pacellm_vllm.experts import cache
+from pacellm_vllm.experts.orders import EXPERTS_ORDERS
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings
 from pacellm_vllm.models.table import pace_architecture
@@ -144,3 +145,63 @@ def refused(path, pace, **settings):
     ):
         pass
     return str(refusal.value)
+
+
+def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
+    stored = {"experts": {"path": str(clustered())}}
+    other = make_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    assert "is for another model: its layer 0 was made from other gate weights" in refused(
+        other, stored
+    )
+    wider = make_checkpoint(tmp_path / "wider", "qwen2", intermediate_size=352)
+    assert "has 344 neurons, this model's have 352" in refused(wider, stored)
+    shallow = make_checkpoint(tmp_path / "shallow", "qwen2", num_hidden_layers=2)
+    assert "has orders for layer 2, this model has layers 0 to 1" in refused(shallow, stored)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(clustered(), swapped)
+    shutil.copy(clustered("phi3") / EXPERTS_ORDERS, swapped / EXPERTS_ORDERS)
+    assert "is not the one that pacellm_experts.json describes" in refused(
+        checkpoint(), {"experts": {"path": str(swapped)}}
+    )
+    (swapped / EXPERTS_ORDERS).unlink()
+    assert "the order of layer 0 cannot be read" in refused(
+        checkpoint(), {"experts": {"path": str(swapped)}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "settings", "sentence"),
+    [
+        ({"num_experts": 10}, {}, "does not split 344 neurons into equal experts; 8 or 43 would"),
+        ({"path": "/nowhere/at/all"}, {}, "is neither a directory nor a hub model"),
+        (
+            {"num_experts": 8, "layers": [4]},
+            {},
+            "layers = 4 is not allowed; it must be one of",
+        ),
+        ({"num_experts": 8}, {"load_format": "dummy"}, "do not work with --load-format dummy"),
+        ({"num_experts": 8}, {"quantization": "fp8"}, "quantised weights (fp8)"),
+        ({"num_experts": 8}, {"enable_lora": True}, "do not work with LoRA: an adapter"),
+        ({"num_experts": 8}, {"pipeline_parallel_size": 2}, "with pipeline parallelism: loading"),
+        (
+            {"num_experts": 43},
+            {"tensor_parallel_size": 2},
+            "43 experts cannot be spread whole over 2 tensor parallel ranks; "
+            "--tensor-parallel-size 1 can",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(experts, settings, sentence, checkpoint):
+    assert sentence in refused(checkpoint(), {"experts": experts}, **settings)
+
+
+def test_a_folder_without_experts_and_a_top_k_above_them_are_refused(checkpoint, clustered):
+    assert "has no pacellm_experts.json" in refused(
+        checkpoint(), {"experts": {"path": str(checkpoint())}}
+    )
+    said = refused(clustered(), {"experts": {"top_k": 9}})
+    assert "experts.top_k = 9 is not allowed; it must be from 1 to 8" in said
+
+
+def test_settings_of_the_memory_beside_experts_need_layers(clustered):
+    assert "bank_size = 50 is a setting of the memory" in refused(clustered(), {"bank_size": 50})
