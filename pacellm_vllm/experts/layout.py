@@ -44,6 +44,12 @@ class FeedForward:
     inputs: tuple[Moved, ...]
     moved: tuple[Moved, ...]
 
+    @property
+    def output(self) -> str:
+        """The module that the activations enter."""
+        last = self.moved[len(self.inputs)]
+        return last.name.removesuffix(".weight")
+
 
 @dataclass(frozen=True)
 class _Names:
