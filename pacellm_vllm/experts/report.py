@@ -26,8 +26,8 @@ class LayerReport:
     for random splits of the same size. ``curve`` and ``curve_random``: the share of activation
     in the most active 1 .. K experts. ``within`` and ``between``: mean correlation, over tokens,
     of how active (absolute values) two neurons of one expert and of two experts are; ``dead``
-    neurons, which never change, are left out. ``answers``: by expert, its tokens with how many times its even share of activation
-    they give it, the strongest first.
+    neurons, which never change, are left out. ``answers``: by expert, its tokens with how many
+    times its even share of activation they give it, the strongest first.
     """
 
     num_experts: int

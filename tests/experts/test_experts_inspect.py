@@ -35,12 +35,9 @@ def test_numbers_are_those_of_the_definitions():
     for share, needed in zip((0.5, 0.9, 0.95), found.needed, strict=True):
         counts = []
         for row in mass:
-            ranked, held = sorted(row.tolist(), reverse=True), 0.0
-            for n, value in enumerate(ranked, 1):
-                held += value
-                if held >= share * sum(ranked):
-                    break
-            counts.append(n / experts)
+            ranked = sorted(row.tolist(), reverse=True)
+            held = [sum(ranked[: n + 1]) for n in range(experts)]
+            counts.append((1 + sum(h < share * sum(ranked) for h in held)) / experts)
         assert needed == pytest.approx(sum(counts) / count, abs=1e-6)
     assert found.needed_random[0] > found.needed[0] == 1 / experts
 
