@@ -1,6 +1,5 @@
 """Experts in the engine: stored or made while loading, the model stays what it was (I2)."""
 
-import json
 import shutil
 
 import pytest
@@ -46,7 +45,21 @@ def clustered(checkpoint, tmp_path_factory):
     return get
 
 
-def run(path, arch="qwen2", pace=None, plain=False, **settings):
+@pytest.fixture(scope="module")
+def run():
+    """``generate``, once for the same engine."""
+    made = {}
+
+    def get(*args, **kwargs):
+        key = repr((args, kwargs))
+        if key not in made:
+            made[key] = generate(*args, **kwargs)
+        return made[key]
+
+    return get
+
+
+def generate(path, arch="qwen2", pace=None, plain=False, **settings):
     """Greedy tokens, and the log-probabilities of all prompt tokens as one vector."""
     if plain:
         settings["hf_overrides"] = {"architectures": [f"{NAMES[arch]}ForCausalLM"]}
@@ -74,9 +87,9 @@ def assert_same(found, truth):
     assert float((found[1] - truth[1]).norm() / truth[1].norm()) <= 1e-5
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "phi3"])
-def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, checkpoint, clustered):
-    """Fused (Phi-3) and separate gates; clustered before, by stored orders, and while loading."""
+def test_i2_experts_in_any_way_leave_the_model_what_it_was(run, checkpoint, clustered):
+    """Clustered before, by stored orders, and while loading; gate and up in one tensor."""
+    arch = "phi3"
     truth = run(checkpoint(arch), arch)
     stored = run(clustered(arch), arch)
     by_path = run(checkpoint(arch), arch, {"experts": {"path": str(clustered(arch))}})
@@ -89,7 +102,7 @@ def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, checkpoint, clu
             assert torch.equal(gate, stored[2][layer])
 
 
-def test_i2_with_memory_on_as_well(checkpoint, clustered):
+def test_i2_with_memory_on_as_well(run, checkpoint, clustered):
     plain = run(checkpoint())
     truth = run(checkpoint(), pace=MEMORY)
     assert truth[0] != plain[0]
@@ -98,26 +111,21 @@ def test_i2_with_memory_on_as_well(checkpoint, clustered):
         assert_same(run(checkpoint(), pace={**MEMORY, "experts": experts}), truth)
 
 
-def test_i2_on_two_ranks(checkpoint, clustered):
-    truth = run(checkpoint("llama"), "llama", MEMORY)
-    for path, experts in (
-        (checkpoint("llama"), {"num_experts": K}),
-        (clustered("llama"), {"path": str(clustered("llama"))}),
-    ):
-        found = run(path, "llama", {**MEMORY, "experts": experts}, tensor_parallel_size=2)
-        assert_same(found, truth)
+def test_i2_on_two_ranks(run, checkpoint, clustered):
+    truth = run(checkpoint(), pace=MEMORY)
+    pace = {**MEMORY, "experts": {"path": str(clustered())}}
+    assert_same(run(checkpoint(), pace=pace, tensor_parallel_size=2), truth)
 
 
-def test_a_clustered_checkpoint_needs_no_flag_and_has_no_memory(clustered):
+def test_a_clustered_checkpoint_needs_no_flag_and_has_no_memory(run, checkpoint, clustered):
     with engine(clustered()) as running:
         model = running.core.vllm_config.model_config
         assert model.architecture == "PaceQwen2ForCausalLM"
         assert running.memories() == {}
-    plain = run(clustered(), plain=True)
-    assert_same(run(clustered()), plain)
+    assert_same(run(clustered(), plain=True), run(checkpoint()))
 
 
-def test_only_the_layers_with_experts_move(checkpoint):
+def test_only_the_layers_with_experts_move(run, checkpoint):
     gates = run(checkpoint())[2]
     found = run(checkpoint(), pace={"experts": {"num_experts": K, "layers": [2, 0]}})[2]
     assert [i for i in gates if not torch.equal(gates[i], found[i])] == [0, 2]
@@ -126,16 +134,9 @@ def test_only_the_layers_with_experts_move(checkpoint):
 def test_the_order_is_the_commands_and_made_once(checkpoint, clustered, monkeypatch):
     clustered()
     monkeypatch.setattr(cache, "cluster", None)
-    run(checkpoint(), pace={"experts": {"num_experts": K}})
+    generate(checkpoint(), pace={"experts": {"num_experts": K}})
     with pytest.raises(TypeError):
-        run(checkpoint(), pace={"experts": {"num_experts": K, "seed": 1}})
-
-
-def copied(source, target, **config):
-    shutil.copytree(source, target)
-    text = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**text, **config}))
-    return target
+        generate(checkpoint(), pace={"experts": {"num_experts": K, "seed": 1}})
 
 
 def refused(path, pace, **settings):
