@@ -120,8 +120,7 @@ def write_permuted(
     """Write ``checkpoint`` to ``target`` with neuron ``orders[layer][j]`` of each layer at j.
 
     ``finish`` is called with the finished directory before it gets its name, to add to it. The
-    directory appears
-    whole or not at all; ``ExpertsError`` if it exists or the disk refuses.
+    directory appears whole or not at all; ``ExpertsError`` if it exists or the disk refuses.
     """
     target = Path(target)
     ffns = find_feed_forwards(checkpoint.entries, orders)
