@@ -9,6 +9,8 @@ from typing import Any
 from pacellm_vllm import __version__
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.experts.command import add_parser as add_cluster
+from pacellm_vllm.experts.inspect import add_parser as add_inspect
+from pacellm_vllm.experts.settings import parse_experts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     add_cluster(commands)
+    add_inspect(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
     if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):
@@ -50,7 +53,7 @@ def _add_serve(commands: Any) -> None:
         serve.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
-            type=_layers if name == "layers" else _number_or_text,
+            type=_PARSERS.get(name, _number_or_text),
             help=field.description,
         )
     serve.set_defaults(run=_serve)
@@ -72,6 +75,9 @@ def _number_or_text(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+_PARSERS = {"layers": _layers, "experts": parse_experts}
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:

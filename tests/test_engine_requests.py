@@ -8,6 +8,8 @@ from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from pacellm_vllm.memory.batch import NoSettings
+
 PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
 MAX_TOKENS = 50
 # What a request says, and what that means to the oracle.
@@ -153,3 +155,9 @@ def test_bad_settings_fail_the_request_alone(extra, sentence, shared_engine):
 def shared_engine(checkpoint):
     with engine(checkpoint(), pace=PACE) as running:
         yield running
+
+
+def test_an_engine_with_experts_alone_refuses_settings():
+    NoSettings.validate_params(SamplingParams(extra_args={"other": 1}))
+    with pytest.raises(ValueError, match="carries no memory that a request could set"):
+        NoSettings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))

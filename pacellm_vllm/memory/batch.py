@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.request import RequestSettings
 
 # By the engine configuration they were made for, of which one process may hold several.
@@ -65,6 +66,18 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         return logits
+
+
+class NoSettings(BatchSettings):
+    """For an engine that has experts and no memory: refuses what would silently do nothing."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        if RequestSettings.of(sampling_params.extra_args).overrides():
+            raise PaceConfigError(
+                "pacellm: this engine carries no memory that a request could set; serve it with "
+                "layers, or drop the setting."
+            )
 
 
 def _settings(params: SamplingParams) -> RequestSettings | None:
