@@ -1,5 +1,7 @@
 """PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -17,7 +19,8 @@ from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend, BankMetadata
 from pacellm_vllm.memory.counts import MemoryCounts
 from pacellm_vllm.memory.plan import plan_spec
-from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.memory.store import PagedBanks, PagedStore, unit_view
+from pacellm_vllm.ops.steps import advance_steps
 from pacellm_vllm.ops.update import advance
 
 OP_NAME = "pacellm_memory"
@@ -70,21 +73,37 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
         layout = self.spec.layout
         units = unit_view(self.kv_cache, layout, self.config.stored_dtype(a.dtype))
-        done = 0
+        out.copy_(a)
+        steps = []
+        pieces_of = Counter(piece.request for piece in metadata.pieces)
         for piece in metadata.pieces:
             tokens = slice(piece.begin, piece.end)
             pages = metadata.block_table[piece.request, : piece.pages]
-            done = piece.end
             # Warm-up and padding rows hold block 0, vLLM's null block, which is nobody's bank.
             if not pages.all():
-                out[tokens] = a[tokens]
+                continue
+            # One token of many requests is a decode step; a piece of a longer chunk has its turn.
+            if piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
+                steps.append(piece)
                 continue
             store = PagedStore(units, pages, layout)
             out[tokens], progress = advance(
                 store, a[tokens], piece.position, self.rules, self._reduce
             )
             self.counts.add(progress)
-        out[done:] = a[done:]
+        if steps:
+            rows = torch.tensor([(piece.begin, piece.request) for piece in steps], device=a.device)
+            held = max(piece.pages for piece in steps)
+            banks = PagedBanks(units, metadata.block_table[rows[:, 1], :held].long(), layout)
+            out[rows[:, 0]], progresses = advance_steps(
+                banks,
+                a[rows[:, 0]],
+                [piece.position for piece in steps],
+                [self.rules] * len(steps),
+                self._reduce,
+            )
+            for progress in progresses:
+                self.counts.add(progress)
 
 
 @eager_in_graphs
