@@ -16,10 +16,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from pacellm_vllm.compat import add_splitting_op, eager_in_graphs, register_custom_op
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.backend import BankBackend, BankMetadata
+from pacellm_vllm.memory.backend import BankBackend, BankMetadata, Piece
 from pacellm_vllm.memory.counts import MemoryCounts
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import PagedBanks, PagedStore, unit_view
+from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.ops.steps import advance_steps
 from pacellm_vllm.ops.update import advance
 
@@ -79,7 +80,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         for piece in metadata.pieces:
             tokens = slice(piece.begin, piece.end)
             pages = metadata.block_table[piece.request, : piece.pages]
-            # Warm-up and padding rows hold block 0, vLLM's null block, which is nobody's bank.
+            # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not pages.all():
                 continue
             # One token of many requests is a decode step; a piece of a longer chunk has its turn.
@@ -88,7 +89,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
                 continue
             store = PagedStore(units, pages, layout)
             out[tokens], progress = advance(
-                store, a[tokens], piece.position, self.rules, self._reduce
+                store, a[tokens], piece.position, self._rules_of(piece), self._reduce
             )
             self.counts.add(progress)
         if steps:
@@ -99,11 +100,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
                 banks,
                 a[rows[:, 0]],
                 [piece.position for piece in steps],
-                [self.rules] * len(steps),
+                [self._rules_of(piece) for piece in steps],
                 self._reduce,
             )
             for progress in progresses:
                 self.counts.add(progress)
+
+    def _rules_of(self, piece: Piece) -> MemoryRules:
+        return piece.settings.applied_to(self.rules) if piece.settings else self.rules
 
 
 @eager_in_graphs

@@ -2,7 +2,12 @@
 
 from vllm.config import VllmConfig
 
-from pacellm_vllm.compat import add_worker_extension, plugin_logger
+from pacellm_vllm.compat import (
+    add_logits_processor,
+    add_worker_extension,
+    plugin_logger,
+    refuse_in_beam_search,
+)
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.models.settings import additional_settings, read_config
 from pacellm_vllm.models.table import pace_architecture
@@ -10,6 +15,7 @@ from pacellm_vllm.models.table import pace_architecture
 logger = plugin_logger()
 
 REPORT_EXTENSION = "pacellm_vllm.serving.report.MemoryReport"
+REQUEST_SETTINGS = "pacellm_vllm.memory.batch:BatchSettings"
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -61,6 +67,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
 
     add_worker_extension(vllm_config, REPORT_EXTENSION)
+    add_logits_processor(vllm_config, REQUEST_SETTINGS)
+    refuse_in_beam_search(CONFIG_KEY)
 
 
 def check_not_configured(vllm_config: VllmConfig) -> None:
