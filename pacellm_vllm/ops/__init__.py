@@ -3,5 +3,6 @@
 ``rules``   MemoryRules, the numbers of Enhance and Update
 ``lookup``  Enhance: similarities, the tokens' regimes, the blend
 ``update``  Update: what a running segment gathers, and the commit at its end
+``steps``   Update and Enhance for one token of each of many banks, as in decoding
 ``sums``    sums over tokens whose bits do not depend on how the tokens are cut
 """

@@ -33,18 +33,21 @@ class LookUp:
         return self.mean_top <= rules.theta_low
 
 
-def similarities(a: torch.Tensor, keys: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
+def similarities(
+    a: torch.Tensor, keys: torch.Tensor, squares: torch.Tensor | None, reduce: Reduce | None
+) -> torch.Tensor:
     """Cosine of every token with every slot.
 
-    ``a`` [n, D] and ``keys`` [m, D] fp32; returns [n, m] fp32. Under tensor parallelism D is this
-    rank's shard and ``reduce`` sums over ranks: partial products and squared norms travel
-    together, so every rank sees the same similarities and decides alike.
+    ``a`` [n, D] and ``keys`` [m, D] fp32, ``squares`` [m] the keys' squared norms if they are
+    known; returns [n, m] fp32. Under tensor parallelism D is this rank's shard and ``reduce`` sums
+    over ranks: partial products and squared norms travel together, so every rank sees the same
+    similarities and decides alike.
     """
     n, m = a.shape[0], keys.shape[0]
     parts = a.new_empty(n + 1, m + 1)
     torch.mm(a, keys.t(), out=parts[:n, :m])
     parts[:n, m] = torch.linalg.vecdot(a, a)
-    parts[n, :m] = torch.linalg.vecdot(keys, keys)
+    parts[n, :m] = torch.linalg.vecdot(keys, keys) if squares is None else squares
     parts[n, m] = 0
     if reduce is not None:
         parts = reduce(parts)
@@ -59,11 +62,13 @@ def look_up(
     values: torch.Tensor,
     rules: MemoryRules,
     reduce: Reduce | None = None,
+    squares: torch.Tensor | None = None,
 ) -> LookUp:
     """Enhance n tokens with the m valid slots of one bank.
 
-    ``a`` [n, D] any float dtype; ``keys``, ``values`` [m, D] any float dtype, m may be 0.
-    Arithmetic is fp32. Ties go to the lower slot index.
+    ``a`` [n, D] any float dtype; ``keys``, ``values`` [m, D] any float dtype, m may be 0;
+    ``squares`` [m] fp32 the keys' squared norms, if known. Arithmetic is fp32. Ties
+    go to the lower slot index.
     """
     n, m = a.shape[0], keys.shape[0]
     if m == 0:
@@ -71,7 +76,7 @@ def look_up(
         return LookUp(a, nothing, torch.empty(n, 0, dtype=torch.int64, device=a.device))
 
     a32 = a.float()
-    sims = similarities(a32, keys.float(), reduce)
+    sims = similarities(a32, keys.float(), squares, reduce)
     # torch.topk does not promise which of two equal entries it returns; a stable sort does.
     ranked, order = sims.sort(dim=1, descending=True, stable=True)
     top = order[:, : rules.top_k]

@@ -12,9 +12,10 @@ from pacellm_vllm.ops.sums import running_sum
 
 @dataclass
 class Header:
-    """The small state of a bank; all int32, the counters 0-d, the rest one entry per slot [M].
+    """The small state of a bank; int32, the counters 0-d, the rest one entry per slot [M].
 
-    ``valid`` committed slots, always the first ones; ``usage`` of each. Of the running segment:
+    ``valid`` committed slots, always the first ones; ``usage`` of each, and fp32 ``squares``, their
+    keys' squared norms (over this rank's share of D). Of the running segment:
     ``mids`` and ``lows`` its tokens so far by kind; ``merge`` the slots (0/1) its mid tokens
     touch; ``confirm`` how often its high tokens found each slot.
     """
@@ -25,21 +26,25 @@ class Header:
     usage: torch.Tensor
     merge: torch.Tensor
     confirm: torch.Tensor
+    squares: torch.Tensor
 
     @staticmethod
     def num_words(bank_size: int) -> int:
         """int32 words of a packed header."""
-        return 3 + 3 * bank_size
+        return 3 + 4 * bank_size
 
     @classmethod
     def unpack(cls, words: torch.Tensor) -> "Header":
         """Views of ``words`` [num_words] int32."""
-        size = (words.numel() - 3) // 3
-        return cls(words[0], words[1], words[2], *words[3:].view(3, size))
+        size = (words.numel() - 3) // 4
+        usage, merge, confirm, squares = words[3:].view(4, size)
+        return cls(words[0], words[1], words[2], usage, merge, confirm, squares.view(torch.float32))
 
     def pack(self) -> torch.Tensor:
         """[num_words] int32, a copy."""
-        return torch.cat([getattr(self, f.name).reshape(-1) for f in fields(self)])
+        return torch.cat(
+            [getattr(self, f.name).reshape(-1).view(torch.int32) for f in fields(self)]
+        )
 
     def start_segment(self, first: bool) -> None:
         """Forget the running segment's part; in the first segment everything."""
@@ -106,7 +111,7 @@ def advance(
     if offset == 0:
         header.start_segment(first=segment == 0)
     valid = int(header.valid)
-    found = look_up(a, *store.read_slots(valid), rules, reduce)
+    found = look_up(a, *store.read_slots(valid), rules, reduce, header.squares[:valid])
     o = found.output
 
     high, low = found.high(rules), found.low(rules)
@@ -125,7 +130,7 @@ def advance(
 
     committed = None
     if offset + n == rules.segment_size:
-        committed = _commit(store, header, valid, rules)
+        committed = commit(store, header, valid, rules)
     store.write_header(header)
     return o, Progress(n - num_mid - num_low, num_mid, num_low, committed)
 
@@ -181,8 +186,8 @@ def _gather_sums(
     store.write_sums(sums)
 
 
-def _commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> int:
-    """Update(B_s) in place; returns the number of valid slots of B_(s+1)."""
+def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> int:
+    """Update(B_s) in place, the header too; returns the number of valid slots of B_(s+1)."""
     mids, lows = int(header.mids), int(header.lows)
     usage = header.usage[:valid]
     usage += header.confirm[:valid]
@@ -206,4 +211,6 @@ def _commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) ->
         usage[victims] = 1
     header.usage[valid : valid + taken] = 1
     header.valid.fill_(valid + taken)
+    keys = store.read_slots(valid + taken)[0].float()
+    header.squares[: valid + taken] = torch.linalg.vecdot(keys, keys)
     return valid + taken
