@@ -13,14 +13,13 @@ it to form by itself takes longer on one core than all else.
 """
 
 import argparse
-import json
 import math
 import random
 import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pacellm_vllm.evals.text import KEYS, NEEDLE, sentences, vocabulary
@@ -40,17 +39,19 @@ FILLER_WEIGHT = 0.5
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word of the text is one token; any other text falls back to bytes."""
+    """Every word of the text is one token, its space included; any other text falls back to bytes.
+
+    Words are added tokens, because transformers reads only the vocabulary of a Qwen2 checkpoint's
+    tokenizer.json and brings its own rules for splitting text, which cut numbers into digits.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"Ġ{word}" for word in vocabulary()] + [f"Ġ{value}" for value in VALUES]
-    names = [END, START, STOP, *alphabet, *words]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], ignore_merges=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    names = [END, START, STOP, *alphabet]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOP, pad_token=END)
-    fast.add_special_tokens({"additional_special_tokens": [START]})
+    words = ["The", *(f" {word}" for word in [*vocabulary(), *VALUES])]
+    fast.add_tokens([AddedToken(word, normalized=False) for word in words])
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -126,6 +127,7 @@ class Samples:
         self.text = sentences(self.rng)
         self.encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
         self.cache: dict[str, list[int]] = {}
+        [self.first] = self.encode("The")
 
     def ids(self, sentence: str) -> list[int]:
         if sentence not in self.cache:
@@ -137,15 +139,16 @@ class Samples:
         rng = self.rng
         parts, used = [], 0
         while used < filler:
-            parts.append(self.ids(next(self.text)))
+            parts.append(self.ids(" " + next(self.text)))
             used += len(parts[-1])
         facts = [
-            self.ids(NEEDLE.format(key=key, value=rng.choice(VALUES)))
+            self.ids(" " + NEEDLE.format(key=key, value=rng.choice(VALUES)))
             for key in rng.sample(KEYS, needles)
         ]
         for fact in facts:
             parts.insert(rng.randint(0, len(parts)), fact)
         tokens = [token for part in parts for token in part]
+        tokens[0] = self.first
         begin, answers = len(tokens), []
         for fact in rng.sample(facts, needles):
             tokens += fact
@@ -186,7 +189,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     while last < LAST_STEPS and time.time() - start < minutes * 60:
         needles, filler = STAGES[stage]
         if filler:
-            filler = samples.rng.randint(filler // 3, filler)
+            filler = samples.rng.randint(0, filler)
         size = max(4, TOKENS_PER_STEP // (15 * needles + filler))
         tokens, kinds = samples.batch(size, needles, filler)
         rate = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * last / LAST_STEPS)) / 2
