@@ -3,8 +3,8 @@
     python scripts/train_tiny.py OUT [--minutes N] [--seed S] [--threads T]
 
 A sample is filler with statements ("The magic number of Paris is 48.") at random places, then the
-same statements in another order, whose numbers are the answers. The loss is that of the answers plus
-that of all other words. Text grows by one stage whenever the answers are right often enough. OUT is
+same statements in another order, whose numbers are the answers. The loss is that of the answers
+plus that of all other words. Text grows by one stage whenever the answers are right. OUT is
 rewritten after each stage, so an interrupted run leaves the last one. The same seed gives the same
 model on the same machine unless --minutes ends it early.
 

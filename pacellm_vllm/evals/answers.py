@@ -73,25 +73,17 @@ def offline_engine(
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.transformers_utils.config import get_config
-
-    from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
 
     given = dict(arguments)
-    overrides = dict(given.pop("hf_overrides", {}))
-    trust = bool(given.get("trust_remote_code", False))
-    [named] = get_config(model, trust).architectures or [""]
-    base = ARCHITECTURES[named].architecture if named in ARCHITECTURES else named
-    if memory is None:
-        overrides["architectures"] = [base]
-    else:
-        pace = pace_architecture(named)
+    base, pace = architectures(model, bool(given.get("trust_remote_code", False)))
+    if memory is not None:
         if pace is None:
             raise EvalError(
-                f"pacellm: {model} is a {named}, which carries no memory; compare off only."
+                f"pacellm: {model} is a {base}, which carries no memory; compare off only."
             )
-        overrides["architectures"] = [pace]
         given["additional_config"] = {CONFIG_KEY: dict(memory)}
+    named = base if memory is None else pace
+    overrides = {**given.pop("hf_overrides", {}), "architectures": [named]}
     llm = LLM(model=model, hf_overrides=overrides, **given)
     try:
         yield llm
@@ -100,3 +92,14 @@ def offline_engine(
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str | None]:
+    """A checkpoint's architecture without memory, and with it (None if it has none)."""
+    from vllm.transformers_utils.config import get_config
+
+    from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
+
+    [named] = get_config(model, trust_remote_code).architectures or [""]
+    base = ARCHITECTURES[named].architecture if named in ARCHITECTURES else named
+    return base, pace_architecture(named)

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON line per item, continued by the next run, refused for other settings."""
+"""Results on disk: a JSON line per item, continued by the next run, refused for other settings."""
 
 import json
 import os
@@ -19,11 +19,11 @@ class Records:
     results file. Use as a context manager: every line is flushed when it is added.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[tuple[str, str], dict[str, Any]] = {}
         # As it will read back: tuples become lists, keys strings.
-        settings = json.loads(json.dumps(dict(settings)))
+        settings: dict[str, Any] = json.loads(json.dumps(dict(given)))
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._read(settings) if path.exists() else 0
         self._file = path.open("r+b" if whole else "wb")

@@ -14,7 +14,7 @@ PRESET_NAMES = ("official", "paper")
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration by name; ``memory`` is what goes into ``{"pacellm": ...}``, None for off."""
+    """One configuration by name; ``memory`` goes into ``{"pacellm": ...}``, None is off."""
 
     name: str
     memory: Mapping[str, Any] | None

@@ -1,46 +1,51 @@
 """The built-in haystack and needles: plain English sentences from a small seeded grammar.
 
 Words have tastes: a noun takes few of the adjectives, verbs and objects, always the same ones, so
-a language model has something to learn. Nothing is downloaded, and the same seed gives the same text.
+a language model has something to learn. Nothing is downloaded; the same seed gives the same text.
 """
 
 import random
 from collections.abc import Iterator
 
-KEYS = (
-    "Paris Rome Oslo Cairo Lima Tokyo Delhi Quito Dublin Vienna Prague Warsaw Lisbon Madrid Athens "
-    "Berlin London Moscow Boston Denver Dallas Miami Austin Seattle Havana Bogota Nairobi Lagos "
-    "Accra Tunis Dakar Kabul Hanoi Manila Seoul Osaka Perth Sydney Zurich Geneva Milan Venice Turin "
-    "Naples Krakow Riga Sofia Tbilisi"
-).split()
 
-ADJECTIVES = (
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+KEYS = _words(
+    "Paris Rome Oslo Cairo Lima Tokyo Delhi Quito Dublin Vienna Prague Warsaw Lisbon Madrid "
+    "Athens Berlin London Moscow Boston Denver Dallas Miami Austin Seattle Havana Bogota Nairobi Lagos "
+    "Accra Tunis Dakar Kabul Hanoi Manila Seoul Osaka Perth Sydney Zurich Geneva Milan Venice "
+    "Turin Naples Krakow Riga Sofia Tbilisi"
+)
+
+ADJECTIVES = _words(
     "old young quiet tall brave clever gentle lazy proud honest curious careful tired happy lonely "
     "hungry famous patient nervous polite silent strange wealthy cheerful"
-).split()
+)
 
-NOUNS = (
+NOUNS = _words(
     "farmer doctor teacher sailor painter baker hunter singer lawyer miner pilot tailor gardener "
     "writer soldier merchant carpenter fisherman shepherd captain nurse student judge poet"
-).split()
+)
 
-VERBS = (
+VERBS = _words(
     "carries paints repairs buys sells finds hides cleans watches builds breaks borrows steals "
     "keeps wants loses brings draws opens closes"
-).split()
+)
 
-OBJECTS = (
+OBJECTS = _words(
     "basket ladder window lantern kettle bottle mirror hammer blanket candle wagon violin barrel "
     "bucket carpet chair clock drum flute letter map needle pillow ribbon"
-).split()
+)
 
-PLACES = (
+PLACES = _words(
     "river market forest garden harbor village castle bridge station kitchen library mountain "
     "valley island meadow church tower mill farm road"
-).split()
+)
 
-PREPOSITIONS = "near behind beside inside beyond".split()
-TIMES = "morning evening winter summer autumn spring".split()
+PREPOSITIONS = _words("near behind beside inside beyond")
+TIMES = _words("morning evening winter summer autumn spring")
 
 NEEDLE = "The magic number of {key} is {value}."
 QUESTION = "The magic number of {key} is"
