@@ -1,6 +1,8 @@
-"""Train a tiny Qwen2 that reads text and finds needles in it; CPU, about an hour on one core.
+"""Train a tiny Qwen2 that reads text and finds needles in it; CPU, ten minutes on two cores.
 
     python scripts/train_tiny.py OUT [--minutes N] [--seed S] [--threads T]
+
+scripts/tiny is what --seed 0 --threads 2 made; training.log is what that printed.
 
 A sample is filler with statements ("The magic number of Paris is 48.") at random places, then the
 same statements in another order, whose numbers are the answers. The loss is that of the answers
@@ -30,11 +32,10 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 )
 # (needles, filler tokens); the whole text is about 15 tokens a needle longer.
-STAGES = [(6, 0), (8, 16), (8, 48), (8, 96), (6, 192), (6, 320), (6, 448)]
+STAGES = [(6, 0), (8, 16), (8, 48), (8, 96), (6, 192), (6, 320)]
 MASTERED = 0.97
 TOKENS_PER_STEP = 3072
-RATE, LAST_RATE = 2e-3, 1e-4
-LAST_STEPS = 600
+RATE = 2e-3
 FILLER_WEIGHT = 0.5
 
 
@@ -185,16 +186,15 @@ def train(out: Path, minutes: float, seed: int) -> None:
         [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    start, step, stage, last, right = time.time(), 0, 0, 0, 0.0
-    while last < LAST_STEPS and time.time() - start < minutes * 60:
+    start, step, stage, right = time.time(), 0, 0, 0.0
+    while stage < len(STAGES) and time.time() - start < minutes * 60:
         needles, filler = STAGES[stage]
         if filler:
             filler = samples.rng.randint(0, filler)
         size = max(4, TOKENS_PER_STEP // (15 * needles + filler))
         tokens, kinds = samples.batch(size, needles, filler)
-        rate = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * last / LAST_STEPS)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100)
+            group["lr"] = RATE * min(1, (step + 1) / 100)
         logits, target, kinds = model(tokens).logits[:, :-1], tokens[:, 1:], kinds[:, 1:]
         answers, text = kinds == 2, kinds == 1
         answer_loss = torch.nn.functional.cross_entropy(logits[answers], target[answers])
@@ -206,9 +206,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
         step += 1
         hits = (logits[answers].argmax(-1) == target[answers]).float().mean().item()
         right = 0.97 * right + 0.03 * hits
-        if stage == len(STAGES) - 1 and (last or right > MASTERED):
-            last += 1
-        elif right > MASTERED:
+        if right > MASTERED:
             print(f"stage {stage} done at step {step}, {time.time() - start:.0f} s", flush=True)
             save(model, tokenizer, out)
             stage, right = stage + 1, 0.5

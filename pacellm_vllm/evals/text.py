@@ -14,9 +14,9 @@ def _words(text: str) -> list[str]:
 
 KEYS = _words(
     "Paris Rome Oslo Cairo Lima Tokyo Delhi Quito Dublin Vienna Prague Warsaw Lisbon Madrid "
-    "Athens Berlin London Moscow Boston Denver Dallas Miami Austin Seattle Havana Bogota Nairobi Lagos "
-    "Accra Tunis Dakar Kabul Hanoi Manila Seoul Osaka Perth Sydney Zurich Geneva Milan Venice "
-    "Turin Naples Krakow Riga Sofia Tbilisi"
+    "Athens Berlin London Moscow Boston Denver Dallas Miami Austin Seattle Havana Bogota Nairobi "
+    "Lagos Accra Tunis Dakar Kabul Hanoi Manila Seoul Osaka Perth Sydney Zurich Geneva Milan "
+    "Venice Turin Naples Krakow Riga Sofia Tbilisi"
 )
 
 ADJECTIVES = _words(
