@@ -7,6 +7,7 @@ and the differences to off with paired bootstrap 95 % intervals over texts.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     edges = [0]
     while edges[-1] < args.tokens:
         edges.append(min(max(64, 2 * edges[-1]), args.tokens))
-    ranges = list(zip(edges, edges[1:], strict=False))
+    ranges = list(itertools.pairwise(edges))
     means: dict[str, list[list[float]]] = {}
     for setting in parse_settings(args.configs, json.loads(args.memory)):
         engine = {**ENGINE, "max_model_len": args.tokens + 1}

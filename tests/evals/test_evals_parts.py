@@ -207,11 +207,11 @@ def test_a_sweep_recommends_the_best_and_warns_when_it_is_not_better(tmp_path, g
 
 def test_wrong_words_stop_before_a_model_is_read(tmp_path, capsys):
     def says(*words):
-        status = main(["eval", "niah", "nowhere", "--out", str(tmp_path / "out"), *words])
+        status = main(["eval", "niah", str(tmp_path), "--out", str(tmp_path / "out"), *words])
         assert status == 2
         return capsys.readouterr().err
 
     assert "'offical' is not known" in says("--configs", "offical")
     assert "--memory '[1]' must be a JSON object" in says("--memory", "[1]")
     assert "one server for each of off, official" in says("--base-url", "http://x/v1")
-    assert "tokenizer of 'nowhere' cannot be read" in says()
+    assert f"the tokenizer of '{tmp_path}' cannot be read" in says()
