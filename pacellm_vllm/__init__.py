@@ -1,6 +1,7 @@
 """PaceLLM for vLLM: a per-request activation memory for the FFN layers of decoder LLMs.
 
 ``config``    PaceConfig, the one configuration object, and its presets
+``request``   what one request may set for itself
 ``plugin``    what vLLM's entry points call
 ``ops``       the memory's arithmetic on plain tensors; knows nothing of vLLM
 ``memory``    where a bank lives: page layout, KV cache spec and manager, the vLLM layer

@@ -10,6 +10,8 @@ from pacellm_vllm import __version__
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.evals.command import add_parser as add_eval
 from pacellm_vllm.experts.command import add_parser as add_cluster
+from pacellm_vllm.experts.inspect import add_parser as add_inspect
+from pacellm_vllm.experts.settings import parse_experts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     add_cluster(commands)
     add_eval(commands)
+    add_inspect(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
     if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):
@@ -52,7 +55,7 @@ def _add_serve(commands: Any) -> None:
         serve.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
-            type=_layers if name == "layers" else _number_or_text,
+            type=_PARSERS.get(name, _number_or_text),
             help=field.description,
         )
     serve.set_defaults(run=_serve)
@@ -74,6 +77,9 @@ def _number_or_text(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+_PARSERS = {"layers": _layers, "experts": parse_experts}
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:

@@ -3,9 +3,11 @@
 ``tests/test_compat.py`` has one test per entry that tells when vLLM moved.
 """
 
+import functools
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -15,7 +17,13 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 ConfigHook = Callable[[VllmConfig], None]
 
@@ -114,3 +122,123 @@ def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
     if not keys:
         return lambda headers: True
     return AuthenticationMiddleware(None, keys).verify_token  # type: ignore[arg-type]
+
+
+def add_logits_processor(vllm_config: VllmConfig, name: str) -> None:
+    """Load custom logits processor ``name`` (``module:class``) in this engine's workers.
+
+    Symptom: vLLM has no other way to add one for some models only; what plugins register is
+    loaded for all. Can go when a model class can name its own.
+    """
+    model = vllm_config.model_config
+    names = list(model.logits_processors or ())
+    if name not in names:
+        model.logits_processors = [*names, name]
+
+
+def refuse_in_beam_search(prefix: str) -> None:
+    """Make beam search requests that carry ``vllm_xargs`` starting with ``prefix`` a 400.
+
+    Symptom: vLLM drops ``vllm_xargs`` of a beam search request without a word.
+    Can go when ``BeamSearchParams`` carries extra arguments.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for protocol in (ChatCompletionRequest, CompletionRequest):
+        original = protocol.to_beam_search_params
+        if hasattr(original, "__wrapped__"):
+            continue
+
+        @functools.wraps(original)
+        def checked(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            given = [key for key in self.vllm_xargs or () if key.startswith(prefix)]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is not supported with use_beam_search: vLLM does not pass "
+                    "vllm_xargs on to beams; drop one of the two."
+                )
+            return _original(self, *args, **kwargs)
+
+        protocol.to_beam_search_params = checked  # type: ignore[method-assign]
+
+
+_request_in_hand: ContextVar[Request | None] = ContextVar("request_in_hand", default=None)
+
+
+def watch_requests() -> None:
+    """Let :func:`request_in_hand` tell which request the scheduler is looking up or placing.
+
+    Symptom: single-type managers are given a request's id only, and its block hashes, which say
+    nothing of its sampling parameters or of how long it may become.
+    Can go when they are given the request, as ``cache_blocks`` already is.
+    """
+    for name in ("get_computed_blocks", "allocate_slots"):
+        original = getattr(KVCacheManager, name)
+        if hasattr(original, "__wrapped__"):
+            continue
+
+        @functools.wraps(original)
+        def watched(
+            self: KVCacheManager,
+            request: Request,
+            *args: Any,
+            _original: Callable[..., Any] = original,
+            **kwargs: Any,
+        ) -> Any:
+            token = _request_in_hand.set(request)
+            try:
+                return _original(self, request, *args, **kwargs)
+            finally:
+                _request_in_hand.reset(token)
+
+        setattr(KVCacheManager, name, watched)
+
+
+def request_in_hand() -> Request | None:
+    """The request of the call in progress; None outside of :func:`watch_requests`'s."""
+    return _request_in_hand.get()
+
+
+def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None]) -> None:
+    """Make ``key(request)``, unless None, part of every block hash of the request.
+
+    Symptom: vLLM hashes tokens, adapters, images and the salt; what else changes activations
+    would be shared by prefix caching. Can go when requests can carry hash keys of their own.
+    """
+    original = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def keyed(request: Request, *args: Any, **kwargs: Any) -> Any:
+        keys, next_mm = original(request, *args, **kwargs)
+        ours = key(request)
+        return ((*(keys or ()), ours) if ours else keys), next_mm
+
+    for module in (kv_cache_utils, block_pool):
+        module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]
+
+
+def publish_block(
+    pool: BlockPool, block: KVCacheBlock, block_hash: BlockHashWithGroupId, num_tokens: int
+) -> None:
+    """Make ``block`` findable under ``block_hash``.
+
+    Symptom: vLLM's public ``cache_full_blocks`` derives hashes from a request's tokens, one block
+    for each stretch of them, which the pages of a bank are not.
+    Can go when a block can be cached under a hash of the caller's.
+    """
+    pool._insert_block_hash(block_hash, block, num_tokens=num_tokens)
+
+
+def copy_blocks_before_forward(
+    manager: SingleTypeKVCacheManager, pairs: Iterable[tuple[KVCacheBlock, KVCacheBlock]]
+) -> None:
+    """Have the workers copy blocks (source, target) before their next forward.
+
+    The caller has touched both; the scheduler lets go of them once the copy is on its way.
+    Symptom: vLLM has block copies, but only its own managers ask for any.
+    Can go when there is a public method to ask.
+    """
+    manager._pending_cow_copies.extend(pairs)

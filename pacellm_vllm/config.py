@@ -1,4 +1,4 @@
-"""PaceConfig: the one configuration object of the memory, its presets and its error messages.
+"""PaceConfig: the one configuration object, its presets and its error messages.
 
 Read from the checkpoint's ``config.json`` key ``"pacellm"``, then from vLLM's
 ``--additional-config '{"pacellm": {...}}'``; the later one wins field by field.
@@ -9,8 +9,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.settings import ExpertsConfig, merge_experts
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 CONFIG_KEY = "pacellm"
@@ -42,6 +51,7 @@ _ALLOWED = {
     "max_insertions": "an integer from 0 to bank_size",
     "momentum": "a number from 0 to 1",
     "bank_dtype": '"auto" (the model dtype) or "float32"',
+    "experts": 'an object such as {"path": "DIR"} or {"num_experts": 64}',
 }
 
 
@@ -76,6 +86,14 @@ class PaceConfig(BaseModel):
     )
     momentum: float = Field(0.5, ge=0, le=1, description="share of the old slot kept in a merge")
     bank_dtype: Literal["auto", "float32"] = Field("auto", description="dtype of stored slots")
+    experts: ExpertsConfig | None = Field(
+        None, description="FFN neurons in experts: how many, or a clustered checkpoint's directory"
+    )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _read_experts(cls, given: Any) -> Any:
+        return given if given is None else ExpertsConfig.from_settings(given)
 
     @model_validator(mode="before")
     @classmethod
@@ -83,10 +101,12 @@ class PaceConfig(BaseModel):
         if not isinstance(data, Mapping):
             return data
         preset = data.get("preset", "official")
-        filled = dict(PRESETS[preset]) if preset in ("official", "paper") else {}
+        filled: dict[str, Any] = dict(PRESETS[preset]) if preset in ("official", "paper") else {}
         size = data.get("bank_size", cls.model_fields["bank_size"].default)
         if isinstance(size, int):
             filled["max_insertions"] = max(0, min(DEFAULT_MAX_INSERTIONS, size))
+        if data.get("experts") is not None:
+            filled["layers"] = ()
         return {**filled, **data}
 
     @model_validator(mode="after")
@@ -101,8 +121,13 @@ class PaceConfig(BaseModel):
                     "max_insertions", self.max_insertions, f"at most bank_size = {self.bank_size}"
                 )
             )
-        if self.layers != "auto" and (
-            not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
+        without_memory = self.experts is not None and self.layers == ()
+        if (
+            self.layers != "auto"
+            and not without_memory
+            and (
+                not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
+            )
         ):
             raise PaceConfigError(_sentence("layers", list(self.layers), _ALLOWED["layers"]))
         return self
@@ -122,26 +147,39 @@ class PaceConfig(BaseModel):
                     f"pacellm: the configuration {source!r} is not valid: it must be an object "
                     "such as {'layers': [12, 26]}."
                 )
+            earlier = merged.get("experts")
             merged.update(source)
+            if source.get("experts") is not None:
+                merged["experts"] = merge_experts(earlier, source["experts"])
         unknown = [name for name in merged if name not in cls.model_fields]
         if unknown:
             raise PaceConfigError(
                 f"pacellm: unknown field {unknown[0]!r} = {merged[unknown[0]]!r}; the fields are "
                 f"{', '.join(cls.model_fields)}."
             )
+        idle = [name for name in merged if name not in ("layers", "experts")]
+        if merged.get("experts") is not None and not merged.get("layers") and idle:
+            raise PaceConfigError(
+                f"pacellm: {idle[0]} = {merged[idle[0]]!r} is a setting of the memory, but beside "
+                'experts there is none without layers; add layers (indices, or "auto") or drop '
+                f"{idle[0]}."
+            )
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
             first = error.errors()[0]
             raised = first.get("ctx", {}).get("error")
-            if isinstance(raised, PaceConfigError):
+            if isinstance(raised, (PaceConfigError, ExpertsError)):
                 raise PaceConfigError(str(raised)) from None
             name = str(first["loc"][0])
             value = merged.get(name, first.get("input"))
             raise PaceConfigError(_sentence(name, value, _ALLOWED[name])) from None
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Sorted layer indices for a model of ``num_layers``; ``PaceConfigError`` if one is out."""
+        """Sorted layers with memory of ``num_layers``; ``PaceConfigError`` if one is out.
+
+        None of them beside experts, unless ``layers`` says which.
+        """
         if self.layers == "auto":
             return tuple(
                 sorted({math.floor((i + 0.5) * num_layers / PAPER_DEPTH) for i in PAPER_LAYERS})

@@ -17,7 +17,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 # Other decoders whose FFNs fit; what is special about each is in `_SPECIAL`.
-FAMILIES = (*ARCHITECTURES, "gemma", "gemma2", "gemma3_text", "granite", "phi3")
+FAMILIES = (
+    *ARCHITECTURES,
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "phi3",
+    "cohere",
+    "exaone4",
+    "glm4",
+    "hyperclovax",
+    "ministral3",
+    "nemotron",
+    "stablelm",
+)
 TOPIC_SIZE = 8
 
 _WINDOWS = {
@@ -30,6 +44,11 @@ _SPECIAL = {
     "qwen2": {"hidden_size": 128},
     "granite": {"hidden_size": 128, "attention_multiplier": 32**-0.5},
     "phi3": {"hidden_size": 128},
+    "cohere": {"hidden_size": 128, "tie_word_embeddings": True},
+    "exaone4": {"hidden_size": 128, **_WINDOWS},
+    "glm4": {"hidden_size": 128},
+    "hyperclovax": {"hidden_size": 128},
+    "stablelm": {"hidden_size": 128},
     "mistral": {"sliding_window": None},
     "gemma": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, **_WINDOWS},
@@ -99,7 +118,7 @@ def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generato
     if kind in ("q_norm", "k_norm"):
         return SHARPNESS * (1 + 0.1 * noise)
     gemma = config.model_type.startswith("gemma")
-    if kind.endswith("norm"):
+    if "norm" in kind:
         # Gemma's norms add the 1 themselves.
         return (0 if gemma else 1) + 0.1 * noise
     if kind == "bias":

@@ -15,15 +15,22 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 NAMES = {
+    "cohere": "Cohere",
+    "exaone4": "Exaone4",
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
+    "glm4": "Glm4",
     "granite": "Granite",
+    "hyperclovax": "HyperCLOVAX",
     "llama": "Llama",
+    "ministral3": "Ministral3",
     "mistral": "Mistral",
+    "nemotron": "Nemotron",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "stablelm": "StableLm",
 }
 
 

@@ -278,7 +278,9 @@ class OracleModel:
 
 
 def _activation(mlp: Any, x: Tensor) -> Tensor:
-    """The gated activation [1, T, D] of a Hugging Face FFN, with or without fused projections."""
+    """The activation [1, T, D] of a Hugging Face FFN: gated, fused or not, or plain."""
+    if not hasattr(mlp, "gate_proj") and not hasattr(mlp, "gate_up_proj"):
+        return mlp.act_fn(mlp.up_proj(x))
     if hasattr(mlp, "gate_up_proj"):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
         return mlp.activation_fn(gate) * up

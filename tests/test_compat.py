@@ -12,7 +12,20 @@ from vllm.config import CompilationConfig
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.sampling_params import BeamSearchParams
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    CircularBufferManager,
+    SingleTypeKVCacheManager,
+)
+from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.model_states import default
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
@@ -115,9 +128,59 @@ def test_the_base_manager_still_frees_what_was_claimed_and_never_hits():
     assert (hits, tokens) == (([],), 0)
 
 
+def test_managers_are_still_given_no_request():
+    """The reason for ``watch_requests``; and what it stands on."""
+    for name in ("get_num_blocks_to_allocate", "allocate_new_blocks", "find_longest_cache_hit"):
+        method = getattr(SingleTypeKVCacheManager, name)
+        assert "request" not in inspect.signature(method).parameters
+    for name in ("get_computed_blocks", "allocate_slots"):
+        method = inspect.unwrap(getattr(KVCacheManager, name))
+        assert list(inspect.signature(method).parameters)[1] == "request"
+    fields = {"sampling_params", "num_prompt_tokens", "max_tokens", "resumable"}
+    assert fields <= set(inspect.getsource(Request.__init__).replace("self.", " ").split())
+
+
+def test_block_hashes_still_ask_the_function_that_is_wrapped():
+    hasher = kv_cache_utils.get_request_block_hasher
+    [inner] = [code for code in hasher.__code__.co_consts if inspect.iscode(code)]
+    assert "generate_block_hash_extra_keys" in inner.co_names
+    plain = kv_cache_utils.generate_block_hash_extra_keys
+    original = inspect.unwrap(plain)
+    assert next(iter(inspect.signature(original).parameters)) == "request"
+    source = inspect.getsource(original)
+    assert "cache_salt" in source
+    assert "extra_args" not in source
+
+
+def test_both_runners_still_tell_logits_processors_of_requests():
+    for runner in (LogitsProcessorV1, LogitsProcessorV2):
+        assert "validate_params" in vars(runner)
+    assert "update_state" in inspect.getsource(InputBatch.refresh_metadata)
+    assert list(inspect.signature(LogitsProcessorV2.add_request).parameters) == [
+        "self",
+        "req_idx",
+        "sampling_params",
+    ]
+    # Filled by model runner V2 only; V1's rows are the batch's.
+    assert "req_idx=" not in inspect.getsource(GPUModelRunner._build_attention_metadata)
+    assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
+    assert CommonAttentionMetadata.__dataclass_fields__["req_idx"].default is None
+
+
+def test_beam_search_still_drops_extra_arguments():
+    assert "extra_args" not in BeamSearchParams.__struct_fields__
+
+
+def test_blocks_are_still_cached_and_copied_through_private_names():
+    parameters = inspect.signature(BlockPool._insert_block_hash).parameters
+    assert list(parameters)[2] == "block"
+    assert "num_tokens" in parameters
+    assert "_pending_cow_copies" in inspect.getsource(SingleTypeKVCacheManager)
+
+
 def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
     package = Path(pacellm_vllm.__file__).parent
-    order = ["ops", "config", "compat", "memory", "models"]
+    order = ["ops", "config", "request", "compat", "memory", "models"]
     for path in package.rglob("*.py"):
         part = path.relative_to(package).parts[0].removesuffix(".py")
         if part not in order:
@@ -125,6 +188,6 @@ def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 top, *rest = node.module.split(".")
-                assert not (part in ("ops", "config") and top == "vllm"), path
+                assert not (part in order[:3] and top == "vllm"), path
                 if top == "pacellm_vllm" and rest and rest[0] in order:
                     assert order.index(rest[0]) <= order.index(part), path

@@ -23,6 +23,28 @@ def test_later_sources_win_field_by_field():
     assert (config.bank_size, config.preset) == (7, "paper")
 
 
+def test_beside_experts_there_is_no_memory_without_layers():
+    alone = PaceConfig.from_sources({"experts": {"num_experts": 8}})
+    assert alone.resolve_layers(4) == ()
+    for layers, resolved in (("auto", (1, 3)), ([2], (2,)), ([], ())):
+        both = PaceConfig.from_sources({"experts": {"num_experts": 8}, "layers": layers})
+        assert both.resolve_layers(4) == resolved
+
+
+def test_where_experts_come_from_and_routing_are_replaced_as_a_whole():
+    stored = {"experts": {"path": ".", "top_k": 4}}
+
+    def merged(later):
+        return PaceConfig.from_sources(stored, {"experts": later}).experts.model_dump(
+            exclude_defaults=True
+        )
+
+    assert merged({"top_k": 2}) == {"path": ".", "top_k": 2}
+    assert merged({"mass": 0.9}) == {"path": ".", "mass": 0.9}
+    assert merged({"num_experts": 8, "seed": 1}) == {"num_experts": 8, "seed": 1, "top_k": 4}
+    assert PaceConfig.from_sources(stored, {"experts": None}).experts is None
+
+
 @pytest.mark.parametrize(
     ("num_layers", "layers"),
     [(28, (12, 26)), (32, (14, 30)), (36, (16, 34)), (4, (1, 3)), (2, (0, 1)), (1, (0,))],
@@ -54,7 +76,18 @@ def test_max_insertions_defaults_to_sixteen_or_the_bank():
         ({"layers": [2, 2]}, ["layers", "[2, 2]", "distinct"]),
         ({"layers": "all"}, ["layers", "all", '"auto"']),
         ({"bank_dtype": "int8"}, ["bank_dtype", "int8", "float32"]),
-        ({"experts": {"num_experts": 64}}, ["experts", "unknown"]),
+        ({"experts": 64}, ["experts", "64", "an object"]),
+        ({"experts": {}}, ["one of path", "num_experts"]),
+        ({"experts": {"path": "x", "num_experts": 64}}, ["not both"]),
+        ({"experts": {"path": "x", "seed": 1}}, ["experts.seed", "belongs to num_experts"]),
+        ({"experts": {"num_expert": 64}}, ["experts.num_expert", "64", "num_experts"]),
+        ({"experts": {"num_experts": 0}}, ["experts.num_experts", "0", "from 1"]),
+        ({"experts": {"num_experts": 8, "top_k": 9}}, ["experts.top_k", "9", "from 1 to 8"]),
+        ({"experts": {"num_experts": 8, "mass": 0}}, ["experts.mass", "0", "above 0"]),
+        ({"experts": {"num_experts": 8, "mass": 1, "top_k": 1}}, ["top_k or mass"]),
+        ({"experts": {"num_experts": 8, "layers": []}}, ["experts.layers", "[]"]),
+        ({"experts": {"num_experts": 8, "features": "up"}}, ["experts.features", "up"]),
+        ({"experts": {"num_experts": 8}, "alpha": 0.5}, ["alpha", "0.5", "add layers"]),
         ([1], ["[1]", "object"]),
     ],
 )

@@ -58,12 +58,13 @@ def make_manager(blocks, caching):
     )
 
 
-def make_request(name, tokens, caching):
+def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False):
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
-        sampling_params=SamplingParams(max_tokens=64),
+        sampling_params=SamplingParams(max_tokens=max_tokens, extra_args=extra),
         pooling_params=None,
+        resumable=resumable,
         block_hasher=kv_cache_utils.get_request_block_hasher(BLOCK, sha256) if caching else None,
     )
 
@@ -186,3 +187,43 @@ def test_snapshots_take_no_more_blocks_than_they_make_reusable():
         copied += len(copies)
         assert copied <= request.num_computed_tokens // BLOCK
     assert copied >= 4 * pages
+
+
+def test_a_session_may_still_grow_and_pays_from_the_start():
+    manager = make_manager(400, caching=True)
+    layout = bank_spec().layout
+    for name, resumable in (("short", False), ("session", True)):
+        request = make_request(name, [1] * 20, True, max_tokens=4, resumable=resumable)
+        manager.allocate_slots(request, 20)
+        pages = held(manager, request, BANK)
+        if resumable:
+            assert len(pages) == layout.pages_for(20)
+            assert 0 not in pages
+        else:
+            assert pages == [0] * layout.num_pages
+
+
+def test_requests_without_a_bank_give_back_what_they_took():
+    manager = make_manager(400, caching=True)
+    free = manager.block_pool.get_num_free_blocks()
+    for extra, tokens in (({"pacellm_enabled": False}, 6 * SEGMENT), (None, 1)):
+        request = make_request("r", list(range(tokens)), True, extra, max_tokens=3)
+        for start in range(0, tokens, SEGMENT):
+            manager.new_step_starts()
+            manager.allocate_slots(request, min(SEGMENT, tokens))
+            request.num_computed_tokens = start + SEGMENT
+            assert held(manager, request, BANK) == [0] * bank_spec().layout.num_pages
+        assert manager.take_kv_cache_block_copies()[0] == []
+        manager.free(request)
+        assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_block_hashes_tell_settings_apart():
+    prompt = list(range(3 * SEGMENT))
+    asks = [None, {"pacellm_alpha": 0.5}, {"pacellm_noise": 0.5}, {"pacellm_enabled": False}]
+    asks += [{"pacellm": {"alpha": 0.5}}, {"other": 1}, {"pacellm_enabled": True}]
+    hashes = [tuple(make_request("r", prompt, True, extra).block_hashes) for extra in asks]
+    assert hashes[4] == hashes[1]
+    assert hashes[5] == hashes[6] == hashes[0]
+    for i in range(len(hashes[0])):
+        assert len({blocks[i] for blocks in hashes[:4]}) == 4

@@ -6,14 +6,14 @@ assignments (a minimum-cost flow) and new centres alternate until nothing moves.
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-Assignment = Literal["auto", "flow", "swaps"]
+from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.settings import Assignment, check_num_experts
 
 KMEANS_ITERATIONS = 15
 BALANCED_ITERATIONS = 20
@@ -22,10 +22,6 @@ TOLERANCE = 2e-5
 # Costs are integers in the flow: similarities are at most 1 and keep six digits.
 COST_SCALE = 1_000_000
 MAX_SWEEPS = 20
-
-
-class ExpertsError(ValueError):
-    """Something that cannot be clustered or written: one sentence says what and what to do."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +86,6 @@ def cluster(
         labels=torch.from_numpy(labels),
         inertia=inertia,
         random_inertia=random_inertia(rows, num_experts),
-    )
-
-
-def check_num_experts(num_experts: int, neurons: int) -> None:
-    """Raise ``ExpertsError`` naming the nearest possible K unless ``num_experts`` divides."""
-    if num_experts >= 1 and neurons % num_experts == 0:
-        return
-    divisors = [k for k in range(1, neurons + 1) if neurons % k == 0]
-    below = [k for k in divisors if k < num_experts][-1:]
-    above = [k for k in divisors if k > num_experts][:1]
-    raise ExpertsError(
-        f"pacellm: num_experts = {num_experts} does not split {neurons} neurons into equal "
-        f"experts; {' or '.join(str(k) for k in below + above)} would."
     )
 
 

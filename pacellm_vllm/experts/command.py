@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.settings import ClusterSettings
+from pacellm_vllm.models.table import pace_architecture
+
 # Repeated here: torch and scikit-learn take seconds to import, not for --help or a typo.
 FEATURES = ("gate", "gate_up", "activations")
 ASSIGNMENTS = ("auto", "flow", "swaps")
@@ -73,8 +77,7 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
     if rest:
         print(f"pacellm: unknown argument {rest[0]!r} of pacellm cluster.", file=sys.stderr)
         return 2
-    from pacellm_vllm.experts.checkpoint import ClusterSettings, cluster_checkpoint
-    from pacellm_vllm.experts.cluster import ExpertsError
+    from pacellm_vllm.experts.rewrite import cluster_checkpoint
 
     settings = ClusterSettings(args.experts, args.features, args.seed, args.assignment)
     # An ordinary kill has to clean up as Ctrl-C does.
@@ -87,6 +90,7 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
             layers=args.layers,
             activations=args.activations,
             cache=args.cache,
+            rename=pace_architecture,
             progress=not args.quiet,
         )
     except ExpertsError as error:
@@ -112,8 +116,6 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
 
 def find_model(model: str) -> Path:
     """The directory of a checkpoint; a hub name is downloaded. ``ExpertsError`` if that fails."""
-    from pacellm_vllm.experts.cluster import ExpertsError
-
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pacellm_vllm.experts.cluster import ExpertsError
+import torch
+
+from pacellm_vllm.experts.errors import ExpertsError
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -42,6 +44,12 @@ class FeedForward:
     inputs: tuple[Moved, ...]
     moved: tuple[Moved, ...]
 
+    @property
+    def output(self) -> str:
+        """The module that the activations enter."""
+        last = self.moved[len(self.inputs)]
+        return last.name.removesuffix(".weight")
+
 
 @dataclass(frozen=True)
 class _Names:
@@ -70,6 +78,12 @@ _TENSOR = re.compile(
 _NOT_THE_FFN = re.compile(r"(^|\.)(self_attn|attn|attention)$")
 _OTHER_TOWER = re.compile(r"vision|visual|audio|encoder")
 _MIXTURE = re.compile(r"\.(experts|shared_experts?)(\.|$)")
+
+
+def permute(tensor: torch.Tensor, move: Moved, order: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its neurons in ``order`` [D], each of its blocks alike; contiguous."""
+    blocks = tensor.chunk(move.blocks, dim=move.axis)
+    return torch.cat([b.index_select(move.axis, order) for b in blocks], dim=move.axis)
 
 
 def find_feed_forwards(

@@ -75,14 +75,13 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             tokens = slice(piece.begin, piece.end)
             pages = metadata.block_table[piece.request, : piece.pages]
             done = piece.end
-            # Warm-up and padding rows hold block 0, vLLM's null block, which is nobody's bank.
+            # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not pages.all():
                 out[tokens] = a[tokens]
                 continue
             store = PagedStore(units, pages, layout)
-            out[tokens], progress = advance(
-                store, a[tokens], piece.position, self.rules, self._reduce
-            )
+            rules = piece.settings.applied_to(self.rules) if piece.settings else self.rules
+            out[tokens], progress = advance(store, a[tokens], piece.position, rules, self._reduce)
             self.counts.add(progress)
         out[done:] = a[done:]
 

@@ -16,14 +16,27 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.request import Request
 
-from pacellm_vllm.compat import plugin_logger
+from pacellm_vllm.compat import (
+    add_block_hash_key,
+    copy_blocks_before_forward,
+    plugin_logger,
+    publish_block,
+    request_in_hand,
+    watch_requests,
+)
+from pacellm_vllm.config import CONFIG_KEY
 from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.request import RequestSettings
 
 logger = plugin_logger()
 
 
 class PagedBankManager(CircularBufferManager):
     """Claims pages as tokens come to need them; the base class frees them.
+
+    A request that has turned its memory off, or whose longest possible course ends within the
+    first segment (no token would ever read its bank), holds the null block instead of pages, and
+    its prefix is found in the cache as without memory.
 
     Prefix caching: a committed bank does not change within a segment, so its pages are a snapshot
     of the request's prefix up to the segment's start. Snapshots are ordinary cached blocks of the
@@ -90,6 +103,8 @@ class PagedBankManager(CircularBufferManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix of whole segments, up to ``max_length`` tokens, with a snapshot."""
         layout: BankLayout = kv_cache_spec.layout
+        if _needs_no_bank(request_in_hand(), layout):
+            return tuple([] for _ in kv_cache_group_ids), max_length
         unit = block_pool.hash_block_size
         step = math.lcm(layout.segment_size, alignment_tokens)
         known = min(max_length, len(block_hashes) * unit)
@@ -112,6 +127,8 @@ class PagedBankManager(CircularBufferManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
+        if self._holds_no_bank(request_id):
+            return 0
         need = self._missing(request_id, num_tokens)
         need += self._get_num_evictable_blocks(new_computed_blocks)
         self._publishing.pop(request_id, None)
@@ -142,6 +159,11 @@ class PagedBankManager(CircularBufferManager):
         if length := self._publishing.pop(request_id, 0):
             self._publish(request_id, length)
         held = self.req_to_blocks[request_id]
+        if self._holds_no_bank(request_id):
+            # Spelled out, because a worker does not clear what a row of its block table held.
+            new = [] if held else [self.block_pool.null_block] * self._layout.num_pages
+            held.extend(new)
+            return new
         missing = self._missing(request_id, num_tokens)
         new = self.block_pool.get_new_blocks(missing) if missing else []
         held.extend(new)
@@ -169,12 +191,19 @@ class PagedBankManager(CircularBufferManager):
             if not self._is_cached(hashes[0]):
                 pages = self.req_to_blocks[request_id]
                 for page, page_hash in zip(pages, hashes, strict=False):
-                    self.block_pool._insert_block_hash(page_hash, page, num_tokens=length)
+                    publish_block(self.block_pool, page, page_hash, length)
         for source in self._restoring.pop(request_id, ()):
             self.block_pool.free_blocks([source])
         for state in (self._requests, self._published, self._publishing):
             state.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def _holds_no_bank(self, request_id: str) -> bool:
+        """Decided when a request is first placed: what it holds from then on says so."""
+        held = self.req_to_blocks.get(request_id)
+        if held:
+            return held[0].is_null
+        return _needs_no_bank(request_in_hand(), self._layout)
 
     def _missing(self, request_id: str, num_tokens: int) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
@@ -186,7 +215,7 @@ class PagedBankManager(CircularBufferManager):
         0 when there is none, or when tokens sampled in a step still in flight would be among them.
         """
         request = self._requests.get(request_id)
-        if not self.enable_caching or request is None:
+        if not self.enable_caching or request is None or self._holds_no_bank(request_id):
             return 0
         size = self._layout.segment_size
         length = request.num_computed_tokens // size * size
@@ -217,7 +246,7 @@ class PagedBankManager(CircularBufferManager):
         for page, copy, page_hash in zip(pages, copies, hashes, strict=False):
             self._copy(page, copy)
             self._sources[copy.block_id] = page
-            self.block_pool._insert_block_hash(page_hash, copy, num_tokens=length)
+            publish_block(self.block_pool, copy, page_hash, length)
         self.block_pool.free_blocks(reversed(copies))
         self._published[request_id] = length
 
@@ -225,7 +254,7 @@ class PagedBankManager(CircularBufferManager):
         """Copy a block before the next forward; the scheduler lets go of both afterwards."""
         source = self._sources.get(source.block_id, source)
         self.block_pool.touch([source, target])
-        self._pending_cow_copies.append((source, target))
+        copy_blocks_before_forward(self, [(source, target)])
 
     def _page_hashes(self, request_id: str, length: int) -> list[BlockHashWithGroupId]:
         unit = self.block_pool.hash_block_size
@@ -237,6 +266,28 @@ class PagedBankManager(CircularBufferManager):
 
     def _is_cached(self, page_hash: BlockHashWithGroupId) -> bool:
         return self.block_pool.cached_block_hash_to_block.get_one_block(page_hash) is not None
+
+
+def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
+    if request is None or request.sampling_params is None:
+        return False
+    if not RequestSettings.of(request.sampling_params.extra_args).enabled:
+        return True
+    # The last token sampled is never computed. A session may still grow longer than this.
+    computed = request.num_prompt_tokens + request.max_tokens - 1
+    return computed <= layout.segment_size and not request.resumable
+
+
+def _hash_key(request: Request) -> tuple[str, str] | None:
+    params = request.sampling_params
+    if params is None or not params.extra_args:
+        return None
+    key = RequestSettings.of(params.extra_args).key()
+    return (CONFIG_KEY, key) if key else None
+
+
+watch_requests()
+add_block_hash_key(_hash_key)
 
 
 def _page_hash(prefix: bytes, page: int) -> BlockHash:

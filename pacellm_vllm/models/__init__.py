@@ -2,6 +2,7 @@
 
 ``table``   which ``Pace*`` architecture stands on which vLLM class
 ``pacify``  the subclass itself: swaps the class of chosen FFNs and attaches their memory
+``experts`` weights in expert order while they load, and routed FFNs
 ``settings`` where the configuration is read from
 ``checks``  what is refused before an engine starts
 

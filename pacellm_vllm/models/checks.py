@@ -2,28 +2,43 @@
 
 from vllm.config import VllmConfig
 
-from pacellm_vllm.compat import add_worker_extension, plugin_logger
+from pacellm_vllm.compat import (
+    add_logits_processor,
+    add_worker_extension,
+    plugin_logger,
+    refuse_in_beam_search,
+)
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
+from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
 from pacellm_vllm.models.settings import additional_settings, read_config
 from pacellm_vllm.models.table import pace_architecture
 
 logger = plugin_logger()
 
 REPORT_EXTENSION = "pacellm_vllm.serving.report.MemoryReport"
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+REQUEST_SETTINGS = "pacellm_vllm.memory.batch:BatchSettings"
+NO_REQUEST_SETTINGS = "pacellm_vllm.memory.batch:NoSettings"
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Validate the memory's configuration against the engine's; for ``Pace*`` architectures.
+    """Validate our configuration against the engine's; for ``Pace*`` architectures.
 
-    Raises ``PaceConfigError``.
+    Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
-    model = vllm_config.model_config
     config = read_config(vllm_config)
-    config.resolve_layers(model.get_total_num_hidden_layers())
+    layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
+    if layers or config.experts is None:
+        _check_memory(vllm_config)
+    if config.experts is not None:
+        check_experts(vllm_config, config.experts)
+    add_worker_extension(vllm_config, REPORT_EXTENSION)
+    add_logits_processor(vllm_config, REQUEST_SETTINGS if layers else NO_REQUEST_SETTINGS)
+    refuse_in_beam_search(CONFIG_KEY)
 
-    experts = next((n for n in _EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
+
+def _check_memory(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
+    experts = next((n for n in EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
     parallel = vllm_config.parallel_config
     refusals = {
         f"a mixture-of-experts model ({experts})": (
@@ -60,8 +75,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         if found:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
 
-    add_worker_extension(vllm_config, REPORT_EXTENSION)
-
 
 def check_not_configured(vllm_config: VllmConfig) -> None:
     """For every other architecture: refuse a configuration that would silently do nothing."""
@@ -76,5 +89,6 @@ def check_not_configured(vllm_config: VllmConfig) -> None:
         else "drop pacellm from --additional-config, or serve a dense decoder that pacellm knows"
     )
     raise PaceConfigError(
-        f"pacellm: {CONFIG_KEY} is configured but {architecture} carries no memory; {remedy}."
+        f"pacellm: {CONFIG_KEY} is configured but {architecture} carries neither memory nor "
+        f"experts; {remedy}."
     )

@@ -1,5 +1,6 @@
 """Where an engine's PaceConfig is read from."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,7 +14,19 @@ def additional_settings(vllm_config: VllmConfig) -> Any:
     return additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
 
 
+def beside_checkpoint(settings: Any, model: str) -> Any:
+    """``settings`` of the config.json of ``model``, from which their ``experts.path`` counts."""
+    experts = settings.get("experts") if isinstance(settings, dict) else None
+    path = experts.get("path") if isinstance(experts, dict) else None
+    if not isinstance(experts, dict) or not isinstance(path, str):
+        return settings
+    # A hub name has no files to count from; what is stored beside its weights is found by name.
+    found = str(Path(model, path)) if Path(model).is_dir() or path != "." else model
+    return {**settings, "experts": {**experts, "path": found}}
+
+
 def read_config(vllm_config: VllmConfig) -> PaceConfig:
     """The engine's PaceConfig: checkpoint config.json, then ``--additional-config``."""
-    checkpoint = getattr(vllm_config.model_config.hf_config, CONFIG_KEY, None)
+    model = vllm_config.model_config
+    checkpoint = beside_checkpoint(getattr(model.hf_config, CONFIG_KEY, None), model.model)
     return PaceConfig.from_sources(checkpoint, additional_settings(vllm_config))

@@ -7,12 +7,12 @@ from scipy.optimize import linear_sum_assignment
 
 from pacellm_vllm.experts import cluster as module
 from pacellm_vllm.experts.cluster import (
-    ExpertsError,
     assign_flow,
     assign_swaps,
     cluster,
     random_inertia,
 )
+from pacellm_vllm.experts.errors import ExpertsError
 
 
 def mixture(seed, count, width, kinds, noise=0.5):

@@ -7,8 +7,8 @@ import pytest
 from checkpoints import make_checkpoint
 
 from pacellm_vllm.experts import command
-from pacellm_vllm.experts.checkpoint import EXPERTS_JSON, Features
-from pacellm_vllm.experts.cluster import Assignment
+from pacellm_vllm.experts.orders import EXPERTS_JSON
+from pacellm_vllm.experts.settings import Assignment, Features
 
 
 @pytest.fixture

@@ -1,42 +1,208 @@
-"""A clustered checkpoint in the engine: the same tokens, with and without memory."""
+"""Experts in the engine: stored or made while loading, the model stays what it was (I2)."""
+
+import shutil
 
 import pytest
-from checkpoints import make_prompt
-from engines import engine, prompt_logprobs
+import torch
+from checkpoints import make_checkpoint, make_prompt
+from engines import NAMES, engine, prompt_logprobs
 
-from pacellm_vllm.experts.checkpoint import ClusterSettings, cluster_checkpoint
+from pacellm_vllm.experts import cache
+from pacellm_vllm.experts.orders import EXPERTS_ORDERS
+from pacellm_vllm.experts.rewrite import cluster_checkpoint
+from pacellm_vllm.experts.settings import ClusterSettings
+from pacellm_vllm.models.table import pace_architecture
 
-PACE = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+K = 8
 
 
-def run(path, pace):
-    prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
-    with engine(path, pace=pace, max_num_batched_tokens=64) as running:
-        outputs = running.generate(prompts, 24, prompt_logprobs=0)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return tokens, [value for output in outputs for value in prompt_logprobs(output)]
+@pytest.fixture(scope="module", autouse=True)
+def one_cache(tmp_path_factory):
+    """Orders made here are kept here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
 def clustered(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clustered")
-    results = cluster_checkpoint(
-        checkpoint("qwen2"),
-        folder / "out",
-        ClusterSettings(8),
-        cache=folder / "cache",
-        progress=False,
+    """``clustered(arch)``: the checkpoint as ``pacellm cluster`` writes it."""
+    made = {}
+
+    def get(arch="qwen2"):
+        if arch not in made:
+            made[arch] = tmp_path_factory.mktemp("clustered") / arch
+            cluster_checkpoint(
+                checkpoint(arch),
+                made[arch],
+                ClusterSettings(K),
+                rename=pace_architecture,
+                progress=False,
+            )
+        return made[arch]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def run():
+    """``generate``, once for the same engine."""
+    made = {}
+
+    def get(*args, **kwargs):
+        key = repr((args, kwargs))
+        if key not in made:
+            made[key] = generate(*args, **kwargs)
+        return made[key]
+
+    return get
+
+
+def generate(path, arch="qwen2", pace=None, plain=False, **settings):
+    """Greedy tokens, and the log-probabilities of all prompt tokens as one vector."""
+    if plain:
+        settings["hf_overrides"] = {"architectures": [f"{NAMES[arch]}ForCausalLM"]}
+    prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
+    settings.setdefault("max_num_batched_tokens", 64)
+    with engine(path, arch, pace, **settings) as running:
+        outputs = running.generate(prompts, 24, prompt_logprobs=0)
+        gates = {
+            int(name.split(".")[2]): module.weight.clone() for name, module in weights_of(running)
+        }
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return tokens, torch.tensor([v for o in outputs for v in prompt_logprobs(o)]), gates
+
+
+def weights_of(running):
+    driver = getattr(running.core.model_executor, "driver_worker", None)
+    if driver is None:  # Several ranks, in processes of their own.
+        return []
+    modules = driver.worker.model_runner.model.named_modules()
+    return [(n, m) for n, m in modules if n.endswith("mlp.gate_up_proj")]
+
+
+def assert_same(found, truth):
+    assert found[0] == truth[0]
+    assert float((found[1] - truth[1]).norm() / truth[1].norm()) <= 1e-5
+
+
+def test_i2_experts_in_any_way_leave_the_model_what_it_was(run, checkpoint, clustered):
+    """Clustered before, by stored orders, and while loading; gate and up in one tensor."""
+    arch = "phi3"
+    truth = run(checkpoint(arch), arch)
+    stored = run(clustered(arch), arch)
+    by_path = run(checkpoint(arch), arch, {"experts": {"path": str(clustered(arch))}})
+    by_number = run(checkpoint(arch), arch, {"experts": {"num_experts": K}})
+    for found in (stored, by_path, by_number):
+        assert_same(found, truth)
+        # All three are in one order, which is not the original one.
+        for layer, gate in found[2].items():
+            assert not torch.equal(gate, truth[2][layer])
+            assert torch.equal(gate, stored[2][layer])
+
+
+def test_i2_with_memory_on_as_well(run, checkpoint, clustered):
+    plain = run(checkpoint())
+    truth = run(checkpoint(), pace=MEMORY)
+    assert truth[0] != plain[0]
+    assert_same(run(clustered(), pace=MEMORY), truth)
+    for experts in ({"path": str(clustered())}, {"num_experts": K}):
+        assert_same(run(checkpoint(), pace={**MEMORY, "experts": experts}), truth)
+
+
+def test_i2_on_two_ranks(run, checkpoint, clustered):
+    truth = run(checkpoint(), pace=MEMORY)
+    pace = {**MEMORY, "experts": {"path": str(clustered())}}
+    assert_same(run(checkpoint(), pace=pace, tensor_parallel_size=2), truth)
+
+
+def test_a_clustered_checkpoint_needs_no_flag_and_has_no_memory(run, checkpoint, clustered):
+    with engine(clustered()) as running:
+        model = running.core.vllm_config.model_config
+        assert model.architecture == "PaceQwen2ForCausalLM"
+        assert running.memories() == {}
+    assert_same(run(clustered(), plain=True), run(checkpoint()))
+
+
+def test_only_the_layers_with_experts_move(run, checkpoint):
+    gates = run(checkpoint())[2]
+    found = run(checkpoint(), pace={"experts": {"num_experts": K, "layers": [2, 0]}})[2]
+    assert [i for i in gates if not torch.equal(gates[i], found[i])] == [0, 2]
+
+
+def test_the_order_is_the_commands_and_made_once(checkpoint, clustered, monkeypatch):
+    clustered()
+    monkeypatch.setattr(cache, "cluster", None)
+    generate(checkpoint(), pace={"experts": {"num_experts": K}})
+    with pytest.raises(TypeError):
+        generate(checkpoint(), pace={"experts": {"num_experts": K, "seed": 1}})
+
+
+def refused(path, pace, **settings):
+    with (
+        pytest.raises((ValueError, RuntimeError), match="pacellm") as refusal,
+        engine(path, pace=pace, **settings),
+    ):
+        pass
+    return str(refusal.value)
+
+
+def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
+    stored = {"experts": {"path": str(clustered())}}
+    other = make_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    assert "is for another model: its layer 0 was made from other gate weights" in refused(
+        other, stored
     )
-    assert len(results) == 4
-    return folder / "out"
+    wider = make_checkpoint(tmp_path / "wider", "qwen2", intermediate_size=352)
+    assert "has 344 neurons, this model's have 352" in refused(wider, stored)
+    shallow = make_checkpoint(tmp_path / "shallow", "qwen2", num_hidden_layers=2)
+    assert "has orders for layer 2, this model has layers 0 to 1" in refused(shallow, stored)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(clustered(), swapped)
+    shutil.copy(clustered("phi3") / EXPERTS_ORDERS, swapped / EXPERTS_ORDERS)
+    assert "is not the one that pacellm_experts.json describes" in refused(
+        checkpoint(), {"experts": {"path": str(swapped)}}
+    )
+    (swapped / EXPERTS_ORDERS).unlink()
+    assert "the order of layer 0 cannot be read" in refused(
+        checkpoint(), {"experts": {"path": str(swapped)}}
+    )
 
 
-def test_greedy_tokens_are_those_of_the_original_with_memory_off_and_on(checkpoint, clustered):
-    off, off_logprobs = run(checkpoint("qwen2"), None)
-    on, on_logprobs = run(checkpoint("qwen2"), PACE)
-    # Else the second comparison would say nothing about memory.
-    assert on != off
-    for pace, tokens, logprobs in ((None, off, off_logprobs), (PACE, on, on_logprobs)):
-        found, found_logprobs = run(clustered, pace)
-        assert found == tokens
-        assert found_logprobs == pytest.approx(logprobs, abs=1e-3)
+@pytest.mark.parametrize(
+    ("experts", "settings", "sentence"),
+    [
+        ({"num_experts": 10}, {}, "does not split 344 neurons into equal experts; 8 or 43 would"),
+        ({"path": "/nowhere/at/all"}, {}, "is neither a directory nor a hub model"),
+        (
+            {"num_experts": 8, "layers": [4]},
+            {},
+            "layers = 4 is not allowed; it must be one of",
+        ),
+        ({"num_experts": 8}, {"load_format": "dummy"}, "do not work with --load-format dummy"),
+        ({"num_experts": 8}, {"quantization": "fp8"}, "quantised weights (fp8)"),
+        ({"num_experts": 8}, {"enable_lora": True}, "do not work with LoRA: an adapter"),
+        ({"num_experts": 8}, {"pipeline_parallel_size": 2}, "with pipeline parallelism: loading"),
+        (
+            {"num_experts": 43},
+            {"tensor_parallel_size": 2},
+            "43 experts cannot be spread whole over 2 tensor parallel ranks; "
+            "--tensor-parallel-size 1 can",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(experts, settings, sentence, checkpoint):
+    assert sentence in refused(checkpoint(), {"experts": experts}, **settings)
+
+
+def test_a_folder_without_experts_and_a_top_k_above_them_are_refused(checkpoint, clustered):
+    assert "has no pacellm_experts.json" in refused(
+        checkpoint(), {"experts": {"path": str(checkpoint())}}
+    )
+    said = refused(clustered(), {"experts": {"top_k": 9}})
+    assert "experts.top_k = 9 is not allowed; it must be from 1 to 8" in said
+
+
+def test_settings_of_the_memory_beside_experts_need_layers(clustered):
+    assert "bank_size = 50 is a setting of the memory" in refused(clustered(), {"bank_size": 50})

@@ -51,7 +51,7 @@ def server(model, tmp_path_factory):
             command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
     try:
-        for _ in range(240):
+        for _ in range(600):
             assert running.poll() is None, log.read_text()[-3000:]
             try:
                 requests.get(f"{url}/health", timeout=2).raise_for_status()
@@ -124,6 +124,47 @@ print("SAID", json.dumps(llm.chat(json.loads(sys.argv[2]), params)[0].outputs[0]
     assert json.loads(line.removeprefix("SAID ")) == said
 
 
+def ask(server, **body):
+    request = {"model": "tiny", "prompt": TEXT[:4000], "max_tokens": 24, "temperature": 0, **body}
+    return requests.post(f"{server}/v1/completions", json=request, headers=HEADERS, timeout=120)
+
+
+def test_a_request_sets_its_own_memory(server):
+    said = {
+        name: tuple(
+            ask(server, vllm_xargs=settings, logprobs=0).json()["choices"][0]["logprobs"][
+                "token_logprobs"
+            ]
+        )
+        for name, settings in {
+            "engine's": {},
+            "the same, said": {"pacellm_alpha": 0.2},
+            "strong": {"pacellm": '{"alpha": 1.0, "noise": 0.9}'},
+            "off": {"pacellm_enabled": False},
+            "off, as text": {"pacellm_enabled": "false"},
+        }.items()
+    }
+    assert said["engine's"] == said["the same, said"]
+    assert said["off"] == said["off, as text"]
+    assert len(set(said.values())) == 3
+
+
+def test_bad_request_settings_are_a_400_with_a_sentence(server):
+    for body, sentence in (
+        ({"vllm_xargs": {"pacellm_alpha": 3}}, "pacellm: alpha = 3 is not allowed in a request"),
+        ({"vllm_xargs": {"pacellm_preset": "paper"}}, "pacellm: a request cannot set 'preset'"),
+        (
+            {"vllm_xargs": {"pacellm_alpha": 0.3}, "use_beam_search": True, "n": 2},
+            "pacellm_alpha is not supported with use_beam_search",
+        ),
+    ):
+        answer = ask(server, **body)
+        assert answer.status_code == 400, answer.text
+        assert sentence in answer.json()["error"]["message"]
+    assert ask(server).status_code == 200
+    assert ask(server, use_beam_search=True, n=2).status_code == 200
+
+
 def test_the_report_wants_the_api_key(server):
     url = f"{server}/plugins/pacellm/memory"
     assert requests.get(url, timeout=10).status_code == 401
@@ -149,11 +190,11 @@ def test_a_client_that_hangs_up_frees_its_blocks(server):
         timeout=60,
     ) as stream:
         assert next(stream.iter_lines())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not used_blocks(server):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while used_blocks(server):
         assert time.monotonic() < deadline, "blocks are still in use"
         time.sleep(0.2)

@@ -13,53 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from ffn_models import NEURONS, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from pacellm_vllm.experts import checkpoint as module
-from pacellm_vllm.experts.checkpoint import (
-    EXPERTS_JSON,
-    EXPERTS_ORDERS,
-    ClusterSettings,
-    cluster_checkpoint,
-    open_checkpoint,
-    write_permuted,
-)
-from pacellm_vllm.experts.cluster import ExpertsError
+from pacellm_vllm.experts import cache, folders, orders, rewrite
+from pacellm_vllm.experts.checkpoint import open_checkpoint
+from pacellm_vllm.experts.cluster import cluster
+from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.orders import EXPERTS_JSON, EXPERTS_ORDERS
+from pacellm_vllm.experts.rewrite import cluster_checkpoint, write_permuted
+from pacellm_vllm.experts.settings import ClusterSettings
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "starcoder2", "gpt2", "opt")
 ARCHITECTURES += ("phi", "gpt_neox")
 SETTINGS = ClusterSettings(8)
-NEURONS = 96
-
-
-def tiny_model(arch, seed=0, **sizes):
-    """A random model of three layers whose biases and norms are not zero and one."""
-    settings = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    if arch == "gpt2":
-        settings |= {"n_inner": NEURONS}
-    elif arch == "opt":
-        settings |= {"ffn_dim": NEURONS, "word_embed_proj_dim": 32}
-    else:
-        settings |= {"intermediate_size": NEURONS, "num_key_value_heads": 1}
-    if arch == "llama":
-        settings |= {"mlp_bias": True}
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(arch, **{**settings, **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.5))
-    return model.eval()
 
 
 @pytest.fixture
@@ -233,12 +201,12 @@ def test_features_decide_the_order_and_never_the_model(save, run, tmp_path, feat
         "activations": load_file(given)["layers.0"],
     }
     if features in rows:
-        expected = module.cluster(rows[features], 8)
+        expected = cluster(rows[features], 8)
         assert torch.equal(results[0].order, expected.order)
     else:
         halves = weights(source)["model.layers.0.mlp.gate_up_proj.weight"].chunk(2)
         both = torch.cat([torch.nn.functional.normalize(h, dim=1) for h in halves], dim=1)
-        assert torch.equal(results[0].order, module.cluster(both, 8).order)
+        assert torch.equal(results[0].order, cluster(both, 8).order)
 
 
 def count_calls(monkeypatch, stop_at=None):
@@ -250,8 +218,8 @@ def count_calls(monkeypatch, stop_at=None):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    real = module.cluster
-    monkeypatch.setattr(module, "cluster", counted)
+    real = cluster
+    monkeypatch.setattr(cache, "cluster", counted)
     return calls
 
 
@@ -327,13 +295,13 @@ def test_an_ordinary_kill_while_writing_leaves_nothing(save, tmp_path):
         "import signal, sys, time\n"
         # A test run in the background inherits that SIGINT is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pacellm_vllm.experts import checkpoint, command\n"
+        "from pacellm_vllm.experts import command, rewrite\n"
         "import argparse\n"
-        "real = checkpoint.permute\n"
+        "real = rewrite.permute\n"
         "def slow(*args):\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
-        "checkpoint.permute = slow\n"
+        "rewrite.permute = slow\n"
         "parser = argparse.ArgumentParser()\n"
         "command.add_parser(parser.add_subparsers())\n"
         "args = parser.parse_args(sys.argv[1:])\n"
@@ -366,14 +334,14 @@ def test_an_ordinary_kill_while_writing_leaves_nothing(save, tmp_path):
 
 
 def test_a_run_that_is_writing_is_not_cleaned_up_by_another(tmp_path):
-    with module._whole_directory(tmp_path / "out") as first:
-        with module._whole_directory(tmp_path / "out") as second:
+    with folders.whole_directory(tmp_path / "out") as first:
+        with folders.whole_directory(tmp_path / "out") as second:
             assert first.exists()
             (second / "file").write_text("second")
         assert (tmp_path / "out" / "file").read_text() == "second"
         # The first to finish wins; the other one is told.
         with pytest.raises(ExpertsError, match="exists already"):
-            module._check_absent(tmp_path / "out")
+            folders.check_absent(tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
 
 
@@ -528,10 +496,10 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(save, run, tmp_path, mo
         return real(*args, **kwargs)
 
     owner, name = {
-        "copy": (module.shutil, "copyfile"),
-        "write": (module, "permute"),
-        "cache": (module.os, "replace"),
-        "orders": (module, "save_file"),
+        "copy": (rewrite.shutil, "copyfile"),
+        "write": (rewrite, "permute"),
+        "cache": (cache.os, "replace"),
+        "orders": (orders, "save_file"),
     }[where]
     real = getattr(owner, name)
     if where == "orders":
@@ -549,7 +517,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(save, run, tmp_path, mo
 
 def test_a_disk_that_is_too_small_is_known_beforehand(save, run, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ExpertsError, match=r"its disk has 0\.0 GB free"):
         run(save())
     assert left_behind(tmp_path) == []
@@ -571,7 +539,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
     assert size > 300e6
     code = (
         "import resource, sys, torch\n"
-        "from pacellm_vllm.experts.checkpoint import *\n"
+        "from pacellm_vllm.experts.rewrite import *\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "def run(source, target, layers):\n"
         "    cluster_checkpoint(source, target, ClusterSettings(8), layers=layers,\n"

@@ -1,0 +1,87 @@
+"""BatchSettings: which settings the requests of a worker's batch carry.
+
+vLLM shows a worker the sampling parameters of a request in one place that plugins may stand in:
+custom logits processors, which both model runners tell of every request that enters the batch or
+changes its row. This one leaves logits alone.
+"""
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
+from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.request import RequestSettings
+
+# By the engine configuration they were made for, of which one process may hold several.
+_BATCHES: WeakValueDictionary[int, "BatchSettings"] = WeakValueDictionary()
+
+
+class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
+    """Settings by row: of the batch in model runner V1, of the request table in V2."""
+
+    def __init__(self, vllm_config: VllmConfig, *runner: Any) -> None:
+        self._config = vllm_config.compilation_config
+        self._rows: dict[int, RequestSettings] = {}
+        _BATCHES[id(self._config)] = self
+
+    @classmethod
+    def of_engine(cls, vllm_config: VllmConfig) -> "BatchSettings":
+        """The one made for this engine; ``RuntimeError`` when vLLM made none."""
+        found = _BATCHES.get(id(vllm_config.compilation_config))
+        if found is None:
+            raise RuntimeError(
+                "pacellm: this worker's model runner loads no logits processors, which requests' "
+                "own settings arrive through; serve with vLLM's model runner V1 or V2."
+            )
+        return found
+
+    def get(self, row: int) -> RequestSettings | None:
+        """The settings of the request in ``row``; None if it has set nothing."""
+        return self._rows.get(row)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        RequestSettings.of(sampling_params.extra_args)
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Model runner V1, before each forward."""
+        process_dict_updates(self._rows, batch_update, lambda params, *_: _settings(params))
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Model runner V2, when a request takes row ``req_idx``."""
+        self._rows.pop(req_idx, None)
+        settings = _settings(sampling_params)
+        if settings is not None:
+            self._rows[req_idx] = settings
+        return False
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        return logits
+
+
+class NoSettings(BatchSettings):
+    """For an engine that has experts and no memory: refuses what would silently do nothing."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        if RequestSettings.of(sampling_params.extra_args).overrides():
+            raise PaceConfigError(
+                "pacellm: this engine carries no memory that a request could set; serve it with "
+                "layers, or drop the setting."
+            )
+
+
+def _settings(params: SamplingParams) -> RequestSettings | None:
+    if not params.extra_args:
+        return None
+    settings = RequestSettings.of(params.extra_args)
+    return settings if settings.overrides() else None
