@@ -8,6 +8,7 @@ from typing import Any
 
 from pacellm_vllm import __version__
 from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.evals.command import add_parser as add_eval
 from pacellm_vllm.experts.command import add_parser as add_cluster
 from pacellm_vllm.experts.inspect import add_parser as add_inspect
 from pacellm_vllm.experts.settings import parse_experts
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     add_cluster(commands)
+    add_eval(commands)
     add_inspect(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.

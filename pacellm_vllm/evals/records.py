@@ -1,0 +1,84 @@
+"""Results on disk: a JSON line per item, continued by the next run, refused for other settings."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class EvalError(ValueError):
+    """What was asked cannot be measured; the message says what, why and what to do instead."""
+
+
+class Records:
+    """``path`` holds a line of settings, then a line per result; ``done`` are those by key.
+
+    A key is (configuration, item). Raises ``EvalError`` when the file is of other settings or no
+    results file. Use as a context manager: every line is flushed when it is added.
+    """
+
+    def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
+        self.path = path
+        self.done: dict[tuple[str, str], dict[str, Any]] = {}
+        # As it will read back: tuples become lists, keys strings.
+        settings: dict[str, Any] = json.loads(json.dumps(dict(given)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._read(settings) if path.exists() else 0
+        self._file = path.open("r+b" if whole else "wb")
+        self._file.seek(whole)
+        self._file.truncate()
+        if not whole:
+            self._write({"settings": settings})
+
+    def _read(self, settings: dict[str, Any]) -> int:
+        """Take in the whole lines; returns their bytes. A cut-off last line is measured again."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if not whole:
+            return 0
+        try:
+            first, *lines = [json.loads(line) for line in data[:whole].splitlines()]
+            before = first["settings"]
+            for line in lines:
+                self.done[line["config"], line["id"]] = line
+        except (ValueError, KeyError, TypeError):
+            raise EvalError(
+                f"pacellm: {self.path} is not a results file; name another output directory."
+            ) from None
+        for name in sorted({*before, *settings}):
+            if before.get(name) != settings.get(name):
+                raise EvalError(
+                    f"pacellm: {self.path} was measured with {name} = {before.get(name)!r}, not "
+                    f"{settings.get(name)!r}; name another output directory, or repeat that run's "
+                    "settings to continue it."
+                )
+        return whole
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Write one result, with its ``config`` and ``id``."""
+        self._write(result)
+        self.done[result["config"], result["id"]] = result
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds all of it or what it held before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
