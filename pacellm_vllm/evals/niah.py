@@ -1,5 +1,6 @@
 """Needle in a haystack: a grid of context lengths and depths, on the same items for everyone."""
 
+import hashlib
 import json
 import random
 import re
@@ -35,7 +36,7 @@ class Grid:
     needle_file: Path | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The grid as JSON, files by name; see ``sources`` for what is in them."""
+        """The grid as JSON, files by name and the sha256 of what is in them."""
         return {
             "lengths": list(self.lengths),
             "depths": list(self.depths),
@@ -45,8 +46,8 @@ class Grid:
             "seed": self.seed,
             "chat": self.chat,
             "max_tokens": self.max_tokens,
-            "haystack": [path.name for path in self.haystack],
-            "needle_file": self.needle_file.name if self.needle_file else None,
+            "haystack": [_fingerprint(path) for path in self.haystack],
+            "needle_file": _fingerprint(self.needle_file) if self.needle_file else None,
         }
 
 
@@ -142,6 +143,13 @@ def exact_match(answer: str, output: str) -> float:
     wanted, found = (_WORD.findall(text.lower()) for text in (answer, output))
     n = len(wanted)
     return float(any(found[i : i + n] == wanted for i in range(len(found) - n + 1)))
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise EvalError(f"pacellm: {path} cannot be read ({error.strerror}).") from None
 
 
 def _draw(rng: random.Random, grid: Grid, given: Sequence[Needle] | None) -> list[Needle]:

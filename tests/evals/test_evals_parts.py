@@ -91,6 +91,18 @@ def test_records_of_other_settings_are_refused_and_kept(tmp_path):
         Records(path, {"seed": 1})
 
 
+def test_an_edited_haystack_is_another_grid(tmp_path):
+    text = tmp_path / "hay.txt"
+    grid = Grid((64,), (0.0,), haystack=(text,))
+    with pytest.raises(EvalError, match="cannot be read"):
+        grid.describe()
+    text.write_text("One sentence. Another one.")
+    before = grid.describe()
+    assert grid.describe() == before
+    text.write_text("One sentence. Another two.")
+    assert grid.describe() != before
+
+
 class Words:
     """A tokenizer of one token per word."""
 
