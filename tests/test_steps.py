@@ -106,3 +106,40 @@ def test_committed_squares_are_those_of_the_keys():
         header = store.read_header()
         keys = store.read_slots(int(header.valid))[0].float()
         assert torch.equal(header.squares[: header.valid], torch.linalg.vecdot(keys, keys))
+
+
+def test_banks_with_fewer_slots_than_are_looked_up():
+    """What lies behind the valid slots is poison here, and must not be blended in with weight 0."""
+    thresholds = {"theta_low": -1.0, "theta_high": 0.9}
+    r = rules(bank_size=23, segment_size=3, max_insertions=5, top_k=7, negative_k=4, **thresholds)
+    layout = BankLayout.plan(r, 62, torch.float32, 1500)
+    units, pages = pools(layout, torch.float32)
+    truth = PagedBanks(units.clone(), pages, layout)
+    banks = PagedBanks(units, pages, layout)
+    a = [activations(9, 62, seed) for seed in range(ROWS)]
+    for t in range(9):
+        rows = torch.stack([row[t] for row in a])
+        got, _ = advance_steps(banks, rows, [t] * ROWS, [r] * ROWS)
+        want = [advance(truth.bank(i), rows[i : i + 1], t, r)[0] for i in range(ROWS)]
+        torch.testing.assert_close(got, torch.cat(want))
+        if t >= 3:
+            assert not torch.equal(got, rows)
+
+
+def test_sums_have_the_bits_of_any_other_cut():
+    r = rules(preset="paper", bank_size=23, segment_size=100)
+    layout = BankLayout.plan(r, 62, torch.float32, 1500)
+    units, pages = pools(layout, torch.float32)
+    truth = PagedBanks(units.clone(), pages, layout)
+    banks = PagedBanks(units, pages, layout)
+    a = [activations(199, 62, seed) for seed in range(ROWS)]
+    for i, row in enumerate(a):
+        for store in (truth, banks):
+            advance(store.bank(i), row[:100], 0, r)
+        advance(truth.bank(i), row[100:], 100, r)
+    for t in range(100, 199):
+        advance_steps(banks, torch.stack([row[t] for row in a]), [t] * ROWS, [r] * ROWS)
+    for i in range(ROWS):
+        # The sums of a, which `paper` takes over every token whatever was decided.
+        got, want = banks.bank(i).read_sums(), truth.bank(i).read_sums()
+        assert torch.equal(got[::2], want[::2])
