@@ -116,20 +116,21 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "sentence"),
+    ("part", "field", "value", "sentence"),
     [
-        ("enable_dbo", True, "does not work with dual-batch overlap: two half-batches"),
-        ("decode_context_parallel_size", 2, "does not work with context parallelism: a bank"),
-        ("prefill_context_parallel_size", 2, "does not work with context parallelism: a bank"),
+        ("parallel", "enable_dbo", True, "dual-batch overlap: two half-batches"),
+        ("parallel", "decode_context_parallel_size", 2, "context parallelism: a bank"),
+        ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
+        ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),
     ],
 )
-def test_parallel_features_this_machine_cannot_start(field, value, sentence, checkpoint):
+def test_features_this_machine_cannot_start(part, field, value, sentence, checkpoint):
     settings = {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
     overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
     args = EngineArgs(str(checkpoint()), hf_overrides=overrides, **settings)
     config = args.create_engine_config()
     check_engine(config)
-    setattr(config.parallel_config, field, value)
+    setattr(getattr(config, f"{part}_config"), field, value)
     with pytest.raises(PaceConfigError) as refusal:
         check_engine(config)
-    assert sentence in str(refusal.value)
+    assert f"does not work with {sentence}" in str(refusal.value)

@@ -66,6 +66,10 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             vllm_config.kv_transfer_config is not None,
             "tokens computed elsewhere carry no memory; drop --kv-transfer-config",
         ),
+        "sleep mode": (
+            bool(model.enable_sleep_mode),
+            "waking with banks has not been tested; drop --enable-sleep-mode",
+        ),
         "the pooling runner": (
             model.runner_type != "generate",
             "memory is tested for generation only; serve the base architecture",
