@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, builds a tiny random model, serves it with memory on, sends it a long text over
-# HTTP, prints its answer and what the memory did, and stops the server.
+# Sets up .venv, serves a tiny trained model with memory on, hides numbers in a text and asks for
+# them over HTTP, prints the answers and what the memory did, and stops the server.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -9,20 +9,19 @@ work=.quickstart
 log=$work/server.log
 mkdir -p "$work"
 
-"$bin/python" scripts/make_tiny_model.py "$work/model"
 port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 url=http://127.0.0.1:$port
 
 echo "pacellm: starting the server (log in $log)"
-"$bin/pacellm" serve "$work/model" --preset official --max-model-len 8192 \
-    --host 127.0.0.1 --port "$port" > "$log" 2>&1 &
+"$bin/pacellm" serve scripts/tiny --segment-size 64 --block-size 16 --dtype float32 --host 127.0.0.1 \
+    --port "$port" > "$log" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
 
 for _ in $(seq 240); do
     if "$bin/python" -c "import urllib.request as u; u.urlopen('$url/health', timeout=2)" 2>/dev/null; then
         grep -o "pacellm: memory in .*" "$log" || true
-        "$bin/python" scripts/quickstart_client.py "$url" LICENSE
+        "$bin/python" scripts/quickstart_client.py "$url"
         exit 0
     fi
     kill -0 "$server" 2>/dev/null || break
