@@ -35,7 +35,9 @@ def main(url: str) -> None:
     answer = requests.get(f"{url}/plugins/pacellm/memory", timeout=60)
     answer.raise_for_status()
     report = answer.json()
-    print("\nWhat the memory did (tokens by what their look-up asked for, commits, slots in use):\n")
+    print(
+        "\nWhat the memory did (tokens by what their look-up asked for, commits, slots in use):\n"
+    )
     names = ("layer", "preset", *COLUMNS[:4], "slots", "of")
     print("    " + "".join(f"{name:>10}" for name in names))
     for layer, counts in report["layers"].items():
