@@ -111,9 +111,12 @@ def test_i2_with_memory_on_as_well(run, checkpoint, clustered):
         assert_same(run(checkpoint(), pace={**MEMORY, "experts": experts}), truth)
 
 
-def test_i2_on_two_ranks(run, checkpoint, clustered):
+@pytest.mark.parametrize("how", ["stored", "made by one rank, awaited by the other"])
+def test_i2_on_two_ranks(how, run, checkpoint, clustered):
     truth = run(checkpoint(), pace=MEMORY)
-    pace = {**MEMORY, "experts": {"path": str(clustered())}}
+    # A seed of its own: nothing is in the cache yet.
+    experts = {"path": str(clustered())} if how == "stored" else {"num_experts": K, "seed": 9}
+    pace = {**MEMORY, "experts": experts}
     assert_same(run(checkpoint(), pace=pace, tensor_parallel_size=2), truth)
 
 

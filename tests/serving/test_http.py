@@ -1,10 +1,7 @@
 """A real server on the quick start's model: completions, chat, streams, batches, the report."""
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,18 +10,15 @@ from pathlib import Path
 import pytest
 import requests
 from openai import OpenAI
+from servers import ENV, PACELLM, VLLM, serving
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "LICENSE").read_text()
 KEY = "secret"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-PACELLM = [sys.executable, "-m", "pacellm_vllm.cli"]
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 ENGINE = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20)]
 CHAT = [{"role": "user", "content": TEXT[:3000]}]
 MAX_TOKENS = 24
-# Whatever other tests set in this process.
-ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +32,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """The base URL of ``pacellm serve`` with an API key."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--api-key", KEY, "--served-model-name", "tiny"]
-    env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"}
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-    try:
-        for _ in range(600):
-            assert running.poll() is None, log.read_text()[-3000:]
-            try:
-                requests.get(f"{url}/health", timeout=2).raise_for_status()
-                break
-            except requests.ConnectionError:
-                time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text()[-3000:])
+    command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE]
+    with serving([*command, "--api-key", KEY, "--served-model-name", "tiny"], log) as url:
         yield url
-        text = log.read_text()
-        assert "pacellm: memory in layers 1, 3 of 4, preset official" in text
-    finally:
-        os.killpg(running.pid, signal.SIGTERM)
-        running.wait(timeout=60)
+        assert "pacellm: memory in layers 1, 3 of 4, preset official" in log.read_text()
 
 
 @pytest.fixture(scope="module")

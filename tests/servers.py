@@ -1,0 +1,50 @@
+"""Real API servers for tests, each in a process of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+
+PACELLM = [sys.executable, "-m", "pacellm_vllm.cli"]
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+# Whatever other tests set in this process.
+ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@contextlib.contextmanager
+def serving(command: list[str], log: Path) -> Iterator[str]:
+    """The base URL of the server that ``command`` starts; its output goes to ``log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"}
+    with log.open("w") as out:
+        running = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(600):
+            assert running.poll() is None, log.read_text()[-3000:]
+            try:
+                requests.get(f"{url}/health", timeout=2).raise_for_status()
+                break
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text()[-3000:])
+        yield url
+    finally:
+        os.killpg(running.pid, signal.SIGTERM)
+        running.wait(timeout=60)
