@@ -1,16 +1,10 @@
 """The trained tiny model on real engines: it finds needles, in this process and over HTTP."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import requests
+from servers import PACELLM, serving
 
 from pacellm_vllm.cli import main
 
@@ -53,35 +47,12 @@ def test_a_server_says_what_the_engine_in_this_process_says(tmp_path):
     engine = {**ENGINE, "max_model_len": 512}
     status, here = niah(tmp_path / "here", *words, "--engine", json.dumps(engine))
     assert status == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pacellm_vllm.cli", "serve", str(TINY)]
-    command += ["--segment-size", "64", "--host", "127.0.0.1", "--port", str(port)]
+    command = [*PACELLM, "serve", str(TINY), "--segment-size", "64"]
     command += ["--dtype", "float32", "--block-size", "16", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(32 << 20), "--served-model-name", "tiny"]
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env.pop("VLLM_PLUGINS", None)
-    log = tmp_path / "server.log"
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-    try:
-        for _ in range(240):
-            assert running.poll() is None, log.read_text()[-3000:]
-            try:
-                requests.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
-                break
-            except requests.ConnectionError:
-                time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text()[-3000:])
-        url = ["--base-url", f"http://127.0.0.1:{port}/v1", "--served-model-name", "tiny"]
+    with serving(command, tmp_path / "server.log") as base:
+        url = ["--base-url", f"{base}/v1", "--served-model-name", "tiny"]
         status, there = niah(tmp_path / "there", *words, *url)
-    finally:
-        os.killpg(running.pid, signal.SIGTERM)
-        running.wait(timeout=60)
     assert status == 0
     assert there["configs"] == here["configs"]
 
