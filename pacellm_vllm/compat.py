@@ -136,6 +136,23 @@ def add_logits_processor(vllm_config: VllmConfig, name: str) -> None:
         model.logits_processors = [*names, name]
 
 
+def _wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Make ``owner.name(...)`` call ``wrapper(original, ...)``, unless ours is there already.
+
+    The mark is our own: vLLM may decorate the original with wrappers of its own.
+    """
+    original = getattr(owner, name)
+    if getattr(original, "_pacellm_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
 def refuse_in_beam_search(prefix: str) -> None:
     """Make beam search requests that carry ``vllm_xargs`` starting with ``prefix`` a 400.
 
@@ -145,22 +162,17 @@ def refuse_in_beam_search(prefix: str) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+    def checked(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [key for key in request.vllm_xargs or () if key.startswith(prefix)]
+        if given:
+            raise ValueError(
+                f"{given[0]} is not supported with use_beam_search: vLLM does not pass "
+                "vllm_xargs on to beams; drop one of the two."
+            )
+        return original(request, *args, **kwargs)
+
     for protocol in (ChatCompletionRequest, CompletionRequest):
-        original = protocol.to_beam_search_params
-        if hasattr(original, "__wrapped__"):
-            continue
-
-        @functools.wraps(original)
-        def checked(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            given = [key for key in self.vllm_xargs or () if key.startswith(prefix)]
-            if given:
-                raise ValueError(
-                    f"{given[0]} is not supported with use_beam_search: vLLM does not pass "
-                    "vllm_xargs on to beams; drop one of the two."
-                )
-            return _original(self, *args, **kwargs)
-
-        protocol.to_beam_search_params = checked  # type: ignore[method-assign]
+        _wrap_once(protocol, "to_beam_search_params", checked)
 
 
 _request_in_hand: ContextVar[Request | None] = ContextVar("request_in_hand", default=None)
@@ -173,26 +185,22 @@ def watch_requests() -> None:
     nothing of its sampling parameters or of how long it may become.
     Can go when they are given the request, as ``cache_blocks`` already is.
     """
+
+    def watched(
+        original: Callable[..., Any],
+        manager: KVCacheManager,
+        request: Request,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        token = _request_in_hand.set(request)
+        try:
+            return original(manager, request, *args, **kwargs)
+        finally:
+            _request_in_hand.reset(token)
+
     for name in ("get_computed_blocks", "allocate_slots"):
-        original = getattr(KVCacheManager, name)
-        if hasattr(original, "__wrapped__"):
-            continue
-
-        @functools.wraps(original)
-        def watched(
-            self: KVCacheManager,
-            request: Request,
-            *args: Any,
-            _original: Callable[..., Any] = original,
-            **kwargs: Any,
-        ) -> Any:
-            token = _request_in_hand.set(request)
-            try:
-                return _original(self, request, *args, **kwargs)
-            finally:
-                _request_in_hand.reset(token)
-
-        setattr(KVCacheManager, name, watched)
+        _wrap_once(KVCacheManager, name, watched)
 
 
 def request_in_hand() -> Request | None:
@@ -206,18 +214,14 @@ def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None]) -> None
     Symptom: vLLM hashes tokens, adapters, images and the salt; what else changes activations
     would be shared by prefix caching. Can go when requests can carry hash keys of their own.
     """
-    original = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def keyed(request: Request, *args: Any, **kwargs: Any) -> Any:
+    def keyed(original: Callable[..., Any], request: Request, *args: Any, **kwargs: Any) -> Any:
         keys, next_mm = original(request, *args, **kwargs)
         ours = key(request)
         return ((*(keys or ()), ours) if ours else keys), next_mm
 
     for module in (kv_cache_utils, block_pool):
-        module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]
+        _wrap_once(module, "generate_block_hash_extra_keys", keyed)
 
 
 def publish_block(

@@ -166,7 +166,7 @@ def _started(
         "model": args.model,
         "grid": grid.describe(),
         "configs": {setting.name: setting.memory for setting in settings},
-        "engine": parse_object(args.engine, "--engine") if args.engine else {},
+        "engine": _given(args, "engine"),
         "server": bool(getattr(args, "base_url", None)),
     }
     try:
@@ -193,7 +193,7 @@ def _measure(
     from pacellm_vllm.evals.niah import run_grid
 
     total = len(grid.lengths) * len(grid.depths) * grid.samples
-    engine = parse_object(args.engine, "--engine") if args.engine else {}
+    engine = _given(args, "engine")
     engine.setdefault("max_model_len", max(grid.lengths) + grid.max_tokens)
     engine.setdefault("seed", args.seed)
     for setting in settings:
@@ -209,12 +209,14 @@ def _measure(
             run_grid(*rest, Offline(llm), records, args.batch, not args.quiet)
 
 
-def _shared(args: argparse.Namespace) -> dict[str, Any]:
-    return parse_object(args.memory, "--memory") if args.memory else {}
+def _given(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The JSON object of flag ``--name``, empty without one."""
+    text = getattr(args, name)
+    return parse_object(text, f"--{name}") if text else {}
 
 
 def _niah(args: argparse.Namespace) -> int:
-    settings = parse_settings(args.configs, _shared(args))
+    settings = parse_settings(args.configs, _given(args, "memory"))
     servers = _servers(args.base_url, [setting.name for setting in settings])
     with _started(args, settings) as (grid, tokenizer, records, described):
         _measure(args, grid, tokenizer, records, settings, servers)
@@ -252,7 +254,7 @@ def _sweep(args: argparse.Namespace) -> int:
             f"pacellm: --samples {args.samples} leaves nothing to confirm a choice with; it must "
             "be at least 2."
         )
-    tried = combinations(parse_object(args.tried, "--try"), _shared(args), args.product)
+    tried = combinations(parse_object(args.tried, "--try"), _given(args, "memory"), args.product)
     settings = [Setting(OFF, None), *tried]
     with _started(args, settings) as (grid, tokenizer, records, _):
         _measure(args, grid, tokenizer, records, settings)

@@ -1,9 +1,9 @@
 """What a needle run found: tables, intervals and pictures."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pacellm_vllm.evals.bootstrap import Difference, paired_difference
@@ -39,9 +39,9 @@ def write_report(
     for name in names:
         cells = {score: cell_means(records.done, name, grid, score) for score in SCORES}
         report["configs"][name] = {
-            **{score: _mean(scores_of(records, name, score)) for score in SCORES},
+            **{score: fmean(scores_of(records, name, score)) for score in SCORES},
             "by_length": {
-                str(n): _mean(scores_of(records, name, "exact", n)) for n in grid.lengths
+                str(n): fmean(scores_of(records, name, "exact", n)) for n in grid.lengths
             },
             "cells": cells,
         }
@@ -90,7 +90,3 @@ def as_markdown(report: dict[str, Any], first: str) -> str:
         cells = [str(Difference(**by_length[n])) for n in ["all", *lengths]]
         lines.append(f"| {name} - {first} | " + " | ".join(cells) + " | |")
     return "\n".join(lines) + "\n"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

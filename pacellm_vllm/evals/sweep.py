@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -55,13 +56,13 @@ def choose(
     rows = [
         "| setting | exact | - off, choosing half | - off, confirming half |",
         "|---|---|---|---|",
-        f"| off | {_mean(scores_of(records, OFF, 'exact')):.3f} | | |",
+        f"| off | {fmean(scores_of(records, OFF, 'exact')):.3f} | | |",
     ]
     best, best_mean, confirmed = tried[0], float("-inf"), None
     for setting in tried:
         first = compare(records, OFF, setting.name, parity=_CHOOSE)
         second = compare(records, OFF, setting.name, parity=_CONFIRM)
-        mean = _mean(scores_of(records, setting.name, "exact"))
+        mean = fmean(scores_of(records, setting.name, "exact"))
         rows.append(f"| {setting.name} | {mean:.3f} | {first} | {second} |")
         if first.mean > best_mean:
             best, best_mean, confirmed = setting, first.mean, second
@@ -75,7 +76,3 @@ def choose(
             "memory.\n"
         )
     return "\n".join(rows) + "\n", note + text
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
