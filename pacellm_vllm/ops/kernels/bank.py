@@ -1,5 +1,6 @@
 """DeviceBanks: where a bank's rows and header words lie, for the kernels."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,16 @@ class DeviceBanks:
         assert cells.shape[1] * itemsize == words.shape[1] * 4, (cells.shape, words.shape)
         assert self.width * itemsize % 4 == 0, "rows must be whole words"
 
-    def columns_at_once(self, most: int) -> int:
-        """Columns for a kernel to take at a time: a power of two that no more than two pages hold."""
-        room = min(self.cells.shape[1], self.words.shape[1])
-        return min(most, 1 << (room.bit_length() - 1))
+    @property
+    def sums_word(self) -> int:
+        """Where the fp32 sums begin, counted in words from a bank's first."""
+        return self.sums_start * self.width * self.cells.element_size() // 4
+
+    @property
+    def grain(self) -> int:
+        """How many columns, of cells and of sums, never straddle pages: at most 16 bytes of cells."""
+        divided = (self.width, self.cells.shape[1], self.words.shape[1], self.sums_word)
+        return math.gcd(16 // self.cells.element_size(), *divided)
 
     def constants(self, rules: MemoryRules) -> dict[str, Any]:
         """What every kernel that touches pages is compiled for."""
@@ -52,6 +59,7 @@ class DeviceBanks:
             "STRIDE": self.cells.stride(0),
             "WORD_PAGE": self.words.shape[1],
             "WORD_STRIDE": self.words.stride(0),
+            "GRAIN": self.grain,
         }
 
 
@@ -79,30 +87,27 @@ def counter_at(table, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def span_at(table, start, columns, end, PAGE: tl.constexpr, STRIDE: tl.constexpr):
-    """Offsets [n] of a bank's cells ``start + columns``, which lie in two pages at most.
+def row_at(
+    table, start, grains, inside, PAGE: tl.constexpr, STRIDE: tl.constexpr, GRAIN: tl.constexpr
+):
+    """Offsets [n, GRAIN] of ``GRAIN`` cells each from ``start + grains`` [n] on.
 
-    ``start`` and ``end`` are numbers that count cells from the bank's first; ``columns`` [n] count
-    up from 0, and no cell from ``end`` on may be read or written. The same for words.
+    ``start`` counts a bank's cells from its first page on. Grains never straddle pages, and saying
+    so lets the compiler read each at once. Only those ``inside`` [n] are looked up. Words alike.
     """
-    page = start // PAGE
-    edge = (page + 1) * PAGE
-    near = tl.load(table + page).to(tl.int64) * STRIDE - page * PAGE
-    far = tl.load(table + page + 1, mask=edge < end, other=0).to(tl.int64) * STRIDE - edge
-    cell = start + columns
-    return cell + tl.where(cell < edge, near, far)
+    cell = start + grains
+    page = cell // PAGE
+    block = tl.load(table + page, mask=inside, other=0).to(tl.int64)
+    return (block * STRIDE + (cell - page * PAGE))[:, None] + tl.arange(0, GRAIN)[None, :]
 
 
 @triton.jit
-def spans_at(table, starts, columns, left, mask, PAGE: tl.constexpr, STRIDE: tl.constexpr):
-    """``span_at`` for many rows: offsets [m, n] of cells ``starts`` [m] + ``columns`` [n].
-
-    ``left`` is how many cells a row has from its start on; only rows in ``mask`` [m] are looked up.
-    """
-    page = starts // PAGE
-    edge = (page + 1) * PAGE
-    near = tl.load(table + page, mask=mask, other=0).to(tl.int64) * STRIDE - page * PAGE
-    straddles = mask & (edge < starts + left)
-    far = tl.load(table + page + 1, mask=straddles, other=0).to(tl.int64) * STRIDE - edge
-    cell = starts[:, None] + columns[None, :]
-    return cell + tl.where(cell < edge[:, None], near[:, None], far[:, None])
+def rows_at(
+    table, starts, grains, inside, PAGE: tl.constexpr, STRIDE: tl.constexpr, GRAIN: tl.constexpr
+):
+    """``row_at`` for many rows: offsets [m, n, GRAIN], ``starts`` [m], ``inside`` [m, n]."""
+    cell = starts[:, None] + grains[None, :]
+    page = cell // PAGE
+    block = tl.load(table + page, mask=inside, other=0).to(tl.int64)
+    base = block * STRIDE + (cell - page * PAGE)
+    return base[:, :, None] + tl.arange(0, GRAIN)[None, None, :]

@@ -4,34 +4,53 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, is_bank, span_at
+from pacellm_vllm.ops.kernels.bank import DeviceBanks, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
 from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
+# Columns of D that a program takes.
+BLOCK = 512
+# The running sums: totals of finished tiles, then the unfinished tile's.
+TOTAL_A, TOTAL_O = tl.constexpr(0), tl.constexpr(1)
+TILE_A, TILE_O = tl.constexpr(2), tl.constexpr(3)
 
-
-@triton.jit
-def row_at(table, row, first, column, WIDTH, PAGE: tl.constexpr, STRIDE: tl.constexpr):
-    """Offsets of cells ``first + column`` of a bank's ``row``."""
-    return span_at(table, row * WIDTH + first, column, row * WIDTH + WIDTH, PAGE, STRIDE)
 
 
 @triton.jit
 def load_sum(
-    words, table, start, first, column, WIDTH, PAGE: tl.constexpr, STRIDE: tl.constexpr
+    words,
+    table,
+    which,
+    grain,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
 ):
-    """fp32 [n]: columns ``first + column`` of the running sum at word ``start``."""
-    at = words + span_at(table, start + first, column, start + WIDTH, PAGE, STRIDE)
-    return tl.load(at, mask=first + column < WIDTH, other=0).to(tl.float32, bitcast=True)
+    """fp32 [n, GRAIN]: columns from ``grain`` [n] on of running sum ``which``."""
+    inside = grain < WIDTH
+    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    return tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def store_sum(
-    words, table, start, first, column, total, WIDTH, PAGE: tl.constexpr, STRIDE: tl.constexpr
+    words,
+    table,
+    which,
+    grain,
+    numbers,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
 ):
-    at = words + span_at(table, start + first, column, start + WIDTH, PAGE, STRIDE)
-    tl.store(at, total.to(tl.int32, bitcast=True), mask=first + column < WIDTH)
+    inside = grain < WIDTH
+    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    tl.store(at, numbers.to(tl.int32, bitcast=True), mask=inside[:, None])
 
 
 @triton.jit
@@ -42,34 +61,36 @@ def commit_block(
     valid,
     mean_a,
     mean_o,
-    first,
-    column,
+    grain,
     SLOTS: tl.constexpr,
     STAGED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
 ):
     """Merge and replace slots by ``plan`` [valid], see ``book``."""
-    inside = first + column < WIDTH
+    inside = grain < WIDTH
     stored = cells.dtype.element_ty
     for slot in range(valid):
         todo = tl.load(plan + slot)
         if todo != KEEP:
             row = SLOTS + 2 * slot
             source = tl.where(todo == MERGE, row, STAGED + 2 * todo)
-            at = cells + row_at(table, source, first, column, WIDTH, PAGE, STRIDE)
-            key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            at = cells + row_at(table, source + 1, first, column, WIDTH, PAGE, STRIDE)
-            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            at = cells + row_at(table, source * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            key = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+            at = cells + row_at(table, source * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            value = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
             if todo == MERGE:
-                key = tl.fma(mean_a, 1.0 - MOMENTUM, key * MOMENTUM)
-                value = tl.fma(mean_o, 1.0 - MOMENTUM, value * MOMENTUM)
-            at = cells + row_at(table, row, first, column, WIDTH, PAGE, STRIDE)
-            tl.store(at, key.to(stored), mask=inside)
-            at = cells + row_at(table, row + 1, first, column, WIDTH, PAGE, STRIDE)
-            tl.store(at, value.to(stored), mask=inside)
+                key = tl.fma(mean_a, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), key * MOMENTUM)
+                value = tl.fma(
+                    mean_o, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), value * MOMENTUM
+                )
+            at = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            tl.store(at, key.to(stored), mask=inside[:, None])
+            at = cells + row_at(table, row * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            tl.store(at, value.to(stored), mask=inside[:, None])
 
 
 @triton.jit
@@ -86,8 +107,7 @@ def close_block(
     keeps_total,
     keeps_tile,
     commits,
-    first,
-    column,
+    grain,
     SEGMENT: tl.constexpr,
     SLOTS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -99,6 +119,7 @@ def close_block(
     STRIDE: tl.constexpr,
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
 ):
     """Commit if the piece ends its segment, else keep what the segment's next token needs.
 
@@ -116,24 +137,26 @@ def close_block(
             mean_o = tl.div_rn(sum_o, tl.broadcast_to(mids, sum_o.shape))
         valid = tl.load(sizes)
         commit_block(
-            cells, table, plan, valid, mean_a, mean_o, first, column,
-            SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE,
+            cells, table, plan, valid, mean_a, mean_o, grain,
+            SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
         )  # fmt: skip
     else:
         if keeps_total:
-            store_sum(words, table, SUMS, first, column, total_a, WIDTH, WORD_PAGE, WORD_STRIDE)
+            store_sum(
+                words, table, TOTAL_A, grain, total_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
             if not PAPER:
-                start = SUMS + WIDTH
                 store_sum(
-                    words, table, start, first, column, total_o, WIDTH, WORD_PAGE, WORD_STRIDE
-                )
+                    words, table, TOTAL_O, grain, total_o,
+                    SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+                )  # fmt: skip
         if keeps_tile:
-            start = SUMS + 2 * WIDTH
-            store_sum(words, table, start, first, column, tile_a, WIDTH, WORD_PAGE, WORD_STRIDE)
+            store_sum(
+                words, table, TILE_A, grain, tile_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
             if not PAPER:
-                start = SUMS + 3 * WIDTH
                 store_sum(
-                    words, table, start, first, column, tile_o, WIDTH, WORD_PAGE, WORD_STRIDE
+                    words, table, TILE_O, grain, tile_o, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
                 )
 
 
@@ -155,6 +178,7 @@ def close_kernel(
     STRIDE: tl.constexpr,
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
     SLOTS: tl.constexpr,
     SUMS: tl.constexpr,
     STAGED: tl.constexpr,
@@ -174,21 +198,23 @@ def close_kernel(
     table += tl.load(at + 3).to(tl.int64) * table_stride
     if (num_tiles == 1) | (position < SEGMENT) | (not is_bank(table, tl.load(at + 4))):
         return
-    first = tl.program_id(1) * BLOCK
-    column = tl.arange(0, BLOCK)
-    inside = first + column < WIDTH
+    grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
+    inside = (grain < WIDTH)[:, None]
     offset = position % SEGMENT
     end = offset + length
 
-    total_a = tl.zeros([BLOCK], tl.float32)
-    total_o = tl.zeros([BLOCK], tl.float32)
+    total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if offset >= TILE:
-        total_a = load_sum(words, table, SUMS, first, column, WIDTH, WORD_PAGE, WORD_STRIDE)
+        total_a = load_sum(
+            words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        )
         if not PAPER:
             total_o = load_sum(
-                words, table, SUMS + WIDTH, first, column, WIDTH, WORD_PAGE, WORD_STRIDE
+                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
             )
-    sums = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH + first + column
+    sums = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
+    sums = sums + grain[:, None] + tl.arange(0, GRAIN)[None, :]
     finished = num_tiles
     if end % TILE != 0:
         finished = num_tiles - 1
@@ -196,27 +222,27 @@ def close_kernel(
         total_a += tl.load(sums, mask=inside, other=0.0)
         total_o += tl.load(sums + WIDTH, mask=inside, other=0.0)
         sums += 2 * WIDTH
-    is_part = first + column < tl.where(end % TILE != 0, WIDTH, 0)
+    is_part = (grain < tl.where(end % TILE != 0, WIDTH, 0))[:, None]
     tile_a = tl.load(sums, mask=is_part, other=0.0)
     tile_o = tl.load(sums + WIDTH, mask=is_part, other=0.0)
     close_block(
         cells, words, table, plan_slots + piece * SIZE, plan_sizes + piece * 2,
-        total_a, total_o, tile_a, tile_o, True, end % TILE != 0, end == SEGMENT, first, column,
+        total_a, total_o, tile_a, tile_o, True, end % TILE != 0, end == SEGMENT, grain,
         SEGMENT, SLOTS, SUMS, STAGED, PAPER, MOMENTUM,
-        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE,
+        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE, GRAIN,
     )  # fmt: skip
 
 
-def constants_of(banks: DeviceBanks, rules: MemoryRules, block: int) -> dict[str, object]:
+def constants_of(banks: DeviceBanks, rules: MemoryRules) -> dict[str, object]:
     """What ``apply_kernel`` and ``close_kernel`` are compiled for."""
     return {
         **banks.constants(rules),
         "SLOTS": banks.slots_start,
-        "SUMS": banks.sums_start * banks.width * banks.cells.element_size() // 4,
+        "SUMS": banks.sums_word,
         "STAGED": banks.staged_start,
         "PAPER": rules.update is UpdateRule.PAPER,
         "MOMENTUM": rules.momentum,
-        "BLOCK": block,
+        "BLOCK": BLOCK,
     }
 
 
@@ -226,11 +252,10 @@ def close(
     rules: MemoryRules,
     plans: Plans,
     tile_sums: torch.Tensor,
-    block: int,
 ) -> None:
     """End the round's pieces of several tiles; ``tile_sums`` [tiles, 2, width] fp32."""
     assert tile_sums.is_contiguous(), tile_sums.stride()
-    close_kernel[(len(now.pieces), triton.cdiv(banks.width, block))](
+    close_kernel[(len(now.pieces), triton.cdiv(banks.width, BLOCK))](
         now.pieces,
         now.tiles,
         now.table,
@@ -240,6 +265,6 @@ def close(
         plans.slots,
         plans.sizes,
         tile_sums,
-        **constants_of(banks, rules, block),
+        **constants_of(banks, rules),
         num_warps=4,
     )

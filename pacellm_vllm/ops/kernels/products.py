@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank, spans_at
+from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank, rows_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -14,6 +14,9 @@ SPLIT = 512
 # With up to this many tokens each split is a program of its own, to fill a device in decoding;
 # with more, a program takes all splits of its tile, and no partial sums are stored.
 SPLIT_TOKENS = 1024
+# Columns and keys that a program multiplies at once.
+BLOCK = 64
+KEYS = 64
 
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
@@ -36,6 +39,7 @@ def products_kernel(
     STRIDE: tl.constexpr,
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
     SPLIT: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,6 +66,7 @@ def products_kernel(
 
     i = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK)
+    grain = tl.arange(0, BLOCK // GRAIN) * GRAIN
     key = first_key + tl.arange(0, KEYS)
     tokens = (begin + i).to(tl.int64)
     is_token, is_key = i < length, key < valid
@@ -83,8 +88,10 @@ def products_kernel(
                 other=0.0,
             )
             starts = (SLOTS + 2 * key) * WIDTH + start
-            offsets = spans_at(table, starts, column, WIDTH - start, is_key, PAGE, STRIDE)
-            keys = tl.load(cells + offsets, mask=is_key[:, None] & inside[None, :], other=0.0)
+            found = is_key[:, None] & (start + grain < end)[None, :]
+            offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
+            keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
+            keys = tl.reshape(keys, (KEYS, BLOCK))
             if x.dtype != keys.dtype:
                 x = x.to(tl.float32)
                 keys = keys.to(tl.float32)
@@ -126,16 +133,20 @@ class Products:
 
     def __init__(self, tokens: int, pieces: int, groups: int, size: int, like: torch.Tensor):
         self.shape = (tokens, pieces, groups, size)
-        cut = tokens * groups * (size + 1)
-        total = cut + pieces * groups * size
+        total = self._cut() + pieces * groups * size
         self._use(torch.empty(total, dtype=torch.float32, device=like.device))
+
+    def _cut(self) -> int:
+        """Where ``of_keys`` begins: at 16 bytes, so that kernels are compiled alike for any batch."""
+        tokens, _, groups, size = self.shape
+        return -(-tokens * groups * (size + 1) // 4) * 4
 
     def _use(self, buffer: torch.Tensor) -> None:
         tokens, pieces, groups, size = self.shape
-        cut = tokens * groups * (size + 1)
         self.buffer, self.groups = buffer, groups
-        self.of_tokens = buffer[:cut].view(tokens, groups, size + 1)
-        self.of_keys = buffer[cut:].view(pieces, groups, size)
+        row = groups * (size + 1)
+        self.of_tokens = buffer[: tokens * row].view(tokens, groups, size + 1)
+        self.of_keys = buffer[self._cut() :].view(pieces, groups, size)
 
     def reduced(self, reduce) -> "Products":
         """Groups added, then summed over ranks by ``reduce``."""
@@ -161,7 +172,7 @@ def products_of(
     groups = splits if a.shape[0] <= SPLIT_TOKENS else 1
     size = rules.bank_size
     found = Products(a.shape[0], len(now.pieces), groups, size, a)
-    keys = min(64, max(16, triton.next_power_of_2(size)))
+    keys = min(KEYS, max(16, triton.next_power_of_2(size)))
     grid = (len(now.tiles), groups, triton.cdiv(size, keys))
     products_kernel[grid](
         a,
@@ -178,7 +189,7 @@ def products_of(
         **banks.constants(rules),
         SPLIT=SPLIT,
         KEYS=keys,
-        BLOCK=banks.columns_at_once(128),
+        BLOCK=BLOCK,
         num_warps=4,
         num_stages=1,
     )
