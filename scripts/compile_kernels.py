@@ -21,9 +21,10 @@ from triton.runtime.jit import JITFunction
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import Piece
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import DeviceRound, PieceOfBatch, tables_of
+from pacellm_vllm.ops.kernels.batch import DeviceRound, tables_of
 from pacellm_vllm.ops.kernels.book import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
@@ -72,9 +73,9 @@ def launch_all(dtype: torch.dtype, bank_dtype: torch.dtype, settings: Any, args:
     table = torch.zeros(1, layout.num_pages + 3, dtype=torch.int32)
     tally = torch.zeros(1, TALLY.value, dtype=torch.int64)
     for tokens, reduce in ((1, None), (rules.segment_size, lambda buffer: buffer)):
-        piece = PieceOfBatch(0, tokens, rules.segment_size, 0, layout.num_pages, rules)
-        pieces, tiles, longest, several = tables_of([piece], 1)
-        now = DeviceRound(pieces, tiles, table, longest, several)
+        piece = Piece(0, 0, tokens, rules.segment_size, layout.num_pages, rules)
+        pieces, tiles = (torch.from_numpy(table) for table in tables_of([piece], 1))
+        now = DeviceRound(pieces, tiles, table, int(tiles[:, 2].max()), len(tiles) > 1)
         a = torch.empty(tokens, args.width, dtype=dtype)
         advance_batch(a, torch.empty_like(a), banks, [now], rules, tally, reduce)
 
@@ -87,7 +88,9 @@ def resources(kernel: Any) -> dict[str, int]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = dict(part.split(":") for part in text.split() if part.count(":") == 1 and part[-1] != ":")
+    found = dict(
+        part.split(":") for part in text.split() if part.count(":") == 1 and part[-1] != ":"
+    )
     local = int(found["STACK"]) + int(found["LOCAL"])
     return {"registers": int(found["REG"]), "local": local, "shared": kernel.metadata.shared}
 

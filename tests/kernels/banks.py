@@ -1,12 +1,14 @@
 """Banks of several requests in one poisoned pool, driven by the kernels."""
 
+from dataclasses import replace
+
 import torch
 
-from pacellm_vllm.memory.backend import cut_pieces
 from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import DeviceRound, PieceOfBatch, rounds_of, tables_of
+from pacellm_vllm.ops.kernels.batch import DeviceRound, rounds_of, tables_of
 from pacellm_vllm.ops.kernels.book import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
@@ -43,30 +45,23 @@ class Pool:
 
     def bank(self, request):
         """The plain path's view of one bank."""
-        return PagedStore(self.units, self.table[request, : self.layout.num_pages], self.layout)
+        pages = self.table[request, : self.layout.num_pages].tolist()
+        return PagedStore(self.units, pages, self.layout)
 
     def pieces(self, positions, counts, mine=None):
         """One step's pieces: ``counts`` [i] tokens of request i, the first at ``positions`` [i]."""
         starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
         lengths = [p + n for p, n in zip(positions, counts, strict=True)]
-        return [
-            PieceOfBatch(
-                p.begin,
-                p.end - p.begin,
-                p.position,
-                p.request,
-                p.pages,
-                mine[p.request] if mine else self.rules,
-            )
-            for p in cut_pieces(starts, lengths, self.layout)
-        ]
+        pieces = cut_pieces(starts, lengths, self.layout, self.rules)
+        return [replace(p, rules=mine[p.request]) for p in pieces] if mine else pieces
 
     def rounds(self, pieces):
         found = []
         for some in rounds_of(pieces):
             self.stamp += 1
-            table, tiles, longest, several = tables_of(some, self.stamp)
-            found.append(DeviceRound(table, tiles, self.table, longest, several))
+            rows, tiles = (torch.from_numpy(table) for table in tables_of(some, self.stamp))
+            longest, several = int(tiles[:, 2].max()), len(tiles) > len(rows)
+            found.append(DeviceRound(rows, tiles, self.table, longest, several))
         return found
 
     def run(self, a, pieces, reduce=None):

@@ -116,7 +116,9 @@ def apply_kernel(
     if later & (offset % TILE > 0) & (adds | ends_tile | commits):
         sum_a = load_sum(words, table, TILE_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
         if not PAPER:
-            sum_o = load_sum(words, table, TILE_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+            sum_o = load_sum(
+                words, table, TILE_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
 
     for i in range(length):
         token = (begin + i).to(tl.int64)
@@ -182,7 +184,9 @@ def apply_kernel(
     if (offset >= TILE) & (ends_tile | commits):
         total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
         if not PAPER:
-            total_o = load_sum(words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+            total_o = load_sum(
+                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
     if ends_tile:
         total_a += sum_a
         total_o += sum_o
@@ -206,7 +210,7 @@ def apply(
     findings: Findings,
     plans: Plans,
 ) -> None:
-    """Outputs of the round's tokens into ``out``, like ``a`` [tokens, width], and their banks' rows.
+    """The round's outputs into ``out``, both like ``a`` [tokens, width], and their banks' rows.
 
     Tokens without a bank pass through.
     """

@@ -45,7 +45,7 @@ class DeviceBanks:
 
     @property
     def grain(self) -> int:
-        """How many columns, of cells and of sums, never straddle pages: at most 16 bytes of cells."""
+        """Columns, of cells and of sums, that never straddle pages: at most 16 bytes of cells."""
         divided = (self.width, self.cells.shape[1], self.words.shape[1], self.sums_word)
         return math.gcd(16 // self.cells.element_size(), *divided)
 

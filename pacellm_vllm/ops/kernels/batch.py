@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 import triton.language as tl
 
@@ -15,20 +17,25 @@ TILE = tl.constexpr(_TILE)
 COLUMNS = tl.constexpr(12)
 
 
-@dataclass(frozen=True)
-class PieceOfBatch:
-    """Tokens ``begin`` .. ``begin + length - 1`` of a batch: one request's, in one segment.
+class PieceLike(Protocol):
+    """Tokens ``begin`` .. ``end - 1`` of a batch: one request's, in one segment.
 
-    ``position`` is the first one's place in its request, ``row`` the request's in the block table,
-    ``pages`` how many of its pages the piece can reach: 0 for padding, which passes through.
+    ``position`` is the first one's place in its request, ``request`` the row of the block table,
+    ``pages`` how many of its pages the piece can reach: with 0 it passes through.
     """
 
-    begin: int
-    length: int
-    position: int
-    row: int
-    pages: int
-    rules: MemoryRules
+    @property
+    def request(self) -> int: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def rules(self) -> MemoryRules: ...
 
 
 @dataclass(frozen=True)
@@ -55,47 +62,62 @@ class DeviceRound:
         assert self.table.stride(1) == 1, self.table.stride()
 
 
-def rounds_of(pieces: Iterable[PieceOfBatch]) -> list[list[PieceOfBatch]]:
-    """The j-th pieces of all requests, for each j: a segment's end comes before the next one."""
+Tables = tuple[np.ndarray, np.ndarray]
+
+
+def rounds_of(pieces: Iterable[PieceLike]) -> list[list[PieceLike]]:
+    """The j-th pieces of all requests, for each j: a segment ends before the next one begins."""
     seen: dict[int, int] = {}
-    rounds: list[list[PieceOfBatch]] = []
+    rounds: list[list[PieceLike]] = []
     for piece in pieces:
-        turn = seen.get(piece.row, 0)
-        seen[piece.row] = turn + 1
+        turn = seen.get(piece.request, 0)
+        seen[piece.request] = turn + 1
         if turn == len(rounds):
             rounds.append([])
         rounds[turn].append(piece)
     return rounds
 
 
-def tables_of(
-    pieces: Sequence[PieceOfBatch], stamp: int
-) -> tuple[torch.Tensor, torch.Tensor, int, bool]:
-    """One round's ``pieces`` and ``tiles`` on the host, ``longest`` and ``several``.
+def numbers_of(rules: MemoryRules) -> np.ndarray:
+    """The last columns of a piece under ``rules``: int32, the bits of fp32 numbers."""
+    numbers = (rules.alpha, rules.noise, rules.theta_high, rules.theta_low)
+    return np.array(numbers, dtype=np.float32).view(np.int32)
+
+
+def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
+    """``pieces`` and ``tiles`` of one round, int32, on the host.
 
     ``stamp`` counts rounds, so that counts can tell which came last.
     """
-    size = _TILE
-    rows, tiles = [], []
-    longest, several = 1, False
+    rows = np.empty((len(pieces), COLUMNS.value), dtype=np.int32)
+    tiles: list[tuple[int, int, int]] = []
+    numbers: dict[MemoryRules, np.ndarray] = {}
     for index, piece in enumerate(pieces):
         offset = piece.position % piece.rules.segment_size
-        first = len(tiles)
-        begin, end = piece.begin, piece.begin + piece.length
-        while begin < end:
-            n = min(end - begin, size - offset % size)
+        first, begin = len(tiles), piece.begin
+        while begin < piece.end:
+            n = min(piece.end - begin, _TILE - offset % _TILE)
             tiles.append((index, begin, n))
-            longest = max(longest, n)
             begin, offset = begin + n, offset + n
-        several |= len(tiles) - first > 1
-        rows.append(
-            (
-                *(piece.begin, piece.length, piece.position, piece.row, piece.pages),
-                *(first, len(tiles) - first, stamp),
-            )
-        )
-    table = torch.empty(len(rows), COLUMNS.value, dtype=torch.int32)
-    table[:, :8] = torch.tensor(rows, dtype=torch.int32)
-    numbers = [(p.rules.alpha, p.rules.noise, p.rules.theta_high, p.rules.theta_low) for p in pieces]
-    table[:, 8:] = torch.tensor(numbers, dtype=torch.float32).view(torch.int32)
-    return table, torch.tensor(tiles, dtype=torch.int32), longest, several
+        length = piece.end - piece.begin
+        rows[index, :5] = (piece.begin, length, piece.position, piece.request, piece.pages)
+        rows[index, 5:8] = (first, len(tiles) - first, stamp)
+        if piece.rules not in numbers:
+            numbers[piece.rules] = numbers_of(piece.rules)
+        rows[index, 8:] = numbers[piece.rules]
+    return rows, np.array(tiles, dtype=np.int32).reshape(-1, 3)
+
+
+def single_tables(
+    positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray, stamp: int
+) -> Tables:
+    """``tables_of`` for a decode step: token i is request i's only one.
+
+    ``positions`` and ``pages`` [R], ``numbers`` [4] or [R, 4] as of ``numbers_of``.
+    """
+    count = len(positions)
+    index = np.arange(count, dtype=np.int32)
+    rows = np.empty((count, COLUMNS.value), dtype=np.int32)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
+    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, stamp, numbers
+    return rows, np.stack([index, index, np.ones_like(index)], axis=1)

@@ -16,7 +16,6 @@ TOTAL_A, TOTAL_O = tl.constexpr(0), tl.constexpr(1)
 TILE_A, TILE_O = tl.constexpr(2), tl.constexpr(3)
 
 
-
 @triton.jit
 def load_sum(
     words,
@@ -206,9 +205,7 @@ def close_kernel(
     total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if offset >= TILE:
-        total_a = load_sum(
-            words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-        )
+        total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
         if not PAPER:
             total_o = load_sum(
                 words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
@@ -218,7 +215,7 @@ def close_kernel(
     finished = num_tiles
     if end % TILE != 0:
         finished = num_tiles - 1
-    for j in range(finished):
+    for _j in range(finished):
         total_a += tl.load(sums, mask=inside, other=0.0)
         total_o += tl.load(sums + WIDTH, mask=inside, other=0.0)
         sums += 2 * WIDTH

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank, rows_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
+from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
 # Columns of D that one sum runs over; sums of this many columns are then added in order. It must
@@ -131,13 +132,15 @@ class Products:
     ``of_tokens`` [tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
     """
 
-    def __init__(self, tokens: int, pieces: int, groups: int, size: int, like: torch.Tensor):
+    def __init__(
+        self, tokens: int, pieces: int, groups: int, size: int, like: torch.Tensor
+    ) -> None:
         self.shape = (tokens, pieces, groups, size)
         total = self._cut() + pieces * groups * size
         self._use(torch.empty(total, dtype=torch.float32, device=like.device))
 
     def _cut(self) -> int:
-        """Where ``of_keys`` begins: at 16 bytes, so that kernels are compiled alike for any batch."""
+        """Where ``of_keys`` begins: aligned, so that kernels are compiled alike for any batch."""
         tokens, _, groups, size = self.shape
         return -(-tokens * groups * (size + 1) // 4) * 4
 
@@ -148,7 +151,7 @@ class Products:
         self.of_tokens = buffer[: tokens * row].view(tokens, groups, size + 1)
         self.of_keys = buffer[self._cut() :].view(pieces, groups, size)
 
-    def reduced(self, reduce) -> "Products":
+    def reduced(self, reduce: Reduce) -> "Products":
         """Groups added, then summed over ranks by ``reduce``."""
         tokens, pieces, groups, size = self.shape
         done = self

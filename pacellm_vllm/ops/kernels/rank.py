@@ -140,9 +140,7 @@ def rank_kernel(
     tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
 
 
-def rank(
-    found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules
-) -> Findings:
+def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules) -> Findings:
     """The round's tokens ranked, ``facts`` but for its last column."""
     tokens, size = found.of_tokens.shape[0], rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
