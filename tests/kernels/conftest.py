@@ -1,4 +1,4 @@
-"""These tests need Triton's interpreter: ``test_kernels.py`` starts a process of its own for them."""
+"""Run where Triton interprets kernels; ``test_kernels.py`` starts a process for that."""
 
 import os
 

@@ -1,0 +1,41 @@
+"""A real engine whose memory runs as kernels, interpreted, against one on the plain ops."""
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine, prompt_logprobs
+
+from pacellm_vllm.memory import backend, layer
+
+PACE = {"layers": [1, 3], "bank_size": 7, "segment_size": 16, "max_insertions": 3}
+# Chunks that cross segment ends, several requests a step, one that takes no memory, and decode
+# steps that cross a segment end.
+PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 45), (2, 30), (3, 5))]
+MAX_TOKENS = 6
+OWN = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
+
+
+def answers(path):
+    with engine(path, pace=PACE, max_num_batched_tokens=40) as running:
+        outputs = []
+        for prompt, own in zip(PROMPTS, OWN, strict=True):
+            outputs += running.generate([prompt], MAX_TOKENS, prompt_logprobs=0, extra_args=own)
+        outputs += running.generate(PROMPTS[:2], MAX_TOKENS, prompt_logprobs=0)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        counts = {i: memory.counts.as_dict() for i, memory in running.memories().items()}
+        kernels = all(memory._tally is not None for memory in running.memories().values())
+        assert running.all_blocks_are_back()
+    return tokens, [prompt_logprobs(output) for output in outputs], counts, kernels
+
+
+def test_an_engine_with_kernels_says_what_one_with_plain_ops_says(checkpoint, monkeypatch):
+    tokens, logprobs, counts, kernels = answers(checkpoint())
+    assert not kernels
+    for module in (backend, layer):
+        monkeypatch.setattr(module, "takes_kernels", lambda device_type: True)
+    got_tokens, got_logprobs, got_counts, kernels = answers(checkpoint())
+    assert kernels
+    assert got_tokens == tokens
+    for got, want in zip(got_logprobs, logprobs, strict=True):
+        assert got == pytest.approx(want, abs=1e-4)
+    assert got_counts == counts
+    assert min(counts[1][kind] for kind in ("high", "mid", "low", "commits")) > 0
