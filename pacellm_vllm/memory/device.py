@@ -17,6 +17,7 @@ from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import (
     COLUMNS,
     TILE,
+    TILE_COLUMNS,
     DeviceRound,
     Tables,
     numbers_of,
@@ -87,7 +88,7 @@ class DeviceTables:
         most = min(max_tokens, max_tokens // layout.segment_size + 2 * max_requests)
         tiles = min(max_tokens, max_tokens // TILE.value + 2 * most)
         self._pieces = torch.zeros(most, COLUMNS.value, dtype=torch.int32, device=device)
-        self._tiles = torch.zeros(tiles, 3, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(tiles, TILE_COLUMNS.value, dtype=torch.int32, device=device)
         self._layout = layout
         self._rules = rules
         self._numbers = numbers_of(rules)

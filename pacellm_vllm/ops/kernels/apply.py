@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, is_bank, row_at
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.book import Plans
 from pacellm_vllm.ops.kernels.close import (
     BLOCK,
@@ -86,7 +86,7 @@ def apply_kernel(
 
     A piece of several tiles leaves its sums in ``tile_sums``, for ``close_kernel`` to end it.
     """
-    tile = tiles + tl.program_id(0) * 3
+    tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     at = pieces + piece * COLUMNS
     piece_begin, position, num_tiles = tl.load(at), tl.load(at + 2), tl.load(at + 6)
@@ -246,6 +246,7 @@ def apply(
         BOTTOM=bottom,
         UNROLL=top + bottom <= UNROLLED,
         num_warps=4,
+        **OPTIONS,
     )
     if now.several:
         close(banks, now, rules, plans, tile_sums)

@@ -10,6 +10,9 @@ import triton.language as tl
 
 from pacellm_vllm.ops.rules import MemoryRules
 
+# Of every launch. Left to Triton, whether products and sums fuse depends on its version.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class DeviceBanks:

@@ -15,6 +15,9 @@ TILE = tl.constexpr(_TILE)
 # int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
 # tiles, stamp, and the bits of fp32 alpha, noise, theta_high and theta_low.
 COLUMNS = tl.constexpr(12)
+# int32 columns of a tile: piece, begin, length, and one that keeps rows at 16 bytes, so that
+# kernels are compiled once for any round.
+TILE_COLUMNS = tl.constexpr(4)
 
 
 class PieceLike(Protocol):
@@ -42,7 +45,7 @@ class PieceLike(Protocol):
 class DeviceRound:
     """Pieces that may run at once, no two of one request; all tensors int32.
 
-    ``pieces`` [P, COLUMNS], ``tiles`` [N, 3] of (piece, begin, length), ``table`` [rows, pages]
+    ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
     block ids. ``longest`` is the most tokens of a tile and ``several`` whether some piece has more
     than one tile.
     """
@@ -54,7 +57,7 @@ class DeviceRound:
     several: bool
 
     def __post_init__(self) -> None:
-        for tensor, columns in ((self.pieces, COLUMNS.value), (self.tiles, 3)):
+        for tensor, columns in ((self.pieces, COLUMNS.value), (self.tiles, TILE_COLUMNS.value)):
             assert tensor.dtype == torch.int32, tensor.dtype
             assert tensor.shape[1] == columns, tensor.shape
             assert tensor.is_contiguous(), tensor.stride()
@@ -90,14 +93,14 @@ def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
     ``stamp`` counts rounds, so that counts can tell which came last.
     """
     rows = np.empty((len(pieces), COLUMNS.value), dtype=np.int32)
-    tiles: list[tuple[int, int, int]] = []
+    tiles: list[tuple[int, int, int, int]] = []
     numbers: dict[MemoryRules, np.ndarray] = {}
     for index, piece in enumerate(pieces):
         offset = piece.position % piece.rules.segment_size
         first, begin = len(tiles), piece.begin
         while begin < piece.end:
             n = min(piece.end - begin, _TILE - offset % _TILE)
-            tiles.append((index, begin, n))
+            tiles.append((index, begin, n, 0))
             begin, offset = begin + n, offset + n
         length = piece.end - piece.begin
         rows[index, :5] = (piece.begin, length, piece.position, piece.request, piece.pages)
@@ -105,7 +108,7 @@ def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
         if piece.rules not in numbers:
             numbers[piece.rules] = numbers_of(piece.rules)
         rows[index, 8:] = numbers[piece.rules]
-    return rows, np.array(tiles, dtype=np.int32).reshape(-1, 3)
+    return rows, np.array(tiles, dtype=np.int32).reshape(-1, TILE_COLUMNS.value)
 
 
 def single_tables(
@@ -120,4 +123,4 @@ def single_tables(
     rows = np.empty((count, COLUMNS.value), dtype=np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
     rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, stamp, numbers
-    return rows, np.stack([index, index, np.ones_like(index)], axis=1)
+    return rows, np.stack([index, index, np.ones_like(index), np.zeros_like(index)], axis=1)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank, word_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, word_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.rank import FACTS, HIGH, LOW, MID, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
@@ -180,5 +180,6 @@ def book(
         PAPER=rules.update is UpdateRule.PAPER,
         TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)),
         num_warps=4,
+        **OPTIONS,
     )
     return plans

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
 from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
@@ -264,4 +264,5 @@ def close(
         tile_sums,
         **constants_of(banks, rules),
         num_warps=4,
+        **OPTIONS,
     )

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank, rows_at
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, rows_at
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -53,7 +53,7 @@ def products_kernel(
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
-    tile = tiles + tl.program_id(0) * 3
+    tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece = tl.load(tile)
     begin, length = tl.load(tile + 1), tl.load(tile + 2)
     at = pieces + piece * COLUMNS
@@ -114,7 +114,7 @@ def products_kernel(
         tl.store(squares + (piece * groups + group) * SIZE + key, key_square, mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def add_groups_kernel(parts, sums, count, groups, ROW: tl.constexpr, BLOCK: tl.constexpr):
     """sums [count, ROW] = parts [count, groups, ROW] added over groups in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -160,7 +160,7 @@ class Products:
             for parts, sums in ((self.of_tokens, done.of_tokens), (self.of_keys, done.of_keys)):
                 count, row = parts.shape[0], parts.shape[2]
                 grid = (triton.cdiv(count * row, 256),)
-                add_groups_kernel[grid](parts, sums, count, groups, ROW=row, BLOCK=256)
+                add_groups_kernel[grid](parts, sums, count, groups, ROW=row, BLOCK=256, **OPTIONS)
         done._use(reduce(done.buffer))
         return done
 
@@ -195,5 +195,6 @@ def products_of(
         BLOCK=BLOCK,
         num_warps=4,
         num_stages=1,
+        **OPTIONS,
     )
     return found

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import DeviceBanks, counter_at, is_bank
-from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.products import Products
 from pacellm_vllm.ops.lookup import NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
@@ -60,7 +60,7 @@ def rank_kernel(
     MID_SELF: tl.constexpr,
 ):
     """Program (tile, i): token i of the tile. Ties go to the lower slot."""
-    tile = tiles + tl.program_id(0) * 3
+    tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if tl.program_id(1) >= length:
         return
@@ -173,5 +173,6 @@ def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRul
         BOTTOM=bottom,
         MID_SELF=rules.mid_self_weight,
         num_warps=1,
+        **OPTIONS,
     )
     return findings
