@@ -10,7 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.backend import BankBackend
+from pacellm_vllm.memory.backend import BankBackend, takes_kernels
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankSpec
 
@@ -33,7 +33,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         )
     model = vllm_config.model_config
     layers = config.resolve_layers(model.get_total_num_hidden_layers())
-    return bank_spec(
+    spec = bank_spec(
         config,
         layers,
         block_size,
@@ -43,6 +43,19 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         f"layers {', '.join(map(str, layers))} of {model.get_total_num_hidden_layers()}",
         model.max_model_len,
     )
+    if takes_kernels(vllm_config.device_config.device_type):
+        check_kernels(spec.layout)
+    return spec
+
+
+def check_kernels(layout: BankLayout) -> None:
+    """Refuse rows that the GPU kernels cannot address; ``ValueError``."""
+    if layout.unit_bytes % 4:
+        raise ValueError(
+            f"pacellm: on a GPU a rank's share of the FFN must be whole words of 4 bytes, not "
+            f"{layout.width} x {layout.itemsize} bytes; set bank_dtype to float32, or choose "
+            "another --tensor-parallel-size."
+        )
 
 
 def page_bytes_beside(attention: Sequence[AttentionSpec], banks: int) -> int:

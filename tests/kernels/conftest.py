@@ -8,7 +8,7 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 
 def multiply_bfloat16_as_numbers():
-    """Triton's interpreter (3.9) keeps bfloat16 as uint16, and its dot multiplies those integers."""
+    """Triton 3.9's interpreter keeps bfloat16 as uint16, and its dot multiplies those integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -3,23 +3,31 @@
 import pytest
 from checkpoints import make_prompt
 from engines import engine, prompt_logprobs
+from vllm import SamplingParams
 
 from pacellm_vllm.memory import backend, layer
 
 PACE = {"layers": [1, 3], "bank_size": 7, "segment_size": 16, "max_insertions": 3}
 # Chunks that cross segment ends, several requests a step, one that takes no memory, and decode
 # steps that cross a segment end.
-PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 45), (2, 30), (3, 5))]
-MAX_TOKENS = 6
+PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 37), (2, 30), (3, 5))]
 OWN = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
+SAMPLING = {
+    "temperature": 0,
+    "max_tokens": 4,
+    "ignore_eos": True,
+    "detokenize": False,
+    "prompt_logprobs": 0,
+}
 
 
 def answers(path):
     with engine(path, pace=PACE, max_num_batched_tokens=40) as running:
-        outputs = []
-        for prompt, own in zip(PROMPTS, OWN, strict=True):
-            outputs += running.generate([prompt], MAX_TOKENS, prompt_logprobs=0, extra_args=own)
-        outputs += running.generate(PROMPTS[:2], MAX_TOKENS, prompt_logprobs=0)
+        outputs = running.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            [SamplingParams(extra_args=own, **SAMPLING) for own in OWN],
+            use_tqdm=False,
+        )
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         counts = {i: memory.counts.as_dict() for i, memory in running.memories().items()}
         kernels = all(memory._tally is not None for memory in running.memories().values())

@@ -11,17 +11,16 @@ from test_ops import activations, drive, rules
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Prefill over segment ends, chunks that end within tiles of sums, decode steps, both in one batch.
 LONG_LISTS = {"top_k": 8, "negative_k": 40, "theta_high": 0.5, "theta_low": 0.3}
-STEPS = [[75, 7], [20, 1], [1, 40], [3, 1], [2, 4]]
+STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
 
 
 @pytest.mark.parametrize(
     ("width", "dtype", "bank_dtype", "preset", "page_bytes", "settings"),
     [
         (62, torch.float32, None, "official", 2048, {}),
-        (1100, torch.float32, None, "paper", 3300, {}),
+        (1100, torch.bfloat16, torch.float32, "paper", 3300, {}),
         (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
-        (62, torch.float16, None, "paper", 1500, {}),
-        (72, torch.bfloat16, torch.float32, "official", 4096, LONG_LISTS),
+        (72, torch.float16, None, "paper", 1500, LONG_LISTS),
     ],
 )
 def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_bytes, settings):
