@@ -21,9 +21,13 @@ from pacellm_vllm.experts.ffn import GatedWeights, grouped_activations, grouped_
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
 from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ExpertsConfig, check_ranks
+from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.models.ffn import FeedForward
 from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
 
 logger = plugin_logger()
+
+_GATED = ("gate_up_proj", "act_fn", "down_proj")
 
 # Fields of a Hugging Face configuration that say how many experts a mixture has.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -40,13 +44,16 @@ class RoutedExperts(nn.Module):
     everything is computed and then masked, with shapes that graphs can hold.
     """
 
-    def __init__(self, config: ExpertsConfig, num_experts: int, mlp: Any, grouped: bool) -> None:
+    def __init__(
+        self, config: ExpertsConfig, num_experts: int, ffn: FeedForward, grouped: bool
+    ) -> None:
         super().__init__()
-        weight = mlp.gate_up_proj.weight
+        self._ffn = ffn
+        weight = ffn.input.weight
         self.router = ExpertRouter(
             num_experts,
-            mlp.gate_up_proj.input_size,
-            mlp.act_fn,
+            ffn.input.input_size,
+            ffn.activation,
             top_k=config.top_k,
             mass=config.mass,
             dtype=weight.dtype,
@@ -58,36 +65,64 @@ class RoutedExperts(nn.Module):
         rank = get_tensor_model_parallel_rank()
         self.mine = slice(rank * share, (rank + 1) * share)
 
-    def activations(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    def activations(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's activations [tokens, D / ranks], zero in experts that were not chosen."""
         chosen = self.router.choose(x)[:, self.mine]
         if self.grouped:
-            return grouped_activations(x, _weights(mlp), chosen)
-        gate_up, _ = mlp.gate_up_proj(x)
-        return masked(mlp.act_fn(gate_up), chosen)
+            return grouped_activations(x, _weights(self._ffn), chosen)
+        gate_up, _ = self._ffn.input(x)
+        return masked(self._ffn.activation(gate_up), chosen)
 
-    def output(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor, memory: PaceMemory | None) -> torch.Tensor:
         """The FFN's output [tokens, H] for ``x`` [tokens, H]."""
-        if not self.grouped:
-            out, _ = mlp.down_proj(self.activations(mlp, x))
+        down = self._ffn.output
+        if memory is not None or not self.grouped:
+            a = self.activations(x)
+            out, _ = down(a if memory is None else memory(a))
             return out
-        out = grouped_output(x, _weights(mlp), self.router.choose(x)[:, self.mine])
-        down = mlp.down_proj
+        out = grouped_output(x, _weights(self._ffn), self.router.choose(x)[:, self.mine])
         if down.reduce_results and down.tp_size > 1:
             out = tensor_model_parallel_all_reduce(out)
         return out
 
 
-def _weights(mlp: Any) -> GatedWeights:
-    down = mlp.down_proj
+def _weights(ffn: FeedForward) -> GatedWeights:
     return GatedWeights(
-        mlp.gate_up_proj.weight,
-        down.weight,
-        mlp.act_fn,
-        mlp.gate_up_proj.bias,
+        ffn.input.weight,
+        ffn.output.weight,
+        ffn.activation,
+        ffn.input.bias,
         # As RowParallelLinear: the sum over ranks has it once.
-        down.bias if down.tp_rank == 0 else None,
+        ffn.output.bias if ffn.output.tp_rank == 0 else None,
     )
+
+
+class RoutedFeedForward:
+    """Mixin: an FFN of which each token computes the experts that ``experts`` chooses."""
+
+    experts: RoutedExperts
+    memory: PaceMemory | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts.output(x, self.memory)
+
+
+def route(ffn: FeedForward, experts: RoutedExperts, memory: PaceMemory | None) -> None:
+    """Let ``ffn`` compute what ``experts`` choose, with ``memory`` in between if there is one."""
+    base = type(ffn.module)
+    ffn.module.__class__ = type(f"Routed{base.__name__}", (RoutedFeedForward, base), {})
+    ffn.module.experts, ffn.module.memory = experts, memory
+
+
+def check_ffn(ffn: FeedForward) -> None:
+    """Raise ``ExpertsError`` unless neurons of ``ffn`` can be moved and routed."""
+    names = (ffn.input_name, ffn.activation_name, ffn.output_name)
+    if names != _GATED or not ffn.gated or not ffn.input.return_bias:
+        raise ExpertsError(
+            f"pacellm: {ffn.name} ({type(ffn.module).__name__}) is not an FFN for experts (it has "
+            f"{', '.join(names)}); it must be one of vLLM's own gated FFNs of "
+            f"{', '.join(_GATED)}: choose other layers or serve the model without experts."
+        )
 
 
 class ModelExperts:
@@ -103,13 +138,12 @@ class ModelExperts:
             and vllm_config.compilation_config.mode == CompilationMode.NONE
         )
 
-    def attach(self, mlp: Any, index: int) -> None:
-        """Route the FFN of layer ``index``, if it has experts and routing is on."""
-        if self.config.routed and index in self.plan.layers:
-            self.routed[index] = RoutedExperts(
-                self.config, self.plan.num_experts, mlp, self._grouped
-            )
-            mlp.experts = self.routed[index]
+    def routed_experts(self, ffn: FeedForward, index: int) -> RoutedExperts | None:
+        """What routes ``ffn``, the one of layer ``index``; None where routing is off."""
+        if not self.config.routed:
+            return None
+        self.routed[index] = RoutedExperts(self.config, self.plan.num_experts, ffn, self._grouped)
+        return self.routed[index]
 
     def reorder(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:
         """``weights`` with the neurons in expert order, whatever the number of ranks."""
