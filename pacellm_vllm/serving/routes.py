@@ -13,7 +13,7 @@ from vllm.engine.protocol import EngineClient
 from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.checks import REPORT_EXTENSION
 from pacellm_vllm.models.table import ARCHITECTURES
-from pacellm_vllm.serving.report import REPORT_METHOD, merge_reports
+from pacellm_vllm.serving.report import REPORT_METHOD, describe_engine, merge_reports
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
 
@@ -22,7 +22,10 @@ router = APIRouter()
 
 @router.get(MEMORY_ROUTE)
 async def memory(request: Request) -> dict[str, Any]:
-    """``{"active": bool, "layers": {index: counts}}``; 401 without the server's API key."""
+    """``{"active": bool, "config": {...}, "engine": {...}, "layers": {index: counts}}``.
+
+    401 without the server's API key. ``config`` is None without memory or experts.
+    """
     state = request.app.state.pacellm
     if not state.authorized(request.headers):
         raise HTTPException(401, "Unauthorized")
@@ -30,7 +33,7 @@ async def memory(request: Request) -> dict[str, Any]:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
     config = state.engine.vllm_config
     if config.model_config.architecture not in ARCHITECTURES:
-        return {"active": False, "layers": {}}
+        return {"active": False, **describe_engine(config), "layers": {}}
     if config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
         raise HTTPException(
             501,
@@ -38,7 +41,7 @@ async def memory(request: Request) -> dict[str, Any]:
             "drop that flag to see the memory.",
         )
     reports = await state.engine.collective_rpc(REPORT_METHOD)
-    return {"active": True, "layers": merge_reports(reports)}
+    return {"active": True, **describe_engine(config), "layers": merge_reports(reports)}
 
 
 class HttpPlugin:
