@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from pacellm_vllm.compat import plugin_logger
 from pacellm_vllm.experts.errors import ExpertsError
-from pacellm_vllm.experts.ffn import GatedWeights, grouped_activations, grouped_output, masked
+from pacellm_vllm.experts.ffn import FfnWeights, grouped_activations, grouped_output, masked
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
 from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ExpertsConfig, check_ranks
@@ -78,9 +78,9 @@ class RoutedExperts(nn.Module):
         return out
 
 
-def _weights(mlp: Any) -> GatedWeights:
+def _weights(mlp: Any) -> FfnWeights:
     down = mlp.down_proj
-    return GatedWeights(
+    return FfnWeights(
         mlp.gate_up_proj.weight,
         down.weight,
         mlp.act_fn,
