@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -247,6 +248,22 @@ def copy_blocks_before_forward(
     Can go when there is a public method to ask.
     """
     manager._pending_cow_copies.extend(pairs)
+
+
+def rows_of_requests(rows: int) -> torch.Tensor | None:
+    """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
+
+    None in profiling runs. Nothing is read on the host, and graphs see each step's own rows.
+    Symptom: vLLM pads batches for its graphs and tells layers outside of attention nothing about
+    it; where keys and values go is what it marks padding in, with -1.
+    Can go when the forward context says how many tokens a step has, on the device.
+    """
+    mapping = get_forward_context().slot_mapping
+    if not isinstance(mapping, dict):
+        return None
+    slots = (slots for name, slots in mapping.items() if not name.endswith(".memory"))
+    found = next(slots, None)
+    return None if found is None else found[:rows] >= 0
 
 
 def grouped_product_tiles(tokens: int, experts: int, width: int, inner: int) -> dict[str, int]:

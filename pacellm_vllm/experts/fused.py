@@ -29,14 +29,9 @@ def fused_activations(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> t
 def fused_output(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> torch.Tensor:
     """As ``ffn.grouped_output``; where there are many tokens, a dense product of zeros, too."""
     a = fused_activations(x, w, chosen)
-    if x.shape[0] > FEW_TOKENS:
-        return linear(a, w.down, w.down_bias)
-    parts = torch.empty(
-        chosen.shape[1], x.shape[0], w.down.shape[0], dtype=torch.float32, device=x.device
-    )
-    torch.ops.vllm.pacellm_expert_outputs(a, w.down, chosen, parts)
-    out = parts.sum(dim=0)
-    return (out if w.down_bias is None else out + w.down_bias).to(x.dtype)
+    out = x.new_empty(x.shape[0], w.down.shape[0])
+    torch.ops.vllm.pacellm_expert_outputs(a, w.down, w.down_bias, chosen, out)
+    return out
 
 
 def by_expert(chosen: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,13 +79,25 @@ def _inputs_op(
 
 
 def _outputs_op(
-    a: torch.Tensor, down: torch.Tensor, chosen: torch.Tensor, parts: torch.Tensor
+    a: torch.Tensor,
+    down: torch.Tensor,
+    bias: torch.Tensor | None,
+    chosen: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
+    """Write ``a down^T + bias`` into ``out`` [tokens, H]; ``a`` is zero where not ``chosen``."""
+    # In here, not around it: a compiled model decides once for all numbers of tokens.
+    if len(a) > FEW_TOKENS:
+        out.copy_(linear(a, down, bias))
+        return
     # Triton is there wherever this runs, and not everywhere this is imported.
     from pacellm_vllm.experts.kernels import expert_outputs
 
+    parts = torch.empty(chosen.shape[1], *out.shape, dtype=torch.float32, device=a.device)
     expert_outputs(a, down, chosen, parts)
+    total = parts.sum(dim=0)
+    out.copy_(total if bias is None else total + bias)
 
 
 register_custom_op("pacellm_expert_inputs", _inputs_op, mutates=["out"])
-register_custom_op("pacellm_expert_outputs", _outputs_op, mutates=["parts"])
+register_custom_op("pacellm_expert_outputs", _outputs_op, mutates=["out"])
