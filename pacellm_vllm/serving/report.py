@@ -1,7 +1,9 @@
-"""What each layer's memory did, asked of the workers of a running engine."""
+"""What each layer's memory and experts did, asked of the workers of a running engine."""
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.layer import PaceMemory
@@ -9,12 +11,14 @@ from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
 
 REPORT_METHOD = "pacellm_memory_report"
+EXPERTS_METHOD = "pacellm_experts_report"
 
 
 class MemoryReport:
-    """A vLLM worker extension (``--worker-extension-cls``): one method more on every worker."""
+    """A vLLM worker extension (``--worker-extension-cls``): two methods more on every worker."""
 
     vllm_config: VllmConfig
+    get_model: Callable[[], nn.Module]
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
@@ -28,6 +32,11 @@ class MemoryReport:
             for layer in layers
             if isinstance(layer, PaceMemory)
         }
+
+    def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
+        """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""
+        experts = getattr(self.get_model(), "_pace_experts", None)
+        return experts.report() if experts else {}
 
 
 def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
