@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import vllm
 from vllm.config import CompilationConfig
 from vllm.logger import DEFAULT_LOGGING_CONFIG
-from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
-from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 
 
 def test_the_tested_vllm_is_installed():
@@ -94,6 +94,24 @@ def test_every_architecture_stands_on_what_vllm_registers():
         registered = ModelRegistry.models[base.architecture]
         module = f"vllm.model_executor.models.{base.module}"
         assert (registered.module_name, registered.class_name) == (module, base.name)
+
+
+def test_every_text_generation_architecture_of_vllm_is_served_or_has_a_reason():
+    listed = {
+        *registry._TEXT_GENERATION_MODELS,
+        *registry._TRANSFORMERS_SUPPORTED_MODELS,
+        "TransformersForCausalLM",
+        "TransformersMoEForCausalLM",
+    }
+    listed = {
+        name
+        for name in listed
+        if registry._TRANSFORMERS_SUPPORTED_MODELS.get(name, ("", ""))[1]
+        != "TransformersMultiModalForCausalLM"
+    }
+    served = {base.architecture for base in ARCHITECTURES.values()}
+    assert served & WHY_NOT.keys() == set()
+    assert served | WHY_NOT.keys() == listed
 
 
 def test_runner_v1_still_computes_a_slot_mapping_for_every_group():

@@ -1,6 +1,7 @@
 """pacify: the subclass of a vLLM decoder whose chosen FFNs carry memory, experts or both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
 
 
+@contextmanager
+def _as_architecture(hf_config: Any, architecture: str) -> Iterator[None]:
+    """Show the base class the name it knows: transformers keeps renamings of weights by it."""
+    ours = hf_config.architectures
+    hf_config.architectures = [architecture]
+    try:
+        yield
+    finally:
+        hf_config.architectures = ours
+
+
 def pacify(base: Any, name: str) -> type[nn.Module]:
     """Subclass a vLLM decoder so that the configured layers' FFNs carry memory and experts.
 
@@ -22,7 +34,8 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
     """
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        with _as_architecture(vllm_config.model_config.hf_config, name.removeprefix("Pace")):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         config = read_config(vllm_config)
         total = vllm_config.model_config.get_total_num_hidden_layers()
         layers = config.resolve_layers(total)
