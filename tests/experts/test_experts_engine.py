@@ -194,6 +194,11 @@ def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
         ({"num_experts": 8}, {"pipeline_parallel_size": 2}, "with pipeline parallelism: loading"),
         (
             {"num_experts": 8},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "do not work with speculative decoding: vLLM checks",
+        ),
+        (
+            {"num_experts": 8},
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "do not work with KV transfer: no connector checks",
         ),

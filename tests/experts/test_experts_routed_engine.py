@@ -138,17 +138,6 @@ def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkey
         assert counts == {"num_experts": K, "way": way, "tokens": tokens, "share": TOP_K / K}
 
 
-def test_drafts_of_n_grams_leave_the_answers_alone(clustered, truth):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-    drafts["prompt_lookup_max"] = 3
-    with engine(clustered(), pace=ROUTED, speculative_config=drafts) as running:
-        assert running.tokens(PROMPTS, TOKENS) == truth()[0]
-        assert running.metric("vllm:spec_decode_num_draft_tokens") > 0
-        assert running.metric("vllm:spec_decode_num_accepted_tokens") < running.metric(
-            "vllm:spec_decode_num_draft_tokens"
-        )
-
-
 def test_all_experts_are_the_dense_model(clustered, truth):
     dense = truth(top_k=K)
     assert dense[0] != truth()[0]
