@@ -339,6 +339,10 @@ def _attend_many_queries(
 
     keys, values = gather(key_cache), gather(value_cache)
     grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    if causal and window <= 0 and not softcap:
+        out = _attend_causally(grouped, keys[:, :, :kv_len], values[:, :, :kv_len], scale)
+        output.copy_(out.permute(2, 0, 1, 3).flatten(1, 2))
+        return
     row_cost = kv_len * (heads if softcap else 1)
     tile = max(1, _TILE_ELEMENTS // row_cost)
     for begin in range(0, queries, tile):
@@ -349,8 +353,7 @@ def _attend_many_queries(
         elif window > 0:
             high = min(kv_len, context + end + window - 1)
         seen = None
-        plain = causal and low == context + begin  # nothing cached before this tile
-        if not plain or window > 0 or softcap:
+        if causal or window > 0:
             distance = torch.arange(context + begin, context + end)[:, None]
             distance = distance - torch.arange(low, high)
             if causal:
@@ -365,9 +368,33 @@ def _attend_many_queries(
             scale,
             softcap,
             seen,
-            causal and seen is None,
         )
         output[begin:end] = out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend from the last positions ``[a, b, queries, head_size]`` of ``[a, b, kv, head_size]``.
+
+    PyTorch's fused kernel knows causal attention from the first position only, and a mask would
+    make it compute what it hides and hold [queries, kv] numbers. So what lies before the queries
+    is attended to apart, and the two answers are weighed by their log-sum-exps.
+    """
+    context = key.shape[2] - query.shape[2]
+    out, mass = _fused(query, key[:, :, context:], value[:, :, context:], True, scale)
+    if not context:
+        return out
+    before, before_mass = _fused(query, key[:, :, :context], value[:, :, :context], False, scale)
+    share = torch.sigmoid(before_mass - mass)[..., None]
+    return torch.lerp(out.float(), before.float(), share).to(query.dtype)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel behind ``scaled_dot_product_attention``, which also returns log-sum-exps fp32."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scale
+    )
 
 
 def _blocks_of(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -383,11 +410,10 @@ def _attend(
     scale: float,
     softcap: float,
     seen: Tensor | None,
-    causal: bool = False,
 ) -> Tensor:
     """Softmax attention over ``[a, b, queries or keys, head_size]``; ``seen`` False hides a key."""
     if not softcap:
-        return F.scaled_dot_product_attention(query, key, value, seen, 0.0, causal, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
     logits = query.float() @ key.float().transpose(-1, -2)
     logits = softcap * torch.tanh(logits * (scale / softcap))
     if seen is not None:
