@@ -10,7 +10,7 @@ def test_two_ranks_equal_the_oracle(checkpoint):
     pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
     cases = clear_cases(checkpoint("llama"), pace, [20, 64, 150, 260])
     settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
-    with engine(checkpoint("llama"), "llama", pace, **settings) as running:
+    with engine(checkpoint("llama"), pace, **settings) as running:
         assert_engine_agrees(running, cases)
         assert running.all_blocks_are_back()
 
@@ -22,6 +22,6 @@ def test_two_ranks_follow_requests_own_settings(checkpoint):
     cases = [(prompt, extra) for prompt in prompts for extra in asks]
     answers = []
     for ranks in (1, 2):
-        with engine(checkpoint("llama"), "llama", pace, tensor_parallel_size=ranks) as running:
+        with engine(checkpoint("llama"), pace, tensor_parallel_size=ranks) as running:
             answers.append(said(ask(running, cases)))
     assert answers[0] == answers[1]

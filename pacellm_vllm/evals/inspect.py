@@ -121,7 +121,7 @@ def _record(
 
     from pacellm_vllm.evals.answers import offline_engine
     from pacellm_vllm.evals.banks import TOP_TOKENS
-    from pacellm_vllm.serving.report import RECORD_METHOD, RECORDED_METHOD
+    from pacellm_vllm.serving.recorder import RECORD_METHOD, RECORDED_METHOD
 
     # One request, a segment a step: the recorder reads every bank before the next one.
     ours = {

@@ -1,13 +1,52 @@
 """BankRecorder: the banks of one request read out of its pages, in the worker that owns them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.backend import BankMetadata, Piece
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.memory.store import PagedStore, unit_view
+
+RECORD_METHOD = "pacellm_memory_record"
+RECORDED_METHOD = "pacellm_memory_recorded"
+
+
+class BankRecording:
+    """Two methods of a worker: before a request and after it.
+
+    What they return is plain numbers, lists and bytes, which any vLLM executor can carry.
+    """
+
+    vllm_config: VllmConfig
+    get_model: Callable[[], nn.Module]
+
+    def pacellm_memory_record(self) -> None:
+        """Record the next request, which must run alone, in every layer with memory."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        self._pacellm_recorders = [
+            BankRecorder(layer) for layer in layers if isinstance(layer, PaceMemory)
+        ]
+
+    @torch.inference_mode()
+    def pacellm_memory_recorded(self, words: int) -> dict[int, dict[str, Any]]:
+        """Stop recording. By layer index: ``width``, the ``commits``, and fp32 bytes of ``keys``
+        [slots, width] and of ``current`` [tokens, width], each with the ids of the ``words``
+        tokens that every row speaks for.
+        """
+        recorded = {}
+        for recorder in self._pacellm_recorders:
+            recorder.remove()
+            found = {"width": recorder.layer.width, "commits": recorder.commits}
+            for name, rows in (("keys", recorder.keys), ("current", recorder.current)):
+                found[name] = rows.contiguous().numpy().tobytes()
+                found[f"{name}_words"] = decode(self.get_model(), recorder.layer, rows, words)
+            recorded[recorder.layer.index] = found
+        self._pacellm_recorders = []
+        return recorded
 
 
 class BankRecorder:

@@ -1,62 +1,43 @@
-"""What each layer's memory did, asked of the workers of a running engine."""
+"""What each layer's memory and experts did, asked of the workers of a running engine."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.layer import PaceMemory
-from pacellm_vllm.serving.recorder import BankRecorder, decode
+from pacellm_vllm.models.settings import as_json, read_config
+from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
-RECORD_METHOD = "pacellm_memory_record"
-RECORDED_METHOD = "pacellm_memory_recorded"
+EXPERTS_METHOD = "pacellm_experts_report"
 
 
-class MemoryReport:
-    """A vLLM worker extension (``--worker-extension-cls``): more methods on every worker.
-
-    What they return is plain numbers, lists and bytes, which any vLLM executor can carry.
-    """
+class MemoryReport(BankRecording):
+    """A vLLM worker extension (``--worker-extension-cls``): a few methods more on every worker."""
 
     vllm_config: VllmConfig
+    get_model: Callable[[], nn.Module]
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
         return {
             layer.index: {
                 "preset": layer.config.preset,
                 "bank_size": layer.config.bank_size,
                 **layer.counts.as_dict(),
             }
-            for layer in self._pacellm_layers()
+            for layer in layers
+            if isinstance(layer, PaceMemory)
         }
 
-    def pacellm_memory_record(self) -> None:
-        """Record the next request, which must run alone: see ``BankRecorder``."""
-        self._pacellm_recorders = [BankRecorder(layer) for layer in self._pacellm_layers()]
-
-    @torch.inference_mode()
-    def pacellm_memory_recorded(self, words: int) -> dict[int, dict[str, Any]]:
-        """Stop recording. By layer index: ``width``, the ``commits``, and fp32 bytes of ``keys``
-        [slots, width] and of ``current`` [tokens, width], each with the ids of the ``words``
-        tokens that every row speaks for.
-        """
-        model = self.get_model()  # type: ignore[attr-defined]
-        recorded = {}
-        for recorder in self._pacellm_recorders:
-            recorder.remove()
-            found = {"width": recorder.layer.width, "commits": recorder.commits}
-            for name, rows in (("keys", recorder.keys), ("current", recorder.current)):
-                found[name] = rows.contiguous().numpy().tobytes()
-                found[f"{name}_words"] = decode(model, recorder.layer, rows, words)
-            recorded[recorder.layer.index] = found
-        self._pacellm_recorders = []
-        return recorded
-
-    def _pacellm_layers(self) -> list[PaceMemory]:
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        return [layer for layer in layers if isinstance(layer, PaceMemory)]
+    def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
+        """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""
+        experts = getattr(self.get_model(), "_pace_experts", None)
+        return experts.report() if experts else {}
 
 
 def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -65,3 +46,26 @@ def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[st
     for report in reports:
         merged.update({int(layer): counts for layer, counts in report.items()})
     return {str(layer): merged[layer] for layer in sorted(merged)}
+
+
+def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:
+    """``{"config": ..., "engine": ...}``: all of its PaceConfig (None without ours), and vLLM's.
+
+    Of vLLM's only what can change an answer, or how one was measured.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    ours = model.architecture in ARCHITECTURES
+    layers = model.get_total_num_hidden_layers()
+    return {
+        "config": as_json(read_config(vllm_config), layers) if ours else None,
+        "engine": {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "block_size": vllm_config.cache_config.block_size,
+            "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
+            "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
+        },
+    }
