@@ -10,8 +10,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from pacellm_vllm.memory.layer import PaceMemory
-from pacellm_vllm.models.experts import ModelExperts, check_ffn, route
+from pacellm_vllm.models.experts import ModelExperts
 from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
+from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
 
 
@@ -47,8 +48,7 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
                 check_shared_out(ffn, get_tensor_model_parallel_world_size())
                 memory = PaceMemory(config, index, ffn.width, prefix=f"{ffn.name}.memory")
             if experts and index in with_experts:
-                check_ffn(ffn)
-                routed = experts.routed_experts(ffn, index)
+                routed = experts.attach(ffn, index)
                 if routed:
                     route(ffn, routed, memory)
                     continue

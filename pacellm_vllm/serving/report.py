@@ -1,18 +1,24 @@
-"""What each layer's memory did, asked of the workers of a running engine."""
+"""What each layer's memory and experts did, asked of the workers of a running engine."""
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.models.settings import as_json, read_config
+from pacellm_vllm.models.table import ARCHITECTURES
 
 REPORT_METHOD = "pacellm_memory_report"
+EXPERTS_METHOD = "pacellm_experts_report"
 
 
 class MemoryReport:
-    """A vLLM worker extension (``--worker-extension-cls``): one method more on every worker."""
+    """A vLLM worker extension (``--worker-extension-cls``): two methods more on every worker."""
 
     vllm_config: VllmConfig
+    get_model: Callable[[], nn.Module]
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
@@ -27,6 +33,11 @@ class MemoryReport:
             if isinstance(layer, PaceMemory)
         }
 
+    def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
+        """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""
+        experts = getattr(self.get_model(), "_pace_experts", None)
+        return experts.report() if experts else {}
+
 
 def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """One report from all workers'. Tensor parallel ranks decide alike, so any one's counts do."""
@@ -34,3 +45,26 @@ def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[st
     for report in reports:
         merged.update({int(layer): counts for layer, counts in report.items()})
     return {str(layer): merged[layer] for layer in sorted(merged)}
+
+
+def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:
+    """``{"config": ..., "engine": ...}``: all of its PaceConfig (None without ours), and vLLM's.
+
+    Of vLLM's only what can change an answer, or how one was measured.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    ours = model.architecture in ARCHITECTURES
+    layers = model.get_total_num_hidden_layers()
+    return {
+        "config": as_json(read_config(vllm_config), layers) if ours else None,
+        "engine": {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "block_size": vllm_config.cache_config.block_size,
+            "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
+            "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
+        },
+    }
