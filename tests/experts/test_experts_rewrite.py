@@ -18,10 +18,29 @@ from pacellm_vllm.experts.orders import EXPERTS_JSON, EXPERTS_ORDERS
 from pacellm_vllm.experts.rewrite import cluster_checkpoint, write_permuted
 from pacellm_vllm.experts.settings import ClusterSettings
 
-ARCHITECTURES = (
-    "qwen2 qwen3 llama mistral gemma gemma2 gemma3_text granite phi3 cohere exaone4 glm4 hyperclovax "
-    "ministral3 nemotron stablelm starcoder2 gpt2 opt phi gpt_neox"
-).split()
+ARCHITECTURES = [
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "phi3",
+    "cohere",
+    "exaone4",
+    "glm4",
+    "hyperclovax",
+    "ministral3",
+    "nemotron",
+    "stablelm",
+    "starcoder2",
+    "gpt2",
+    "opt",
+    "phi",
+    "gpt_neox",
+]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
