@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # vLLM shows the loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")
 
+_ASYNC_SWITCH = "PACELLM_CPU_ASYNC_SCHEDULING"
 _MIN_DEFAULT_KV_BYTES = GiB_bytes // 2
 _MAX_DEFAULT_KV_BYTES = 4 * GiB_bytes
 
@@ -56,7 +57,12 @@ class TorchCpuPlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         parallel = vllm_config.parallel_config
         backend = parallel.distributed_executor_backend
+        resolved = vllm_config.scheduler_config.async_scheduling
         super().check_and_update_config(vllm_config)
+        # CpuPlatform turns async scheduling off: a CPU gains nothing from it. Whether it was asked
+        # for or is vLLM's default cannot be told apart here, so a switch of our own restores it.
+        if os.environ.get(_ASYNC_SWITCH) == "1":
+            vllm_config.scheduler_config.async_scheduling = resolved
         # CpuPlatform turns "uni" into "mp" only to pin OpenMP threads for its native kernels:
         # not worth one more process and its start-up.
         parallel.distributed_executor_backend = backend
