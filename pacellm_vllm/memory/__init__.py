@@ -6,7 +6,9 @@
 ``manager``  PagedBankManager, which claims, shares and frees banks' pages
 ``plan``     how large pages are in a given engine, and what it cannot share blocks with
 ``batch``    BatchSettings, what the requests of a worker's batch have set for themselves
-``backend``  the metadata a step's layers share: which tokens belong to which segment of whom
+``pieces``   Piece, tokens of one request in one segment, which a batch is cut into
+``plain``    PlainStep, what the plain PyTorch ops do in one step
+``backend``  the metadata that a step's memory layers share
 ``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op
 ``counts``   what the memory did so far, since the engine started
 """

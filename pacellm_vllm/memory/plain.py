@@ -1,0 +1,118 @@
+"""PlainStep: what the plain PyTorch ops do in one step, worked out once for all memory layers."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import Piece
+from pacellm_vllm.memory.store import PagedBanks, PagedStore
+from pacellm_vllm.ops.lookup import Reduce
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.ops.steps import advance_steps
+from pacellm_vllm.ops.update import Progress, advance
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Several tokens of one request and segment; ``pages`` [pages reached] int64 block ids."""
+
+    tokens: slice
+    position: int
+    pages: torch.Tensor
+    rules: MemoryRules
+
+
+@dataclass(frozen=True)
+class Singles:
+    """One token each of R requests; ``pages`` [R, most pages reached] int64 block ids.
+
+    ``tokens`` is a slice where they lie side by side in the batch, else [R] int64.
+    """
+
+    tokens: slice | torch.Tensor
+    positions: list[int]
+    pages: torch.Tensor
+    rules: list[MemoryRules]
+
+
+@dataclass
+class PlainStep:
+    """``idle`` tokens have no bank and pass through, as does padding behind ``num_tokens``."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    singles: Singles | None = None
+    idle: list[slice] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @classmethod
+    def of(cls, block_table: torch.Tensor, pieces: Sequence[Piece]) -> "PlainStep":
+        """``block_table`` [requests, >= pages] int of the pieces' requests, on any device."""
+        step = cls(num_tokens=max((piece.end for piece in pieces), default=0))
+        if not pieces:
+            return step
+        reached = max(piece.pages for piece in pieces)
+        # The one host read of a step.
+        rows = block_table[:, :reached].tolist()
+        table = block_table[:, :reached].long()
+        pieces_of = Counter(piece.request for piece in pieces)
+        singles = []
+        for piece in pieces:
+            tokens = slice(piece.begin, piece.end)
+            # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
+            if not all(rows[piece.request][: piece.pages]):
+                step.idle.append(tokens)
+            # One token of many requests is a decode step; a piece of a longer chunk has its turn.
+            elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
+                singles.append(piece)
+            else:
+                pages = table[piece.request, : piece.pages]
+                step.chunks.append(Chunk(tokens, piece.position, pages, piece.rules))
+        if singles:
+            step.singles = _singles(table, singles)
+        return step
+
+    def run(
+        self,
+        units: torch.Tensor,
+        layout: BankLayout,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        reduce: Reduce | None,
+    ) -> Iterator[Progress]:
+        """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
+
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written.
+        """
+        out[self.num_tokens :] = a[self.num_tokens :]
+        for tokens in self.idle:
+            out[tokens] = a[tokens]
+        for chunk in self.chunks:
+            store = PagedStore(units, chunk.pages, layout)
+            out[chunk.tokens], progress = advance(
+                store, a[chunk.tokens], chunk.position, chunk.rules, reduce
+            )
+            yield progress
+        if self.singles is not None:
+            singles = self.singles
+            banks = PagedBanks(units, singles.pages, layout)
+            out[singles.tokens], progresses = advance_steps(
+                banks, a[singles.tokens], singles.positions, singles.rules, reduce
+            )
+            yield from progresses
+
+
+def _singles(table: torch.Tensor, pieces: Sequence[Piece]) -> Singles:
+    first, last = pieces[0].begin, pieces[-1].begin
+    tokens: slice | torch.Tensor = slice(first, last + 1)
+    if last - first + 1 != len(pieces):
+        tokens = torch.tensor([piece.begin for piece in pieces], device=table.device)
+    requests = torch.tensor([piece.request for piece in pieces], device=table.device)
+    return Singles(
+        tokens,
+        [piece.position for piece in pieces],
+        table[requests, : max(piece.pages for piece in pieces)],
+        [piece.rules for piece in pieces],
+    )
