@@ -70,6 +70,30 @@ class PagedStore:
         start = layout.sums_start
         self._write(torch.arange(start, start + layout.sum_rows, device=sums.device), rows)
 
+    def copy(self) -> "PagedStore":
+        """The same bank in memory of its own."""
+        pages = torch.arange(len(self._pages), device=self._pages.device)
+        return PagedStore(self._units[self._pages], pages, self._layout)
+
+    def read_tail_position(self) -> int:
+        """What was last written; undefined before that, as all else."""
+        row = self._read(self._layout.tail_start, 1)
+        return int(row.flatten().view(torch.int32)[0])
+
+    def write_tail_position(self, position: int) -> None:
+        layout = self._layout
+        row = torch.zeros(1, layout.width, dtype=self._units.dtype, device=self._units.device)
+        row.flatten().view(torch.int32)[0] = position
+        self._write(torch.tensor([layout.tail_start], device=row.device), row)
+
+    def read_tail(self, count: int) -> torch.Tensor:
+        """The first rows [count, D] of the tail."""
+        return self._read(self._layout.tail_start + 1, count)
+
+    def write_tail(self, a: torch.Tensor) -> None:
+        start = self._layout.tail_start + 1
+        self._write(torch.arange(start, start + len(a), device=a.device), a)
+
     def _read_pairs(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = self._read(start, 2 * count).unflatten(0, (count, 2))
         return pairs[:, 0], pairs[:, 1]

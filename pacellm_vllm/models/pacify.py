@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.stage import StageWithoutMemory
 from pacellm_vllm.models.experts import ModelExperts, RoutedExperts
 from pacellm_vllm.models.settings import read_config
 
@@ -102,9 +103,12 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
         layers = config.resolve_layers(total)
         experts = ModelExperts(vllm_config, config.experts) if config.experts else None
         with_experts = experts.plan.layers if experts else ()
-        for path, module in list(self.named_modules()):
-            found = _FFN_NAME.search(path)
-            index = int(found[1]) if found else -1
+        ffns = [
+            (path, int(found[1]), module)
+            for path, module in self.named_modules()
+            if (found := _FFN_NAME.search(path))
+        ]
+        for path, index, module in ffns:
             if index not in layers and index not in with_experts:
                 continue
             name = f"{prefix}.{path}" if prefix else path
@@ -113,6 +117,11 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
                 attach(module, config, index, name)
             if experts:
                 experts.attach(module, index)
+        if layers and ffns and not any(index in layers for _, index, _ in ffns):
+            path, _, module = ffns[0]
+            name = f"{prefix}.{path}" if prefix else path
+            width = cast(Any, module).down_proj.input_size_per_partition
+            StageWithoutMemory(vllm_config, config, width, f"{name}.stage")
         self._pace_experts = experts
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:

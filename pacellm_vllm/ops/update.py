@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from pacellm_vllm.ops.lookup import Reduce, look_up
+from pacellm_vllm.ops.lookup import LookUp, Reduce, look_up
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.ops.sums import running_sum
 
@@ -107,11 +107,7 @@ def advance(
     segment, offset = divmod(position, rules.segment_size)
     assert 0 < n <= rules.segment_size - offset, "a piece must not cross a segment end"
 
-    header = store.read_header()
-    if offset == 0:
-        header.start_segment(first=segment == 0)
-    valid = int(header.valid)
-    found = look_up(a, *store.read_slots(valid), rules, reduce, header.squares[:valid])
+    header, valid, found = _look_up(store, a, position, rules, reduce)
     o = found.output
 
     high, low = found.high(rules), found.low(rules)
@@ -133,6 +129,32 @@ def advance(
         committed = commit(store, header, valid, rules)
     store.write_header(header)
     return o, Progress(n - num_mid - num_low, num_mid, num_low, committed)
+
+
+def peek(
+    store: BankStore,
+    a: torch.Tensor,
+    position: int,
+    rules: MemoryRules,
+    reduce: Reduce | None = None,
+) -> torch.Tensor:
+    """The outputs that :func:`advance` would return; the bank stays as it is."""
+    return _look_up(store, a, position, rules, reduce)[2].output
+
+
+def _look_up(
+    store: BankStore,
+    a: torch.Tensor,
+    position: int,
+    rules: MemoryRules,
+    reduce: Reduce | None,
+) -> tuple[Header, int, LookUp]:
+    header = store.read_header()
+    if position % rules.segment_size == 0:
+        header.start_segment(first=position == 0)
+    valid = int(header.valid)
+    found = look_up(a, *store.read_slots(valid), rules, reduce, header.squares[:valid])
+    return header, valid, found
 
 
 def _stage_low(

@@ -10,10 +10,10 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from pacellm_vllm.compat import api_key_check
+from pacellm_vllm.compat import api_key_check, ask_all_engines
 from pacellm_vllm.models.checks import REPORT_EXTENSION
 from pacellm_vllm.models.table import ARCHITECTURES
-from pacellm_vllm.serving.report import REPORT_METHOD, merge_reports
+from pacellm_vllm.serving.report import REPORT_METHOD, add_engines, merge_reports
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
 
@@ -37,8 +37,8 @@ async def memory(request: Request) -> dict[str, Any]:
             "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
             "drop that flag to see the memory.",
         )
-    reports = await state.engine.collective_rpc(REPORT_METHOD)
-    return {"active": True, "layers": merge_reports(reports)}
+    engines = await ask_all_engines(state.engine, REPORT_METHOD)
+    return {"active": True, "layers": add_engines([merge_reports(each) for each in engines])}
 
 
 class HttpPlugin:

@@ -1,0 +1,95 @@
+"""Speculative decoding: drafts change when tokens are computed, and nothing else (I14)."""
+
+import random
+
+import pytest
+from engines import engine, poisoned_pages
+from test_engine_oracle import clear_cases
+
+MAX_TOKENS = 60
+DRAFTS = 5
+# A step of six tokens crosses no segment end, one, or up to three of them.
+SHAPES = {
+    "long segments": {"bank_size": 23, "segment_size": 32, "max_insertions": 5},
+    "short segments": {"bank_size": 7, "segment_size": 2, "max_insertions": 2},
+    "paper": {"preset": "paper", "bank_size": 23, "segment_size": 32, "max_insertions": 5},
+}
+SCHEDULES = {
+    "chunks, cache": {"max_num_batched_tokens": 80, "enable_prefix_caching": True},
+    "preempted, cache": {
+        "max_num_batched_tokens": 80,
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": 60,
+        "max_model_len": 512,
+    },
+    "one by one": {"max_num_seqs": 1, "enable_prefix_caching": False},
+}
+
+
+def ngram(tokens=DRAFTS):
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": tokens,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+
+
+def draft_from(running, texts):
+    """Draft some of the tokens that ``texts`` go on with and then some that they do not."""
+    drafter = running.core.model_executor.driver_worker.worker.model_runner.drafter
+
+    def propose(most, sampled, num_tokens, token_ids, **unused):
+        drafts = []
+        for row, new in enumerate(sampled):
+            said = token_ids[row, : num_tokens[row]].tolist()
+            rest = next((text[len(said) :] for text in texts if text[: len(said)] == said), [])
+            rng = random.Random(len(said))
+            right = rest[: rng.randint(0, most)] if new else []
+            wrong = [(token + 1) % 256 for token in rest[len(right) : rng.randint(0, most)]]
+            drafts.append(right + wrong if new else [])
+        return drafts
+
+    drafter.propose = propose
+
+
+def accepted_and_rejected(running):
+    drafted = running.metric("vllm:spec_decode_num_draft_tokens")
+    accepted = running.metric("vllm:spec_decode_num_accepted_tokens")
+    return accepted, drafted - accepted
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request):
+    return {"layers": [1, 3], **SHAPES[request.param]}
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoint, shape):
+    return clear_cases(checkpoint(), shape, [20, 63, 90, 121, 150], MAX_TOKENS)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_drafts_right_and_wrong_leave_the_oracles_tokens(schedule, shape, cases, checkpoint):
+    settings = SCHEDULES[schedule]
+    caching = settings["enable_prefix_caching"] and shape["segment_size"] % 16 == 0
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
+    with (
+        engine(
+            checkpoint(),
+            pace=shape,
+            speculative_config=ngram(),
+            **{**settings, "enable_prefix_caching": caching},
+        ) as running,
+        poisoned_pages(running),
+    ):
+        draft_from(running, [prompt + said for prompt, said, _ in cases])
+        for _ in range(3 if caching else 1):
+            assert running.tokens(prompts, MAX_TOKENS) == truth
+        accepted, rejected = accepted_and_rejected(running)
+        assert min(accepted, rejected) > 100
+        if caching:
+            assert running.metric("vllm:prefix_cache_hits") > 0
+        if schedule.startswith("preempted"):
+            assert running.metric("vllm:num_preemptions") > 0
+        assert running.all_blocks_are_back()
