@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Set
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from starlette.datastructures import Headers
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -292,3 +294,80 @@ def copy_blocks_before_forward(
     Can go when there is a public method to ask.
     """
     manager._pending_cow_copies.extend(pairs)
+
+
+def rows_of_requests(rows: int) -> torch.Tensor | None:
+    """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
+
+    None in profiling runs. Nothing is read on the host, and graphs see each step's own rows.
+    Symptom: vLLM pads batches for its graphs and tells layers outside of attention nothing about
+    it; where keys and values go is what it marks padding in, with -1.
+    Can go when the forward context says how many tokens a step has, on the device.
+    """
+    mapping = get_forward_context().slot_mapping
+    if not isinstance(mapping, dict):
+        return None
+    slots = (slots for name, slots in mapping.items() if not name.endswith(".memory"))
+    found = next(slots, None)
+    return None if found is None else found[:rows] >= 0
+
+
+def grouped_product_tiles(tokens: int, experts: int, width: int, inner: int) -> dict[str, int]:
+    """Tile sizes for :func:`grouped_product`: vLLM's defaults for such a mixture of experts.
+
+    Symptom and end: those of :func:`grouped_product`.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    return get_default_config(tokens, experts, width, inner, experts, None)
+
+
+def grouped_product(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    tiles: dict[str, int],
+) -> None:
+    """``out[t, e] = weights[e] x[t] + bias[e]`` for some pairs of token t and expert e, on a GPU.
+
+    Args:
+        x: [tokens, H], bf16 or fp16.
+        weights: [experts, n, H], any strides; bias [experts, n].
+        out: [tokens, experts, n], written for the pairs only.
+        groups: pairs t experts + e by expert, the expert of each tile, and how many pairs, as
+            ``experts.fused.by_expert`` makes them for ``tiles["BLOCK_SIZE_M"]``.
+
+    Symptom: vLLM's public ``fused_experts`` puts a fixed number of experts, a known activation and
+    the sum over experts into one call; the product inside is not public.
+    Can go when it is, or when our kernels have one.
+    """
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.triton_utils import tl
+
+    fused_moe.invoke_fused_moe_triton_kernel(
+        x,
+        weights,
+        out,
+        A_scale=None,
+        B_scale=None,
+        topk_weights=None,
+        sorted_token_ids=groups[0],
+        expert_ids=groups[1],
+        num_tokens_post_padded=groups[2],
+        mul_routed_weight=False,
+        top_k=len(weights),
+        config=tiles,
+        compute_type={
+            torch.float16: tl.float16,
+            torch.bfloat16: tl.bfloat16,
+            torch.float32: tl.float32,
+        }[x.dtype],
+        use_fp8_w8a8=False,
+        use_int8_w8a8=False,
+        use_int8_w8a16=False,
+        use_int4_w4a16=False,
+        per_channel_quant=False,
+        B_bias=bias,
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from pacellm_vllm.experts.ffn import GatedWeights, grouped_output
+from pacellm_vllm.experts.ffn import FfnWeights, grouped_output
 from pacellm_vllm.experts.routing import ExpertRouter
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(2 * args.neurons, args.hidden, dtype=dtype) / args.hidden**0.5
     down = torch.randn(args.hidden, args.neurons, dtype=dtype) / args.neurons**0.5
-    w = GatedWeights(gate_up, down, act)
+    w = FfnWeights(gate_up, down, act)
     routers = []
     for share in SHARES:
         top_k = round(share * args.experts)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.memory.store import PagedBanks, unit_view
+from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.lookup import look_up
 from pacellm_vllm.ops.steps import advance_steps
 from pacellm_vllm.ops.update import advance
@@ -90,19 +90,19 @@ def prepare(case: str, args: argparse.Namespace) -> Callable[[], Any]:
     pool = torch.zeros(blocks, 2, page_bytes, dtype=torch.uint8, device=device)
     units = unit_view(pool[:, :1, None], layout, dtype)
     shuffled = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(0)) + 1
-    pages = shuffled.view(banks, layout.num_pages).to(device)
-    paged = PagedBanks(units, pages, layout)
+    pages = shuffled.view(banks, layout.num_pages).tolist()
+    stores = [PagedStore(units, row, layout) for row in pages]
     first = activations(size, args.width, 2, device).to(dtype)
-    for i in range(banks):
-        advance(paged.bank(i), first, 0, rules)
+    for store in stores:
+        advance(store, first, 0, rules)
     if case == "segment":
         a = activations(args.tokens, args.width, 1, device).to(dtype)
-        return lambda: advance(paged.bank(0), a, 2 * size - len(a), rules)
+        return lambda: advance(stores[0], a, 2 * size - len(a), rules)
     a = activations(banks, args.width, 1, device).to(dtype)
     positions = [size] * banks
     if case == "batched":
-        return lambda: advance_steps(paged, a, positions, [rules] * banks)
-    return lambda: [advance(paged.bank(i), a[i : i + 1], size, rules) for i in range(banks)]
+        return lambda: advance_steps(stores, a, positions, [rules] * banks)
+    return lambda: [advance(store, a[i : i + 1], size, rules) for i, store in enumerate(stores)]
 
 
 def resident(field: str) -> int:

@@ -87,8 +87,8 @@ def test_drafts_right_and_wrong_leave_the_oracles_tokens(schedule, shape, cases,
         for _ in range(3 if caching else 1):
             assert running.tokens(prompts, MAX_TOKENS) == truth
         accepted, rejected = accepted_and_rejected(running)
-        assert min(accepted, rejected) > 100
-        if caching:
+        assert min(accepted, rejected) > 50
+        if caching and schedule == "chunks, cache":
             assert running.metric("vllm:prefix_cache_hits") > 0
         if schedule.startswith("preempted"):
             assert running.metric("vllm:num_preemptions") > 0

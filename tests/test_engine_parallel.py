@@ -13,7 +13,7 @@ def test_two_ranks_equal_the_oracle(checkpoint):
     pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
     cases = clear_cases(checkpoint("llama"), pace, [20, 64, 150, 260])
     settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
-    with engine(checkpoint("llama"), "llama", pace, **settings) as running:
+    with engine(checkpoint("llama"), pace, **settings) as running:
         assert_engine_agrees(running, cases)
         assert running.all_blocks_are_back()
 
@@ -42,7 +42,7 @@ def test_two_stages_equal_the_oracle(layers, checkpoint):
 def test_stages_with_windows_in_some_layers_are_refused(checkpoint):
     with (
         pytest.raises(RuntimeError, match="attention of one kind in each layer"),
-        engine(checkpoint("gemma2"), "gemma2", {"layers": [1]}, pipeline_parallel_size=2),
+        engine(checkpoint("gemma2"), {"layers": [1]}, pipeline_parallel_size=2),
     ):
         pass
 
@@ -54,6 +54,6 @@ def test_two_ranks_follow_requests_own_settings(checkpoint):
     cases = [(prompt, extra) for prompt in prompts for extra in asks]
     answers = []
     for ranks in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
-        with engine(checkpoint("llama"), "llama", pace, **ranks) as running:
+        with engine(checkpoint("llama"), pace, **ranks) as running:
             answers.append(said(ask(running, cases)))
     assert answers[0] == answers[1] == answers[2]

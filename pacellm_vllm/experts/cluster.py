@@ -69,10 +69,15 @@ def cluster(
     inertia = np.inf
     if num_experts > 1:
         centres = first_centres(rows, num_experts, seed)
-        for _ in range(iterations):
+        for number in range(iterations):
             # Rows have one length and clusters one size: the nearest centres in sum are those
             # of the largest inner products, however long the centres are.
-            found = solve(rows @ centres.T)
+            scores = rows @ centres.T
+            if number:
+                # A neuron is a part of its own mean: without its share, 1 / size, it would stay
+                # where it is although an exchange pays.
+                scores[np.arange(len(rows)), labels] -= num_experts / len(rows)
+            found = solve(scores)
             centres = means(rows, found, num_experts)
             reached = balanced_inertia(rows, centres)
             if reached >= inertia * (1 - TOLERANCE):

@@ -31,8 +31,7 @@ def settle(
         return
     if 0 <= first < position:
         a = store.read_tail(position - first)
-        for _, progress in _advance_all(store, a, first, rules, reduce):
-            yield progress
+        yield from _advance_all(store, a, first, rules, reduce, torch.empty_like(a))
     store.write_tail_position(_NOTHING)
 
 
@@ -42,26 +41,35 @@ def guess(
     position: int,
     rules: MemoryRules,
     reduce: Reduce | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Outputs of ``a`` [n, D], the tokens from ``position`` on, any of which may be rejected.
 
-    Only the tail is written. Tokens behind a segment's end read the bank as the drafts before
+    They go to ``out`` if it is given. Of the bank only the tail is written. Tokens behind a segment's end read the bank as the drafts before
     them would leave it.
     """
+    out = torch.empty_like(a) if out is None else out
     if len(a) <= rules.segment_size - position % rules.segment_size:
-        out = peek(store, a, position, rules, reduce)
+        peek(store, a, position, rules, reduce, out)
     else:
-        out = torch.cat([o for o, _ in _advance_all(store.copy(), a, position, rules, reduce)])
+        list(_advance_all(store.copy(), a, position, rules, reduce, out))
     store.write_tail(a)
     store.write_tail_position(position)
     return out
 
 
 def _advance_all(
-    store: PagedStore, a: torch.Tensor, position: int, rules: MemoryRules, reduce: Reduce | None
-) -> Iterator[tuple[torch.Tensor, Progress]]:
+    store: PagedStore,
+    a: torch.Tensor,
+    position: int,
+    rules: MemoryRules,
+    reduce: Reduce | None,
+    out: torch.Tensor,
+) -> Iterator[Progress]:
     """``advance`` over tokens that may lie in several segments."""
-    while len(a):
-        n = min(len(a), rules.segment_size - position % rules.segment_size)
-        yield advance(store, a[:n], position, rules, reduce)
-        a, position = a[n:], position + n
+    begin = 0
+    while begin < len(a):
+        n = min(len(a) - begin, rules.segment_size - (position + begin) % rules.segment_size)
+        part = slice(begin, begin + n)
+        yield advance(store, a[part], position + begin, rules, reduce, out[part])[1]
+        begin += n

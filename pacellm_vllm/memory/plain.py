@@ -9,7 +9,7 @@ import torch
 from pacellm_vllm.memory.drafts import guess, settle
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import Piece
-from pacellm_vllm.memory.store import PagedBanks, PagedStore
+from pacellm_vllm.memory.store import PagedStore
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.ops.steps import advance_steps
@@ -18,24 +18,24 @@ from pacellm_vllm.ops.update import Progress, advance
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one request; ``pages`` [pages reached] int64 block ids."""
+    """Tokens of one request; ``pages`` its block ids as far as they reach."""
 
     tokens: slice
     position: int
-    pages: torch.Tensor
+    pages: list[int]
     rules: MemoryRules
 
 
 @dataclass(frozen=True)
 class Singles:
-    """One token each of R requests; ``pages`` [R, most pages reached] int64 block ids.
+    """One token each of R requests, and each one's position, pages and rules.
 
     ``tokens`` is a slice where they lie side by side in the batch, else [R] int64.
     """
 
     tokens: slice | torch.Tensor
     positions: list[int]
-    pages: torch.Tensor
+    pages: list[list[int]]
     rules: list[MemoryRules]
 
 
@@ -63,18 +63,17 @@ class PlainStep:
         step = cls(num_tokens=max((piece.end for piece in pieces), default=0))
         if not pieces:
             return step
-        reached = max(piece.pages for piece in pieces)
         # The one host read of a step.
-        rows = block_table[:, :reached].tolist()
-        table = block_table[:, :reached].long()
+        table = block_table[:, : max(piece.pages for piece in pieces)].tolist()
         pieces_of = Counter(piece.request for piece in pieces)
         singles = []
         seen = set()
         for piece in pieces:
             tokens = slice(piece.begin, piece.end)
-            chunk = Chunk(tokens, piece.position, table[piece.request, : piece.pages], piece.rules)
+            pages = table[piece.request][: piece.pages]
+            chunk = Chunk(tokens, piece.position, pages, piece.rules)
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
-            if not all(rows[piece.request][: piece.pages]):
+            if not all(pages):
                 step.idle.append(tokens)
                 continue
             if speculative and piece.request not in seen:
@@ -84,11 +83,18 @@ class PlainStep:
                 step.guesses.append(chunk)
             # One token of many requests is a decode step; a piece of a longer chunk has its turn.
             elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
-                singles.append(piece)
+                singles.append((piece, pages))
             else:
                 step.chunks.append(chunk)
         if singles:
-            step.singles = _singles(table, singles)
+            rows = [piece.begin for piece, _ in singles]
+            tokens = slice(rows[0], rows[-1] + 1)
+            step.singles = Singles(
+                tokens if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows),
+                [piece.position for piece, _ in singles],
+                [pages for _, pages in singles],
+                [piece.rules for piece, _ in singles],
+            )
         return step
 
     def run(
@@ -111,31 +117,21 @@ class PlainStep:
             yield from settle(store, chunk.position, chunk.rules, reduce)
         for chunk in self.chunks:
             store = PagedStore(units, chunk.pages, layout)
-            out[chunk.tokens], progress = advance(
-                store, a[chunk.tokens], chunk.position, chunk.rules, reduce
-            )
-            yield progress
-        if self.singles is not None:
-            singles = self.singles
-            banks = PagedBanks(units, singles.pages, layout)
-            out[singles.tokens], progresses = advance_steps(
-                banks, a[singles.tokens], singles.positions, singles.rules, reduce
-            )
-            yield from progresses
+            tokens = chunk.tokens
+            yield advance(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])[1]
         for chunk in self.guesses:
             store = PagedStore(units, chunk.pages, layout)
-            out[chunk.tokens] = guess(store, a[chunk.tokens], chunk.position, chunk.rules, reduce)
-
-
-def _singles(table: torch.Tensor, pieces: Sequence[Piece]) -> Singles:
-    first, last = pieces[0].begin, pieces[-1].begin
-    tokens: slice | torch.Tensor = slice(first, last + 1)
-    if last - first + 1 != len(pieces):
-        tokens = torch.tensor([piece.begin for piece in pieces], device=table.device)
-    requests = torch.tensor([piece.request for piece in pieces], device=table.device)
-    return Singles(
-        tokens,
-        [piece.position for piece in pieces],
-        table[requests, : max(piece.pages for piece in pieces)],
-        [piece.rules for piece in pieces],
-    )
+            tokens = chunk.tokens
+            guess(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])
+        if self.singles is None:
+            return
+        singles = self.singles
+        stores = [PagedStore(units, pages, layout) for pages in singles.pages]
+        # A slice gives a view of out, which is written in place; an index gives a copy.
+        in_place = out[singles.tokens] if isinstance(singles.tokens, slice) else None
+        o, progresses = advance_steps(
+            stores, a[singles.tokens], singles.positions, singles.rules, reduce, in_place
+        )
+        if in_place is None:
+            out[singles.tokens] = o
+        yield from progresses

@@ -12,7 +12,7 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
 from pacellm_vllm.models.settings import additional_settings, read_config
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 
 logger = plugin_logger()
 
@@ -57,6 +57,14 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "a bank needs all tokens of its request on one rank; set the context parallel sizes "
             "to 1",
         ),
+        "a multimodal model": (
+            model.hf_config is not model.hf_text_config,
+            "memory was tested on text only; serve it without pacellm",
+        ),
+        "an encoder-decoder model": (
+            bool(model.is_encoder_decoder),
+            "a bank knows one sequence of tokens; serve it without pacellm",
+        ),
         "dual-batch overlap": (
             bool(parallel.enable_dbo),
             "two half-batches would read one step's metadata; drop --enable-dbo",
@@ -64,6 +72,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,
             "tokens computed elsewhere carry no memory; drop --kv-transfer-config",
+        ),
+        # vLLM turns it into a KV transfer after this check.
+        "KV offloading": (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "attention's blocks would come back without the banks; drop --kv-offloading-size",
         ),
         "sleep mode": (
             bool(model.enable_sleep_mode),
@@ -102,10 +115,11 @@ def check_not_configured(vllm_config: VllmConfig) -> None:
         logger.info("pacellm: installed, not active for %s.", architecture)
         return
     pace = pace_architecture(architecture)
+    reason = WHY_NOT.get(architecture, "pacellm serves dense decoders that it knows")
     remedy = (
         f'add --hf-overrides \'{{"architectures": ["{pace}"]}}\''
         if pace
-        else "drop pacellm from --additional-config, or serve a dense decoder that pacellm knows"
+        else f"{reason}; drop pacellm from --additional-config"
     )
     raise PaceConfigError(
         f"pacellm: {CONFIG_KEY} is configured but {architecture} carries neither memory nor "

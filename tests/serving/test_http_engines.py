@@ -38,6 +38,8 @@ def test_two_engines_answer_as_one_and_report_together(tmp_path):
         for line in metrics.splitlines()
         if line.startswith("vllm:request_success_total") and 'reason="length"' in line
     ]
-    assert len(done) == 2 and min(done) > 0 and sum(done) == 8
+    assert len(done) == 2
+    assert min(done) > 0
+    assert sum(done) == 8
     for counts in report.values():
         assert sum(counts[kind] for kind in ("high", "mid", "low")) == sum(n for _, n in answers)
