@@ -4,7 +4,10 @@ import random
 
 import pytest
 from engines import engine, poisoned_pages
+from oracle import OracleModel
 from test_engine_oracle import clear_cases
+from test_engine_requests import ASKS, PACE, ask, clear_prompt, said
+from vllm.exceptions import VLLMValidationError
 
 MAX_TOKENS = 60
 DRAFTS = 5
@@ -19,8 +22,8 @@ SCHEDULES = {
     "preempted, cache": {
         "max_num_batched_tokens": 80,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 60,
-        "max_model_len": 512,
+        "num_gpu_blocks_override": 40,
+        "max_model_len": 256,
     },
     "one by one": {"max_num_seqs": 1, "enable_prefix_caching": False},
 }
@@ -42,9 +45,9 @@ def draft_from(running, texts):
     def propose(most, sampled, num_tokens, token_ids, **unused):
         drafts = []
         for row, new in enumerate(sampled):
-            said = token_ids[row, : num_tokens[row]].tolist()
-            rest = next((text[len(said) :] for text in texts if text[: len(said)] == said), [])
-            rng = random.Random(len(said))
+            text = token_ids[row, : num_tokens[row]].tolist()
+            rest = next((known[len(text) :] for known in texts if known[: len(text)] == text), [])
+            rng = random.Random(len(text))
             right = rest[: rng.randint(0, most)] if new else []
             wrong = [(token + 1) % 256 for token in rest[len(right) : rng.randint(0, most)]]
             drafts.append(right + wrong if new else [])
@@ -59,31 +62,24 @@ def accepted_and_rejected(running):
     return accepted, drafted - accepted
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def shape(request):
-    return {"layers": [1, 3], **SHAPES[request.param]}
-
-
-@pytest.fixture(scope="module")
-def cases(checkpoint, shape):
-    return clear_cases(checkpoint(), shape, [20, 63, 90, 121, 150], MAX_TOKENS)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_drafts_right_and_wrong_leave_the_oracles_tokens(schedule, shape, cases, checkpoint):
-    settings = SCHEDULES[schedule]
-    caching = settings["enable_prefix_caching"] and shape["segment_size"] % 16 == 0
+@pytest.mark.parametrize(
+    ("shape", "schedule"),
+    [
+        *(("long segments", schedule) for schedule in SCHEDULES),
+        ("short segments", "one by one"),
+        ("paper", "preempted, cache"),
+    ],
+)
+def test_drafts_right_and_wrong_leave_the_oracles_tokens(shape, schedule, checkpoint):
+    pace, settings = {"layers": [1, 3], **SHAPES[shape]}, SCHEDULES[schedule]
+    caching = settings["enable_prefix_caching"]
+    cases = clear_cases(checkpoint(), pace, [20, 63, 90, 121, 150], MAX_TOKENS)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
     with (
-        engine(
-            checkpoint(),
-            pace=shape,
-            speculative_config=ngram(),
-            **{**settings, "enable_prefix_caching": caching},
-        ) as running,
+        engine(checkpoint(), pace, speculative_config=ngram(), **settings) as running,
         poisoned_pages(running),
     ):
-        draft_from(running, [prompt + said for prompt, said, _ in cases])
+        draft_from(running, [prompt + tokens for prompt, tokens, _ in cases])
         for _ in range(3 if caching else 1):
             assert running.tokens(prompts, MAX_TOKENS) == truth
         accepted, rejected = accepted_and_rejected(running)
@@ -93,3 +89,24 @@ def test_drafts_right_and_wrong_leave_the_oracles_tokens(schedule, shape, cases,
         if schedule.startswith("preempted"):
             assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()
+
+
+def test_drafts_follow_each_requests_own_settings(checkpoint):
+    oracle = OracleModel(checkpoint(), PACE)
+    prompt, truths = clear_prompt(oracle, 90)
+    asks = [(prompt, extra) for extra, _ in ASKS.values()]
+    with engine(checkpoint(), pace=PACE, speculative_config=ngram()) as running:
+        draft_from(running, [prompt + tokens for tokens in truths.values()])
+        assert said(ask(running, asks)) == [truths[name] for name in ASKS]
+        assert min(accepted_and_rejected(running)) > 50
+        with pytest.raises(VLLMValidationError, match="pacellm"):
+            ask(running, [(prompt, {"pacellm_alpha": 7})])
+
+
+def test_n_grams_under_tensor_parallelism(checkpoint):
+    cases = clear_cases(checkpoint("llama"), PACE, [20, 63, 150], MAX_TOKENS)
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
+    settings = {"tensor_parallel_size": 2, "speculative_config": ngram()}
+    with engine(checkpoint("llama"), pace=PACE, **settings) as running:
+        assert running.tokens(prompts, MAX_TOKENS) == truth
+        assert min(accepted_and_rejected(running)) > 0

@@ -45,8 +45,8 @@ def guess(
 ) -> torch.Tensor:
     """Outputs of ``a`` [n, D], the tokens from ``position`` on, any of which may be rejected.
 
-    They go to ``out`` if it is given. Of the bank only the tail is written. Tokens behind a segment's end read the bank as the drafts before
-    them would leave it.
+    They go to ``out`` if it is given. Of the bank only the tail is written. Tokens behind a
+    segment's end read it as the drafts before them would leave it.
     """
     out = torch.empty_like(a) if out is None else out
     if len(a) <= rules.segment_size - position % rules.segment_size:
