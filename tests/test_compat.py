@@ -26,7 +26,9 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.request import Request
+from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -188,6 +190,29 @@ def test_both_runners_still_tell_logits_processors_of_requests():
     assert "req_idx=" not in inspect.getsource(GPUModelRunner._build_attention_metadata)
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
     assert CommonAttentionMetadata.__dataclass_fields__["req_idx"].default is None
+
+
+def test_drafts_still_forbid_logits_processors():
+    """The reason for ``load_with_drafts``."""
+    build = inspect.unwrap(logits_processor.build_logitsprocs)
+    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in inspect.getsource(build)
+    parameters = list(inspect.signature(build).parameters)
+    assert parameters[0] == "vllm_config"
+    assert parameters[-1] == "custom_logitsprocs"
+    assert logits_processor.LogitsProcessors().argmax_invariant == []
+
+
+def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
+    """The reason for ``ask_all_engines``."""
+    assert "[0]" in inspect.getsource(DPLBAsyncMPClient.call_utility_async)
+    assert list(inspect.signature(AsyncMPClient.call_utility_all_async).parameters) == [
+        "self",
+        "method",
+        "args",
+    ]
+    assert '"collective_rpc", method, timeout, args, kwargs' in inspect.getsource(
+        AsyncMPClient.collective_rpc_async
+    )
 
 
 def test_beam_search_still_drops_extra_arguments():

@@ -1,6 +1,7 @@
 """What is refused before an engine starts, each with one sentence."""
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from pacellm_vllm.compat import (
     add_logits_processor,
@@ -45,13 +46,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             experts is not None,
             "its FFNs have no single activation to remember; serve it without pacellm",
         ),
-        "speculative decoding": (
-            vllm_config.speculative_config is not None,
-            "rejected draft tokens would stay in the bank; drop --speculative-config",
-        ),
-        "pipeline parallelism": (
-            parallel.pipeline_parallel_size > 1,
-            "banks have not been tested across stages; use --tensor-parallel-size",
+        "speculative decoding like this": _speculation(vllm_config),
+        "pipeline parallelism on model runner V2": (
+            parallel.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner,
+            "it tells only the last stage what requests have set; set VLLM_USE_V2_MODEL_RUNNER=0 "
+            "or use --tensor-parallel-size",
         ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -91,6 +90,22 @@ def _check_memory(vllm_config: VllmConfig) -> None:
     for what, (found, why) in refusals.items():
         if found:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
+
+
+def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
+    """Whether this engine's speculative decoding is refused, and why."""
+    config = vllm_config.speculative_config
+    if config is None:
+        return False, ""
+    if config.method != "ngram":
+        return True, f"only n-gram drafts have been tested, not {config.method}; use ngram"
+    if not current_platform.is_cpu():
+        return True, "drafts have been tested on the CPU only; drop --speculative-config"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return True, "drafts have not been tested across stages; drop --speculative-config"
+    return bool(vllm_config.scheduler_config.async_scheduling), (
+        "a bank must know how many drafts were accepted; pass --no-async-scheduling"
+    )
 
 
 def check_not_configured(vllm_config: VllmConfig) -> None:

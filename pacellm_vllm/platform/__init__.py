@@ -6,6 +6,8 @@ what is missing and leaves the rest alone:
 
 ``torch_cpu``    ``TorchCpuPlatform``: configuration defaults and kernel registration
 ``attention``    ``TorchAttentionBackend``: paged attention on any KV cache layout torch can view
+``worker``       ``TorchCpuWorker``: a worker that can be a later pipeline stage
+``rejection``    which draft tokens of speculative decoding are kept
 ``kernels``      the ``torch.ops._C`` operators the CPU backend calls, written in PyTorch
 ``activations``  further operators, which vLLM's activation classes look up
 
