@@ -2,19 +2,35 @@
 
 import contextlib
 import gc
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from pacellm_vllm.config import CONFIG_KEY
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.evals.settings import Setting
 
 STOP = (".", "\n")
 
+# Token ids; chat messages only where a server renders them itself.
+Prompt = list[int] | list[dict[str, str]]
+
 
 class Answerer(Protocol):
-    def answer(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-        """Greedy continuations of token ids, up to the end of a sentence or line."""
+    max_model_len: int
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
+    ) -> list[str]:
+        """Greedy continuations, by default up to the end of a sentence or line."""
+        ...
+
+    def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """For (ids, n): log-probability of the last n ids, and whether greedy would say them."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What answers, as JSON: an engine's settings and configuration."""
         ...
 
 
@@ -23,44 +39,55 @@ class Offline:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
+        self.max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
 
-    def answer(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+    def answer(
+        self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
+    ) -> list[str]:
+        return [output.outputs[0].text for output in self._run(prompts, max_tokens, list(stop))]
+
+    def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        outputs = self._run([ids for ids, _ in prompts], 1, [], prompt_logprobs=0)
+        scored = []
+        for (ids, n), output in zip(prompts, outputs, strict=True):
+            entries = zip(ids[-n:], output.prompt_logprobs[-n:], strict=True)
+            found = [entry[token] for token, entry in entries]
+            scored.append((sum(e.logprob for e in found), all(e.rank == 1 for e in found)))
+        return scored
+
+    def describe(self) -> dict[str, Any]:
+        from pacellm_vllm.serving.report import describe_engine
+
+        return describe_engine(self.llm.llm_engine.vllm_config)
+
+    def _run(self, prompts: Sequence[Any], max_tokens: int, stop: list[str], **more: Any) -> Any:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=list(STOP))
-        outputs = self.llm.generate(
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop, **more)
+        return self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
-        return [output.outputs[0].text for output in outputs]
 
 
-class Server:
-    """The OpenAI completions route of a running server, ``url`` up to and with ``/v1``."""
+@contextlib.contextmanager
+def answering(
+    args: Namespace, setting: Setting, engine: Mapping[str, Any], servers: Mapping[str, str]
+) -> Iterator[Answerer]:
+    """Who answers for ``setting``: its server, or an engine that lives as long as the context.
 
-    def __init__(self, url: str, model: str, api_key: str) -> None:
-        from openai import OpenAI
+    ``args`` are those of ``add_model`` and ``add_configs``. Raises ``EvalError``, also for a
+    server that says it runs another configuration.
+    """
+    from pacellm_vllm.evals.server import Server
 
-        self._url, self._model = url, model
-        self._client = OpenAI(base_url=url, api_key=api_key, timeout=3600)
-
-    def answer(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-        from openai import OpenAIError
-
-        def one(prompt: list[int]) -> str:
-            reply = self._client.completions.create(
-                model=self._model,
-                prompt=prompt,
-                max_tokens=max_tokens,
-                temperature=0,
-                stop=list(STOP),
-            )
-            return reply.choices[0].text
-
-        try:
-            with ThreadPoolExecutor(len(prompts)) as pool:
-                return list(pool.map(one, prompts))
-        except OpenAIError as error:
-            raise EvalError(f"pacellm: the server at {self._url} did not answer: {error}") from None
+    if setting.name in servers:
+        url, name = servers[setting.name], args.served_model_name or args.model
+        server = Server(url, name, args.api_key)
+        server.check(setting, expected_config(args.model, setting.memory))
+        yield server
+        return
+    with offline_engine(args.model, setting.memory, engine) as llm:
+        yield Offline(llm)
 
 
 @contextlib.contextmanager
@@ -103,3 +130,17 @@ def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str
     [named] = get_config(model, trust_remote_code).architectures or [""]
     base = ARCHITECTURES[named].architecture if named in ARCHITECTURES else named
     return base, pace_architecture(named)
+
+
+def expected_config(model: str, memory: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What an engine of ``model`` with ``{"pacellm": memory}`` says its configuration is."""
+    from vllm.transformers_utils.config import get_config
+
+    from pacellm_vllm.models.settings import as_json, beside_checkpoint
+
+    if memory is None:
+        return None
+    config = get_config(model, False)
+    stored = beside_checkpoint(getattr(config, CONFIG_KEY, None), model)
+    layers = config.get_text_config().num_hidden_layers
+    return as_json(PaceConfig.from_sources(stored, memory), layers)

@@ -7,6 +7,9 @@ import numpy as np
 
 RESAMPLES = 10_000
 
+# How much lower an interval may reach for "no worse": 0.6 points of 100.
+NO_WORSE = -0.006
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -21,6 +24,17 @@ class Difference:
     def better(self) -> bool:
         return self.low > 0
 
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say, for scores from 0 to 1."""
+        if self.mean == self.low == self.high == 0:
+            return "equal on every item"
+        if self.better:
+            return "better"
+        if self.high < 0:
+            return "worse"
+        return "no worse" if self.low > NO_WORSE else "not told apart"
+
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
@@ -31,16 +45,38 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
     Items are resampled with replacement, both scores of an item together. Raises ``ValueError``
     for no items or different counts.
     """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired scores of the same items are needed, got {len(a)} and {len(b)}")
-    differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    n = len(differences)
+    return grouped_difference([(a, b)], seed=seed)
+
+
+def grouped_difference(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]], by_size: bool = False, seed: int = 0
+) -> Difference:
+    """``paired_difference`` of several tasks: the mean of their means, or of all their items.
+
+    Each task's items are resampled among themselves.
+    """
+    total = sum(len(a) for a, _ in pairs)
     rng = np.random.default_rng(seed)
+    mean, means = 0.0, np.zeros(RESAMPLES)
+    for a, b in pairs:
+        if len(a) != len(b) or not len(a):
+            raise ValueError(
+                f"paired scores of the same items are needed, got {len(a)} and {len(b)}"
+            )
+        share = len(a) / total if by_size else 1 / len(pairs)
+        differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+        mean += share * float(differences.mean())
+        means += share * _resampled_means(differences, rng)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(mean, float(low), float(high), total)
+
+
+def _resampled_means(differences: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    n = len(differences)
     means = np.empty(RESAMPLES)
     # A few rows at a time: all at once would be RESAMPLES x n numbers.
     rows = max(1, 1_000_000 // n)
     for begin in range(0, RESAMPLES, rows):
         count = min(rows, RESAMPLES - begin)
         means[begin : begin + count] = differences[rng.integers(0, n, (count, n))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(differences.mean()), float(low), float(high), n)
+    return means

@@ -15,13 +15,15 @@ class EvalError(ValueError):
 class Records:
     """``path`` holds a line of settings, then a line per result; ``done`` are those by key.
 
-    A key is (configuration, item). Raises ``EvalError`` when the file is of other settings or no
-    results file. Use as a context manager: every line is flushed when it is added.
+    A key is (configuration, item); ``engines`` says what answered for each configuration. Raises
+    ``EvalError`` when the file is of other settings or no results file. Use as a context manager:
+    every line is flushed when it is added.
     """
 
     def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[tuple[str, str], dict[str, Any]] = {}
+        self.engines: dict[str, dict[str, Any]] = {}
         # As it will read back: tuples become lists, keys strings.
         settings: dict[str, Any] = json.loads(json.dumps(dict(given)))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +35,10 @@ class Records:
             self._write({"settings": settings})
 
     def _read(self, settings: dict[str, Any]) -> int:
-        """Take in the whole lines; returns their bytes. A cut-off last line is measured again."""
+        """Take in the whole lines; returns their bytes. A cut-off last line is measured again.
+
+        A file without results is nobody's.
+        """
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if not whole:
@@ -42,11 +47,20 @@ class Records:
             first, *lines = [json.loads(line) for line in data[:whole].splitlines()]
             before = first["settings"]
             for line in lines:
-                self.done[line["config"], line["id"]] = line
+                if "engine" in line:
+                    self.engines[line["config"]] = line["engine"]
+                else:
+                    self.done[line["config"], line["id"]] = line
         except (ValueError, KeyError, TypeError):
             raise EvalError(
                 f"pacellm: {self.path} is not a results file; name another output directory."
             ) from None
+        if not self.done:
+            return 0
+        self._compare(before, settings)
+        return whole
+
+    def _compare(self, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise EvalError(
@@ -54,7 +68,15 @@ class Records:
                     f"{settings.get(name)!r}; name another output directory, or repeat that run's "
                     "settings to continue it."
                 )
-        return whole
+
+    def describe(self, config: str, engine: Mapping[str, Any]) -> None:
+        """Say what answers for ``config``; ``EvalError`` if its earlier results are another's."""
+        facts: dict[str, Any] = json.loads(json.dumps(dict(engine)))
+        if config in self.engines:
+            self._compare(self.engines[config], facts)
+            return
+        self._write({"config": config, "engine": facts})
+        self.engines[config] = facts
 
     def add(self, result: dict[str, Any]) -> None:
         """Write one result, with its ``config`` and ``id``."""

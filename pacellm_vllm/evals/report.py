@@ -1,7 +1,7 @@
 """What a needle run found: tables, intervals and pictures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,7 +35,12 @@ def write_report(
     Differences are to the first configuration, on the same items.
     """
     first, *others = names
-    report: dict[str, Any] = {"settings": settings, "configs": {}, "differences": {}}
+    report: dict[str, Any] = {
+        "settings": settings,
+        "engines": {name: records.engines[name] for name in names},
+        "configs": {},
+        "differences": {},
+    }
     for name in names:
         cells = {score: cell_means(records.done, name, grid, score) for score in SCORES}
         report["configs"][name] = {
@@ -89,4 +94,15 @@ def as_markdown(report: dict[str, Any], first: str) -> str:
     for name, by_length in report["differences"].items():
         cells = [str(Difference(**by_length[n])) for n in ["all", *lengths]]
         lines.append(f"| {name} - {first} | " + " | ".join(cells) + " | |")
+    lines += unchecked(report["engines"])
     return "\n".join(lines) + "\n"
+
+
+def unchecked(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each configuration whose server did not say what it runs."""
+    return [
+        f"\nThat the server runs configuration `{name}` was not checked: it has no "
+        "/plugins/pacellm/memory route (`pacellm serve` adds it)."
+        for name, engine in engines.items()
+        if engine.get("checked") is False
+    ]

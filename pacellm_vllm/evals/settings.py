@@ -7,9 +7,12 @@ from typing import Any
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.experts.settings import merge_experts
 
 OFF = "off"
-PRESET_NAMES = ("official", "paper")
+# The paper's and the published code's number of cortical experts.
+EXPERTS = {"num_experts": 64}
+CONFIG_NAMES = (OFF, "official", "paper", "ce", "official+ce", "paper+ce")
 
 
 @dataclass(frozen=True)
@@ -21,32 +24,50 @@ class Setting:
 
 
 def parse_settings(text: str, shared: Mapping[str, Any]) -> list[Setting]:
-    """``off,official,paper`` or a JSON object of names to PaceConfig fields (null for off).
+    """Names such as ``off,official,ce``, or a JSON object of them to PaceConfig fields, null off.
 
-    ``shared`` fields hold for every configuration with memory unless it says otherwise. Raises
-    ``EvalError`` or ``PaceConfigError``.
+    ``shared`` fields hold for every configuration with memory unless it says otherwise, and
+    ``shared["experts"]`` for the names with ``ce``. Raises ``EvalError`` or ``PaceConfigError``.
     """
     if text.lstrip().startswith("{"):
         named = parse_object(text, "--configs")
     else:
         named = {}
         for name in text.split(","):
-            if name not in (OFF, *PRESET_NAMES):
+            if name not in CONFIG_NAMES:
                 raise EvalError(
-                    f"pacellm: --configs {name!r} is not known; it must be off, official, paper, "
-                    'or a JSON object such as {"off": null, "mine": {"alpha": 0.1}}.'
+                    f"pacellm: --configs {name!r} is not known; it must be one of "
+                    f"{', '.join(CONFIG_NAMES)}, or a JSON object such as "
+                    '{"off": null, "mine": {"alpha": 0.1}}.'
                 )
             if name in named:
                 raise EvalError(f"pacellm: --configs names {name!r} twice; once is enough.")
-            named[name] = None if name == OFF else {"preset": name}
+            named[name] = _named(name, shared)
     settings = []
     for name, memory in named.items():
         if memory is None:
             settings.append(Setting(name, None))
             continue
-        PaceConfig.from_sources(shared, memory)
-        settings.append(Setting(name, {**shared, **memory}))
+        merged = {**shared, **memory}
+        if memory.get("experts") is not None and not memory.get("layers"):
+            # Experts without memory, which has no place for its settings.
+            merged = dict(memory)
+        PaceConfig.from_sources(merged)
+        settings.append(Setting(name, merged))
     return settings
+
+
+def _named(name: str, shared: Mapping[str, Any]) -> dict[str, Any] | None:
+    preset, _, experts = name.partition("+")
+    if name == OFF:
+        return None
+    with_experts = {"experts": merge_experts(EXPERTS, shared.get("experts") or {})}
+    if name == "ce":
+        return with_experts
+    if experts:
+        return {"preset": preset, "layers": shared.get("layers", "auto"), **with_experts}
+    # A preset by name is memory alone.
+    return {"preset": preset, **({"experts": None} if "experts" in shared else {})}
 
 
 def parse_object(text: str, flag: str) -> dict[str, Any]:

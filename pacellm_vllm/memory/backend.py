@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -75,7 +75,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         fast_build: bool = False,
     ) -> BankMetadata:
         common = common_attn_metadata
-        # Exact without speculative decoding, which is refused at start-up.
+        # Exact but for asynchronous scheduling of drafts, which is refused at start-up.
         lengths = common.seq_lens_cpu_upper_bound
         if lengths is None:
             lengths = common.seq_lens.cpu()
@@ -97,16 +97,23 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
                 common.block_table_tensor, lengths[:requests].numpy() * counts, own
             )
             return BankMetadata(device=step)
+        layout = self.kv_cache_spec.layout
+        prefilling: list[bool] = []
+        if layout.drafts:
+            assert common.is_prefilling is not None
+            prefilling = common.is_prefilling[:requests].tolist()
         pieces = cut_pieces(
             starts.tolist(),
             lengths[:requests].tolist(),
-            self.kv_cache_spec.layout,
+            layout,
             self._rules,
             settings,
+            prefilling,
         )
         if tables is not None:
             return BankMetadata(device=tables.of_pieces(common.block_table_tensor, pieces))
-        return BankMetadata(plain=PlainStep.of(common.block_table_tensor, pieces))
+        plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0)
+        return BankMetadata(plain=plain)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -114,7 +121,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         # Also runs for the dummy steps that replay a captured graph: nobody's bank may change,
         # whatever the block table still holds.
         requests = common_attn_metadata.num_reqs
-        nobody = torch.zeros(requests, dtype=torch.int32).numpy()
+        nobody = np.zeros(requests, dtype=np.int32)
         assert self._tables is not None, "only decode steps of the kernels are captured whole"
         table = common_attn_metadata.block_table_tensor
         return BankMetadata(device=self._tables.of_singles(table, nobody, {}))

@@ -84,6 +84,7 @@ class DeviceTables:
         max_tokens: int,
         device: torch.device,
     ) -> None:
+        assert not layout.drafts, "drafts are refused at start-up where kernels run"
         # A request's tokens touch one segment, or one tile, more than they would fill.
         most = min(max_tokens, max_tokens // layout.segment_size + 2 * max_requests)
         tiles = min(max_tokens, max_tokens // TILE.value + 2 * most)

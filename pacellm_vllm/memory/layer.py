@@ -70,10 +70,12 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         return self.spec
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        """Enhanced activations [tokens, width] in the dtype of ``a``."""
-        out = torch.empty_like(a)
-        torch.ops.vllm.pacellm_memory(a, out, self.prefix)
-        return out
+        """Enhanced activations [..., tokens, width] in the dtype of ``a``."""
+        # Models of vLLM's Transformers backend have a batch of one.
+        flat = a.view(-1, self.width)
+        out = torch.empty_like(flat)
+        torch.ops.vllm.pacellm_memory(flat, out, self.prefix)
+        return out.view(a.shape)
 
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         """Advance every request's bank by its tokens of this step."""

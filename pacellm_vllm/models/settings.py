@@ -30,3 +30,9 @@ def read_config(vllm_config: VllmConfig) -> PaceConfig:
     model = vllm_config.model_config
     checkpoint = beside_checkpoint(getattr(model.hf_config, CONFIG_KEY, None), model.model)
     return PaceConfig.from_sources(checkpoint, additional_settings(vllm_config))
+
+
+def as_json(config: PaceConfig, num_layers: int) -> dict[str, Any]:
+    """All of ``config`` as JSON, its layers by index, for a model of ``num_layers``."""
+    layers = list(config.resolve_layers(num_layers))
+    return {**config.model_dump(mode="json"), "layers": layers}

@@ -1,0 +1,111 @@
+"""Flags that several measurements share, and what their values may be."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
+
+
+def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
+    """MODEL, where results go, and how an engine in this process is made."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory or hub name")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch", type=at_least(1), default=batch, help="items at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--memory", default="", metavar="JSON", help="settings that all configurations share"
+    )
+    parser.add_argument(
+        "--engine",
+        default="",
+        metavar="JSON",
+        help='arguments of vllm.LLM, such as \'{"dtype": "float32", "max_model_len": 8192}\'',
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_configs(parser: argparse.ArgumentParser) -> None:
+    """Which configurations, and the servers that run them if any do."""
+    parser.add_argument(
+        "--configs",
+        default="off,official",
+        help=f"{', '.join(CONFIG_NAMES)}, or JSON of names to settings; all are compared to the "
+        "first (%(default)s)",
+    )
+    parser.add_argument(
+        "--base-url",
+        action="append",
+        metavar="[NAME=]URL",
+        help="ask a running server (http://host:port/v1) instead of an engine in this process; "
+        "NAME= for several servers, one per configuration",
+    )
+    parser.add_argument("--served-model-name", help="the server's name for the model (MODEL)")
+    parser.add_argument("--api-key", default="none", help="of the server")
+
+
+def list_of(kind: type, low: float, high: float = float("inf")) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or not all(low <= v <= high for v in values) or len({*values}) < len(values):
+            raise argparse.ArgumentTypeError(
+                f"distinct numbers from {low:g} to {high:g} such as 25,50"
+            )
+        return values
+
+    return parse
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"an integer of at least {low}")
+        return int(text)
+
+    return parse
+
+
+def given(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The JSON object of flag ``--name``, empty without one."""
+    text = getattr(args, name)
+    return parse_object(text, f"--{name}") if text else {}
+
+
+def servers_of(urls: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:
+    """The URL of each configuration's server; empty without ``--base-url``."""
+    if not urls:
+        return {}
+    servers = {}
+    for text in urls:
+        name, equals, url = text.partition("=")
+        if equals and not name.startswith("http"):
+            servers[name] = url
+        elif len(names) == 1:
+            servers[names[0]] = text
+    if set(servers) != set(names):
+        raise EvalError(
+            f"pacellm: --base-url must give one server for each of {', '.join(names)}; write it "
+            "as --base-url NAME=URL, or name one configuration in --configs."
+        )
+    return servers
+
+
+def read_tokenizer(model: str) -> Any:
+    """The tokenizer of a checkpoint; ``EvalError`` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EvalError(
+            f"pacellm: the tokenizer of {model!r} cannot be read ({reason}); MODEL must be a "
+            "checkpoint directory or a hub name."
+        ) from None

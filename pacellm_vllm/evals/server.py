@@ -1,0 +1,136 @@
+"""A running server that answers, and whether it runs the configuration it is asked for."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+
+from pacellm_vllm.evals.answers import STOP, Prompt
+from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.evals.settings import Setting
+
+MEMORY_ROUTE = "/plugins/pacellm/memory"
+
+
+class Server:
+    """The OpenAI routes of a running server, ``url`` up to and with ``/v1``.
+
+    Token ids go to completions, messages to chat completions.
+    """
+
+    def __init__(self, url: str, model: str, api_key: str) -> None:
+        from openai import OpenAI
+
+        self._url, self._model, self._key = url.rstrip("/"), model, api_key
+        self._client = OpenAI(base_url=url, api_key=api_key, timeout=3600)
+        served = {entry["id"]: entry for entry in self._get(f"{self._url}/models")["data"]}
+        if model not in served:
+            raise EvalError(
+                f"pacellm: the server at {url} serves {', '.join(served)}, not {model}; say which "
+                "with --served-model-name."
+            )
+        self.max_model_len = int(served[model]["max_model_len"])
+        self._facts: dict[str, Any] = {
+            "checked": False,
+            "config": None,
+            "engine": {"max_model_len": self.max_model_len},
+        }
+
+    def check(self, setting: Setting, expected: Mapping[str, Any] | None) -> None:
+        """Compare ``expected`` with what the server says it runs, where it says so.
+
+        ``EvalError`` if they differ.
+        """
+        base = self._url.removesuffix("/v1")
+        answer = self._get(base + MEMORY_ROUTE, missing=(404, 501))
+        if answer is None:
+            return
+        running = answer["config"]
+        self._facts = {"checked": True, "config": running, "engine": answer["engine"]}
+        wrong = _first_difference(expected, running)
+        if wrong:
+            raise EvalError(
+                f"pacellm: the server at {self._url} does not run configuration {setting.name!r}: "
+                f"{wrong}; start it with that configuration, or name the one it runs."
+            )
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
+    ) -> list[str]:
+        def one(prompt: Prompt) -> str:
+            sampling: dict[str, Any] = {"temperature": 0, "stop": list(stop)}
+            if not isinstance(prompt[0], dict):
+                return self._complete(prompt, max_tokens=max_tokens, **sampling).text
+            # A last message of the assistant's is the beginning of its answer.
+            begun = prompt[-1]["role"] == "assistant"
+            reply = self._client.chat.completions.create(
+                model=self._model,
+                messages=prompt,  # type: ignore[arg-type]
+                max_completion_tokens=max_tokens,
+                extra_body={"add_generation_prompt": not begun, "continue_final_message": begun},
+                **sampling,
+            )
+            return reply.choices[0].message.content or ""
+
+        return self._all(one, prompts)
+
+    def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        def one(prompt: tuple[list[int], int]) -> tuple[float, bool]:
+            ids, n = prompt
+            reply = self._complete(
+                ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+            )
+            entries = zip(ids[-n:], reply.prompt_logprobs[-n:], strict=True)
+            found = [entry[str(token)] for token, entry in entries]
+            return sum(e["logprob"] for e in found), all(e["rank"] == 1 for e in found)
+
+        return self._all(one, prompts)
+
+    def describe(self) -> dict[str, Any]:
+        return self._facts
+
+    def _complete(self, prompt: Any, **sampling: Any) -> Any:
+        reply = self._client.completions.create(model=self._model, prompt=prompt, **sampling)
+        return reply.choices[0]
+
+    def _all(self, one: Any, prompts: Sequence[Any]) -> list[Any]:
+        from openai import OpenAIError
+
+        try:
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                return list(pool.map(one, prompts))
+        except OpenAIError as error:
+            raise EvalError(f"pacellm: the server at {self._url} did not answer: {error}") from None
+
+    def _get(self, url: str, missing: Sequence[int] = ()) -> Any:
+        """The JSON at ``url``; None for a status in ``missing``."""
+        try:
+            reply = requests.get(url, headers={"Authorization": f"Bearer {self._key}"}, timeout=600)
+            if reply.status_code in missing:
+                return None
+            reply.raise_for_status()
+        except requests.RequestException as error:
+            raise EvalError(f"pacellm: the server at {self._url} did not answer: {error}") from None
+        return reply.json()
+
+
+def _first_difference(
+    expected: Mapping[str, Any] | None, running: Mapping[str, Any] | None
+) -> str | None:
+    if expected is None or running is None:
+        if expected == running:
+            return None
+        return "it runs with memory or experts" if running else "it runs without"
+    for name, value in expected.items():
+        ours, theirs = (_without_path(x) for x in (value, running.get(name)))
+        if ours != theirs:
+            return f"its {name} is {theirs!r}, not {ours!r}"
+    return None
+
+
+def _without_path(value: Any) -> Any:
+    # The server may know the same directory by another name.
+    if isinstance(value, Mapping) and value.get("path") is not None:
+        return {**value, "path": "given"}
+    return value
