@@ -94,6 +94,10 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             self._plain_counts.add(progress)
 
     @property
+    def runs_kernels(self) -> bool:
+        return self._tally is not None
+
+    @property
     def counts(self) -> MemoryCounts:
         """What the memory did so far; with kernels, reading it waits for the device."""
         if self._tally is None:

@@ -30,7 +30,11 @@ def answers(path):
         )
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         counts = {i: memory.counts.as_dict() for i, memory in running.memories().items()}
-        kernels = all(memory._tally is not None for memory in running.memories().values())
+        kernels = all(memory.runs_kernels for memory in running.memories().values())
+        if kernels:
+            assert running.llm.collective_rpc("pacellm_memory_record")[0].startswith(
+                "pacellm: banks"
+            )
         assert running.all_blocks_are_back()
     return tokens, [prompt_logprobs(output) for output in outputs], counts, kernels
 
