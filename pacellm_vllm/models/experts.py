@@ -114,8 +114,6 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     mixture = next((n for n in EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
     load_format = vllm_config.load_config.load_format
-    speculative = vllm_config.speculative_config
-    method = speculative.method if speculative else None
     refusals = {
         f"a mixture-of-experts model ({mixture})": (
             mixture is not None,
@@ -135,10 +133,9 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             parallel.pipeline_parallel_size > 1,
             "loading has not been tested across stages; use --tensor-parallel-size",
         ),
-        f"speculative decoding by {method}": (
-            method not in (None, "ngram"),
-            "drafts of a second model have not been tested; use the method ngram, or drop "
-            "--speculative-config",
+        "speculative decoding": (
+            vllm_config.speculative_config is not None,
+            "vLLM checks no request's settings with it; drop --speculative-config",
         ),
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,

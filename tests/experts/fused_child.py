@@ -11,6 +11,7 @@ import torch
 from pacellm_vllm.compat import grouped_product_tiles
 from pacellm_vllm.experts.ffn import FfnWeights, masked
 from pacellm_vllm.experts.fused import fused_activations, fused_output
+from pacellm_vllm.experts.routing import ExpertRouter
 
 # Tokens, experts, neurons of an expert, hidden size: odd ones, one token, more than the few.
 SHAPES = [(1, 4, 3, 10), (16, 8, 43, 128), (37, 11, 3, 20), (70, 1, 33, 16)]
@@ -68,6 +69,35 @@ def interpret():
     return errors
 
 
+def trace():
+    """How many graphs torch.compile needs for both kinds of router and numbers of tokens."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    width, hidden = 24, 10
+    generator = torch.Generator().manual_seed(0)
+    w = FfnWeights(
+        torch.randn(2 * width, hidden, generator=generator),
+        torch.randn(hidden, width, generator=generator),
+        gated,
+    )
+    for how in ({"top_k": 3}, {"mass": 0.6}):
+        router = ExpertRouter(6, hidden, gated, **how)
+        router.fill(*w.inputs.split(width))
+
+        def run(x, router=router):
+            return fused_output(x, w, router.choose(x))
+
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+        for tokens in (5, 40):
+            x = torch.randn(tokens, hidden, generator=generator)
+            torch.testing.assert_close(compiled(x), run(x))
+    return len(graphs)
+
+
 def compile_for_hopper():
     """Bytes of machine code for sm_90a, by kernel and tiles, at the shape of a 7B FFN."""
     import triton
@@ -117,4 +147,7 @@ def compile_for_hopper():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret, "compile": compile_for_hopper}[sys.argv[1]]()))
+    if sys.argv[1] == "interpret":
+        print(json.dumps({"errors": interpret(), "graphs": trace()}))
+    else:
+        print(json.dumps(compile_for_hopper()))

@@ -128,7 +128,7 @@ def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkey
         monkeypatch.setattr(glue, "way_of", lambda vllm_config: way)
     monkeypatch.setattr(fused, "grouped_product", emulated_product)
     monkeypatch.setattr(fused, "FEW_TOKENS", 0)
-    with engine(clustered(arch), arch, ROUTED, max_num_batched_tokens=64) as running:
+    with engine(clustered(arch), ROUTED, max_num_batched_tokens=64) as running:
         assert_same(answers(running), truth(arch))
         [report] = running.llm.collective_rpc(EXPERTS_METHOD)
     assert list(report) == [0, 1, 2, 3]
@@ -136,17 +136,6 @@ def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkey
     tokens = sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
     for counts in report.values():
         assert counts == {"num_experts": K, "way": way, "tokens": tokens, "share": TOP_K / K}
-
-
-def test_drafts_of_n_grams_leave_the_answers_alone(clustered, truth):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-    drafts["prompt_lookup_max"] = 3
-    with engine(clustered(), pace=ROUTED, speculative_config=drafts) as running:
-        assert running.tokens(PROMPTS, TOKENS) == truth()[0]
-        assert running.metric("vllm:spec_decode_num_draft_tokens") > 0
-        assert running.metric("vllm:spec_decode_num_accepted_tokens") < running.metric(
-            "vllm:spec_decode_num_draft_tokens"
-        )
 
 
 def test_all_experts_are_the_dense_model(clustered, truth):
