@@ -139,12 +139,10 @@ def _record(
                 f"recorded with {value!r}, so drop it."
             )
     with offline_engine(args.model, settings_of(args), {**given, **ours}) as llm:
-        llm.collective_rpc(RECORD_METHOD)
+        [refusal] = llm.collective_rpc(RECORD_METHOD)
+        if refusal:
+            raise EvalError(refusal)
         params = SamplingParams(temperature=0, max_tokens=1)
         llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
         [recorded] = llm.collective_rpc(RECORDED_METHOD, args=(TOP_TOKENS,))
-    if not recorded:
-        raise EvalError(
-            f"pacellm: {args.model} ran without memory in any layer; name some with --layers."
-        )
     return recorded

@@ -7,12 +7,24 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from pacellm_vllm.memory.backend import BankMetadata, Piece
+from pacellm_vllm.memory.backend import BankMetadata
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.models.ffn import output_projection
+from pacellm_vllm.ops.update import Header
 
 RECORD_METHOD = "pacellm_memory_record"
 RECORDED_METHOD = "pacellm_memory_recorded"
+
+FINAL_NORMS = (
+    "model.norm",
+    "model.final_layernorm",
+    "model.final_layer_norm",
+    "model.ln_f",
+    "transformer.ln_f",
+    "gpt_neox.final_layer_norm",
+    "model.decoder.final_layer_norm",
+)
 
 
 class BankRecording:
@@ -24,12 +36,23 @@ class BankRecording:
     vllm_config: VllmConfig
     get_model: Callable[[], nn.Module]
 
-    def pacellm_memory_record(self) -> None:
-        """Record the next request, which must run alone, in every layer with memory."""
+    def pacellm_memory_record(self) -> str | None:
+        """Record the next request, which must run alone, in every layer with memory.
+
+        Returns a sentence, and records nothing, where there is no memory or no known final norm.
+        """
         layers = self.vllm_config.compilation_config.static_forward_context.values()
-        self._pacellm_recorders = [
-            BankRecorder(layer) for layer in layers if isinstance(layer, PaceMemory)
-        ]
+        memories = [layer for layer in layers if isinstance(layer, PaceMemory)]
+        if not memories:
+            return "pacellm: no layer carries memory; name some with --layers."
+        model = self.get_model()
+        if final_norm(model) is None:
+            return (
+                f"pacellm: the final norm of a {type(model).__name__} is not known, so its "
+                "activations cannot be decoded; inspect another model."
+            )
+        self._pacellm_recorders = [BankRecorder(layer) for layer in memories]
+        return None
 
     @torch.inference_mode()
     def pacellm_memory_recorded(self, words: int) -> dict[int, dict[str, Any]]:
@@ -74,24 +97,25 @@ class BankRecorder:
 
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         self._run(a, out, metadata)
-        size = self.layer.rules.segment_size
-        pieces = [p for p in metadata.pieces if metadata.block_table[p.request, : p.pages].all()]
+        step, size = metadata.plain, self.layer.rules.segment_size
+        pieces = [(chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks]
+        if step.singles is not None:
+            one = step.singles
+            pieces += [(one.tokens, *at) for at in zip(one.positions, one.pages, strict=True)]
         # The next segment's tokens go into free slots at once, but a second commit would hide one.
         if len(pieces) > 1:
             raise RuntimeError(
                 "pacellm: a recorded request must run alone and a segment at a time; set "
                 "max_num_seqs to 1 and max_num_batched_tokens to segment_size."
             )
-        for piece in pieces:
-            if piece.position % size == 0:
+        for tokens, position, pages in pieces:
+            if position % size == 0:
                 self._pieces = []
-            self._pieces.append(a[piece.begin : piece.end].float().cpu())
-            if (piece.position + piece.end - piece.begin) % size == 0:
-                self.commits.append(self._read_commit(piece, metadata, a.dtype))
+            self._pieces.append(a[tokens].float().cpu())
+            if (position + len(self._pieces[-1])) % size == 0:
+                self.commits.append(self._read_commit(position // size, pages, a.dtype))
 
-    def _read_commit(
-        self, piece: Piece, metadata: BankMetadata, dtype: torch.dtype
-    ) -> dict[str, Any]:
+    def _read_commit(self, segment: int, pages: list[int], dtype: torch.dtype) -> dict[str, Any]:
         """What the segment's tokens asked for, what became of the slots, and the bank after it.
 
         ``high``, ``mid``, ``low`` count tokens, ``merged``, ``filled``, ``replaced`` slots,
@@ -100,15 +124,15 @@ class BankRecorder:
         """
         layer, layout = self.layer, self.layer.spec.layout
         units = unit_view(layer.kv_cache, layout, layer.config.stored_dtype(dtype))
-        store = PagedStore(units, metadata.block_table[piece.request, : piece.pages], layout)
-        header = store.read_header()
+        store = PagedStore(units, pages, layout)
+        header = Header.unpack(store.read_words())
         valid, mids, lows = int(header.valid), int(header.mids), int(header.lows)
         before = self.commits[-1]["valid"] if self.commits else 0
         filled = valid - before
         replaced = min(lows - filled, layout.max_insertions, before)
-        self.keys = store.read_slots(valid)[0].float().cpu()
+        self.keys = store.read_keys(valid).float().cpu()
         return {
-            "segment": piece.position // layout.segment_size,
+            "segment": segment,
             "high": layout.segment_size - mids - lows,
             "mid": mids,
             "low": lows,
@@ -131,18 +155,20 @@ def mean_cosine(rows: torch.Tensor) -> float | None:
     return float((unit.sum(0).square().sum() - unit.square().sum()) / (m * (m - 1)))
 
 
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm before the head of one of vLLM's decoders, by the names they give it."""
+    named = dict(model.named_modules())
+    return next((named[name] for name in FINAL_NORMS if name in named), None)
+
+
 def decode(model: nn.Module, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
     """The ``count`` tokens that each of ``rows`` [m, D], activations of ``layer``, speaks for most.
 
-    Through the layer's down projection, the final norm and the head, as if nothing else had
-    been written. Raises ``RuntimeError`` for a model without a final norm by the usual name.
+    Through the layer's output projection, the final norm and the head, as if no other layer had
+    written anything.
     """
-    norm = getattr(getattr(model, "model", None), "norm", None)
-    if norm is None or not hasattr(model, "compute_logits"):
-        raise RuntimeError(
-            f"pacellm: {type(model).__name__} has no model.norm, so activations cannot be decoded."
-        )
-    [mlp] = [m for m in model.modules() if getattr(m, "memory", None) is layer]
-    weight = next(mlp.down_proj.parameters())
-    hidden, _ = mlp.down_proj(rows.to(weight.device, weight.dtype))
+    down = output_projection(model.get_submodule(layer.prefix.removesuffix(".memory")))
+    norm: Any = final_norm(model)
+    weight = next(down.parameters())
+    hidden, _ = down(rows.to(weight.device, weight.dtype))
     return model.compute_logits(norm(hidden)).topk(count, dim=-1).indices.tolist()
