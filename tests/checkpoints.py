@@ -26,6 +26,7 @@ _WINDOWS = {
 # Many have no head_dim of their own: it is hidden size / heads.
 _WIDE = {"hidden_size": 128}
 _TIED = {"tie_word_embeddings": True}
+_ALL_HEADS = {"num_key_value_heads": 4}
 # Other decoders whose FFNs fit, with what is special about each: first those that vLLM serves with
 # classes of its own, then those of its Transformers backend.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -49,14 +50,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {**_WIDE, **_TIED, **_WINDOWS},
     "ernie4_5": _WIDE,
     "falcon": {**_WIDE, **_TIED, "ffn_hidden_size": 344, "bias": True},
-    "gpt2": {**_WIDE, **_TIED, "n_inner": 344},
-    "gptj": {**_WIDE, "n_inner": 344, "rotary_dim": 16},
+    "gpt2": {**_WIDE, **_TIED, **_ALL_HEADS, "n_inner": 344},
+    "gptj": {**_WIDE, **_ALL_HEADS, "n_inner": 344, "rotary_dim": 16},
     "granite_swa": {**_WIDE, **_WINDOWS, "attention_multiplier": 32**-0.5},
-    "opt": {**_WIDE, **_TIED, "ffn_dim": 344, "word_embed_proj_dim": 128},
+    "opt": {**_WIDE, **_TIED, **_ALL_HEADS, "ffn_dim": 344, "word_embed_proj_dim": 128},
     "arcee": _WIDE,
     "cwm": {**_WIDE, **_WINDOWS},
     "gpt_bigcode": {**_WIDE, **_TIED, "n_inner": 344},
-    "gpt_neox": _WIDE,
+    "gpt_neox": {**_WIDE, **_ALL_HEADS},
     "hunyuan_v1_dense": _WIDE,
     "jais2": _WIDE,
     "olmo": _WIDE,
@@ -119,6 +120,9 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
         "pad_token_id": None,
         "dtype": "float32",
     }
+    if arch == "falcon":
+        # Its configuration works this out.
+        del settings["head_dim"]
     config = AutoConfig.for_model(arch, **{**settings, **FAMILIES[arch], **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Llama and Mistral have the same parameters: without the offset they would be the same model.

@@ -75,6 +75,10 @@ class Engine:
         layers = self.core.vllm_config.compilation_config.static_forward_context
         return {layer.index: layer for name, layer in layers.items() if name.endswith(".memory")}
 
+    def model(self) -> Any:
+        """The model inside the worker of this process."""
+        return self.core.model_executor.driver_worker.worker.model_runner.model
+
     def all_blocks_are_back(self) -> bool:
         return self.pool.get_num_free_blocks() == self.free_at_start
 

@@ -7,16 +7,12 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import make_prompt
 from engines import engine
-from torch import nn
 from transformers import Gemma3Config, MixtralConfig, Qwen2MoeConfig
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.models import checks
 from pacellm_vllm.models.checks import check_engine, check_not_configured
-from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward
 
 PACE_GEMMA = "PaceGemma3ForCausalLM"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -122,37 +118,6 @@ def test_a_multimodal_model_is_refused(tmp_path):
     ):
         pass
     assert "memory does not work with a multimodal model" in str(refusal.value)
-
-
-class _Layer(nn.Module):
-    def __init__(self, **parts):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Module()])
-        self.layers[0].mlp = nn.Module()
-        for name, part in parts.items():
-            self.layers[0].mlp.add_module(name, part)
-
-
-@pytest.fixture
-def projections():
-    """``projections(inputs, outputs)``: vLLM linears, outside of an engine."""
-    with set_current_vllm_config(VllmConfig()):
-        yield lambda *sizes: ReplicatedLinear(*sizes, bias=False, disable_tp=True)
-
-
-def test_an_ffn_that_does_not_fit_is_refused_with_what_it_is(projections):
-    apart = {"gate_proj": projections(8, 16), "up_proj": projections(8, 16)}
-    rest = {"act_fn": nn.SiLU(), "down_proj": projections(16, 8)}
-    with pytest.raises(PaceConfigError, match=r"no FFN that fits \(mlp of act_fn, down_proj, gate"):
-        find_feed_forward(_Layer(**apart, **rest), 0)
-    with pytest.raises(PaceConfigError, match="multiplies gate and up outside of its activation"):
-        find_feed_forward(_Layer(gate_up_proj=projections(8, 32), **rest), 0)
-    with pytest.raises(PaceConfigError, match=r"layer 1 has no FFN that fits \(none\)"):
-        find_feed_forward(_Layer(gate_up_proj=projections(8, 32), **rest), 1)
-    plain = find_feed_forward(_Layer(up_proj=projections(8, 16), **rest), 0)
-    assert (plain.name, plain.width, plain.gated) == ("layers.0.mlp", 16, False)
-    with pytest.raises(PaceConfigError, match="is not shared out among tensor parallel ranks"):
-        check_shared_out(plain, 2)
 
 
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):

@@ -37,9 +37,13 @@ class Header:
     @classmethod
     def unpack(cls, words: torch.Tensor) -> "Header":
         """Views of ``words`` [num_words] int32."""
-        size = (words.numel() - 3) // 4
-        usage, merge, confirm, squares = words[3:].view(4, size)
-        return cls(words[0], words[1], words[2], usage, merge, confirm, squares.view(torch.float32))
+        usage, merge, confirm, _ = words[3:].view(4, -1)
+        squares = cls.squares_of(words)
+        return cls(words[0], words[1], words[2], usage, merge, confirm, squares)
+
+    @staticmethod
+    def squares_of(words: torch.Tensor) -> torch.Tensor:
+        return words[3 + 3 * (len(words) // 4) :].view(torch.float32)
 
     def start_segment(self, first: bool) -> None:
         """Forget the running segment's part; in the first segment everything."""

@@ -344,6 +344,10 @@ def _attend_many_queries(
     keys, values = gather(key_cache), gather(value_cache)
     grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     unfused = bool(softcap) or sinks is not None
+    if causal and window <= 0 and not unfused:
+        out = _attend_causally(grouped, keys[:, :, :kv_len], values[:, :, :kv_len], scale)
+        output.copy_(out.permute(2, 0, 1, 3).flatten(1, 2))
+        return
     row_cost = kv_len * (heads if unfused else 1)
     tile = max(1, _TILE_ELEMENTS // row_cost)
     for begin in range(0, queries, tile):
@@ -354,8 +358,7 @@ def _attend_many_queries(
         elif window > 0:
             high = min(kv_len, context + end + window - 1)
         seen = None
-        plain = causal and low == context + begin  # nothing cached before this tile
-        if not plain or window > 0 or unfused:
+        if causal or window > 0:
             distance = torch.arange(context + begin, context + end)[:, None]
             distance = distance - torch.arange(low, high)
             if causal:
@@ -370,10 +373,34 @@ def _attend_many_queries(
             scale,
             softcap,
             seen,
-            causal and seen is None,
             None if sinks is None else sinks.view(kv_heads, -1, 1, 1),
         )
         output[begin:end] = out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend from the last positions ``[a, b, queries, head_size]`` of ``[a, b, kv, head_size]``.
+
+    PyTorch's fused kernel knows causal attention from the first position only, and a mask would
+    make it compute what it hides and hold [queries, kv] numbers. So what lies before the queries
+    is attended to apart, and the two answers are weighed by their log-sum-exps.
+    """
+    context = key.shape[2] - query.shape[2]
+    out, mass = _fused(query, key[:, :, context:], value[:, :, context:], True, scale)
+    if not context:
+        return out
+    before, before_mass = _fused(query, key[:, :, :context], value[:, :, :context], False, scale)
+    share = torch.sigmoid(before_mass - mass)[..., None]
+    return torch.lerp(out.float(), before.float(), share).to(query.dtype)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel behind ``scaled_dot_product_attention``, which also returns log-sum-exps fp32."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scale
+    )
 
 
 def _blocks_of(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -389,7 +416,6 @@ def _attend(
     scale: float,
     softcap: float,
     seen: Tensor | None,
-    causal: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over ``[a, b, queries or keys, head_size]``; ``seen`` False hides a key.
@@ -397,7 +423,7 @@ def _attend(
     ``sinks`` broadcasts to ``[a, b, queries, 1]``.
     """
     if not softcap and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, seen, 0.0, causal, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
     logits = query.float() @ key.float().transpose(-1, -2) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

@@ -9,13 +9,14 @@ from vllm.config import VllmConfig
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
 EXPERTS_METHOD = "pacellm_experts_report"
 
 
-class MemoryReport:
-    """A vLLM worker extension (``--worker-extension-cls``): two methods more on every worker."""
+class MemoryReport(BankRecording):
+    """A vLLM worker extension (``--worker-extension-cls``): a few methods more on every worker."""
 
     vllm_config: VllmConfig
     get_model: Callable[[], nn.Module]

@@ -14,21 +14,34 @@ from pacellm_vllm.experts.fused import by_expert
 CHILD = Path(__file__).with_name("fused_child.py")
 
 
-def run_child(what, **environment):
-    done = subprocess.run(
-        [sys.executable, str(CHILD), what],
-        # Told that no GPU is visible, vLLM has Triton without one.
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def children():
+    """Both at once: each spends most of its time on imports."""
+    started = {
+        what: subprocess.Popen(
+            [sys.executable, str(CHILD), what],
+            # Told that no GPU is visible, vLLM has Triton without one.
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for what, environment in (("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {}))
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
 
 
-def test_the_interpreted_kernels_are_the_masked_truth():
-    found = run_child("interpret", TRITON_INTERPRET="1")
+def result_of(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def test_the_interpreted_kernels_are_the_masked_truth(children):
+    found = result_of(children["interpret"])
     assert len(found["errors"]) == 32
     # One graph each for top_k and mass, whatever the number of tokens.
     assert found["graphs"] == 2
@@ -36,8 +49,8 @@ def test_the_interpreted_kernels_are_the_masked_truth():
         assert error <= (1e-5 if "float32" in name else 2e-3), name
 
 
-def test_the_kernels_compile_for_hopper():
-    sizes = run_child("compile")
+def test_the_kernels_compile_for_hopper(children):
+    sizes = result_of(children["compile"])
     assert len(sizes) == 7
     assert min(sizes.values()) > 10_000
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from vllm.model_executor.layers.activation import FastGELU, NewGELU, QuickGELU
 
-from pacellm_vllm.platform import kernels
+from pacellm_vllm.platform import activations, kernels  # noqa: F401
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -300,3 +301,13 @@ def test_small_weight_gemm(bias):
     torch.ops._C.weight_packed_linear(output, x, packed, bias, True)
     want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(output.double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("gelu_new", NewGELU), ("gelu_fast", FastGELU), ("gelu_quick", QuickGELU)]
+)
+def test_activations_equal_vllms_own_formula(name, cls):
+    x = 3 * torch.randn(5, 7)
+    out = torch.full_like(x, NAN)
+    getattr(torch.ops._C, name)(out, x)
+    torch.testing.assert_close(out, cls.forward_native(None, x))
