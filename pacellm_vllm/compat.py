@@ -5,8 +5,9 @@
 
 import functools
 import logging
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,9 +16,11 @@ from starlette.datastructures import Headers
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
@@ -112,6 +115,18 @@ def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
         vllm_config.parallel_config.worker_extension_cls = name
 
 
+async def ask_all_engines(client: EngineClient, method: str) -> list[list[Any]]:
+    """What ``method`` returns on every worker of every engine that ``client`` speaks to.
+
+    Symptom: with data parallel engines, ``EngineClient.collective_rpc`` calls all of them and
+    returns the first one's answers. Can go when it returns all.
+    """
+    ask = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
+    if ask is None:
+        return [await client.collective_rpc(method)]
+    return await ask("collective_rpc", method, None, (), None)
+
+
 def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
     """Whether a request's headers carry one of the server's API keys; always, if it has none.
 
@@ -153,6 +168,37 @@ def _wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
+
+
+def load_with_drafts(names: Set[str | type]) -> None:
+    """Let logits processors ``names``, which leave logits alone, be loaded beside a drafter.
+
+    Symptom: with speculative decoding, model runner V1 refuses custom logits processors of any
+    kind. Can go when it loads those that are argmax invariant.
+    """
+    from vllm.v1.sample import logits_processor
+
+    def build(
+        original: Callable[..., Any],
+        vllm_config: VllmConfig,
+        device: Any,
+        pin_memory: bool,
+        pooling: bool,
+        custom: Iterable[str | type] = (),
+    ) -> Any:
+        custom = tuple(custom)
+        if not vllm_config.speculative_config or not custom or not names >= {*custom}:
+            return original(vllm_config, device, pin_memory, pooling, custom)
+        built = original(vllm_config, device, pin_memory, pooling)
+        for name in custom:
+            processor = resolve_obj_by_qualname(str(name).replace(":", "."))
+            built.argmax_invariant.append(processor(vllm_config, device, pin_memory))
+        return built
+
+    runner = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    for module in (logits_processor, runner):
+        if module is not None:
+            _wrap_once(module, "build_logitsprocs", build)
 
 
 def refuse_in_beam_search(prefix: str) -> None:

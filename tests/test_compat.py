@@ -14,7 +14,7 @@ from vllm.forward_context import ForwardContext
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
 from vllm.model_executor.layers.fused_moe import fused_moe
-from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -26,7 +26,9 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.request import Request
+from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -35,7 +37,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
-from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 
 
 def test_the_tested_vllm_is_installed():
@@ -99,6 +101,24 @@ def test_every_architecture_stands_on_what_vllm_registers():
         registered = ModelRegistry.models[base.architecture]
         module = f"vllm.model_executor.models.{base.module}"
         assert (registered.module_name, registered.class_name) == (module, base.name)
+
+
+def test_every_text_generation_architecture_of_vllm_is_served_or_has_a_reason():
+    listed = {
+        *registry._TEXT_GENERATION_MODELS,
+        *registry._TRANSFORMERS_SUPPORTED_MODELS,
+        "TransformersForCausalLM",
+        "TransformersMoEForCausalLM",
+    }
+    listed = {
+        name
+        for name in listed
+        if registry._TRANSFORMERS_SUPPORTED_MODELS.get(name, ("", ""))[1]
+        != "TransformersMultiModalForCausalLM"
+    }
+    served = {base.architecture for base in ARCHITECTURES.values()}
+    assert served & WHY_NOT.keys() == set()
+    assert served | WHY_NOT.keys() == listed
 
 
 def test_runner_v1_still_computes_a_slot_mapping_for_every_group():
@@ -170,6 +190,29 @@ def test_both_runners_still_tell_logits_processors_of_requests():
     assert "req_idx=" not in inspect.getsource(GPUModelRunner._build_attention_metadata)
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
     assert CommonAttentionMetadata.__dataclass_fields__["req_idx"].default is None
+
+
+def test_drafts_still_forbid_logits_processors():
+    """The reason for ``load_with_drafts``."""
+    build = inspect.unwrap(logits_processor.build_logitsprocs)
+    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in inspect.getsource(build)
+    parameters = list(inspect.signature(build).parameters)
+    assert parameters[0] == "vllm_config"
+    assert parameters[-1] == "custom_logitsprocs"
+    assert logits_processor.LogitsProcessors().argmax_invariant == []
+
+
+def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
+    """The reason for ``ask_all_engines``."""
+    assert "[0]" in inspect.getsource(DPLBAsyncMPClient.call_utility_async)
+    assert list(inspect.signature(AsyncMPClient.call_utility_all_async).parameters) == [
+        "self",
+        "method",
+        "args",
+    ]
+    assert '"collective_rpc", method, timeout, args, kwargs' in inspect.getsource(
+        AsyncMPClient.collective_rpc_async
+    )
 
 
 def test_beam_search_still_drops_extra_arguments():

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_prompt
 from engines import engine
-from transformers import MixtralConfig, Qwen2MoeConfig
+from transformers import Gemma3Config, MixtralConfig, Qwen2MoeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.models.checks import check_engine
+from pacellm_vllm.models import checks
+from pacellm_vllm.models.checks import check_engine, check_not_configured
 
+PACE_GEMMA = "PaceGemma3ForCausalLM"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 PACE = {"layers": [1, 3], "segment_size": 32}
 
 
@@ -37,19 +41,16 @@ def test_bad_settings(pace, sentence, checkpoint):
     ("settings", "sentence"),
     [
         (
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-            "memory does not work with speculative decoding: rejected draft tokens",
+            {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
+            "speculative decoding like this: drafts have not been tested across stages",
         ),
-        ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "does not work with KV transfer: tokens computed elsewhere carry no memory",
+        ),
+        (
+            {"kv_offloading_size": 1},
+            "does not work with KV offloading: attention's blocks would come back",
         ),
         ({"runner": "pooling", "convert": "embed"}, "does not work with the pooling runner"),
     ],
@@ -90,6 +91,35 @@ def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
     )
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sentence"),
+    [
+        ("MixtralForCausalLM", "its FFNs are a mixture of experts"),
+        ("GlmForCausalLM", "its FFN multiplies gate and up outside of its activation"),
+        ("Qwen2VLForConditionalGeneration", "pacellm serves dense decoders that it knows"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architecture, sentence):
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(architecture=architecture),
+        additional_config={"pacellm": PACE},
+    )
+    with pytest.raises(PaceConfigError, match="carries neither memory nor experts") as refusal:
+        check_not_configured(config)
+    assert sentence in str(refusal.value)
+
+
+def test_a_multimodal_model_is_refused(tmp_path):
+    config = Gemma3Config(text_config={"num_hidden_layers": 4}, architectures=[PACE_GEMMA])
+    config.save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(tmp_path, load_format="dummy"),
+    ):
+        pass
+    assert "memory does not work with a multimodal model" in str(refusal.value)
+
+
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
     with (
@@ -115,6 +145,35 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
         assert list(running.memories()) == [2]
 
 
+def engine_config(path, **settings):
+    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
+    settings |= {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
+    return EngineArgs(str(path), hf_overrides=overrides, **settings).create_engine_config()
+
+
+def test_other_drafts_on_a_gpu_or_with_asynchronous_scheduling_are_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint(), speculative_config=NGRAM)
+    check_engine(config)
+    config.scheduler_config.async_scheduling = True
+    with pytest.raises(PaceConfigError, match="pass --no-async-scheduling"):
+        check_engine(config)
+    config.scheduler_config.async_scheduling = False
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(PaceConfigError, match="drafts have been tested on the CPU only"):
+        check_engine(config)
+    config.speculative_config = SimpleNamespace(method="eagle")
+    with pytest.raises(PaceConfigError, match="only n-gram drafts have been tested, not eagle"):
+        check_engine(config)
+
+
+def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint(), pipeline_parallel_size=2)
+    check_engine(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(PaceConfigError, match="pipeline parallelism on model runner V2"):
+        check_engine(config)
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value", "sentence"),
     [
@@ -125,10 +184,7 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
     ],
 )
 def test_features_this_machine_cannot_start(part, field, value, sentence, checkpoint):
-    settings = {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
-    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
-    args = EngineArgs(str(checkpoint()), hf_overrides=overrides, **settings)
-    config = args.create_engine_config()
+    config = engine_config(checkpoint())
     check_engine(config)
     setattr(getattr(config, f"{part}_config"), field, value)
     with pytest.raises(PaceConfigError) as refusal:

@@ -35,7 +35,10 @@ class Records:
             self._write({"settings": settings})
 
     def _read(self, settings: dict[str, Any]) -> int:
-        """Take in the whole lines; returns their bytes. A cut-off last line is measured again."""
+        """Take in the whole lines; returns their bytes. A cut-off last line is measured again.
+
+        A file without results is nobody's.
+        """
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if not whole:
@@ -52,6 +55,8 @@ class Records:
             raise EvalError(
                 f"pacellm: {self.path} is not a results file; name another output directory."
             ) from None
+        if not self.done:
+            return 0
         self._compare(before, settings)
         return whole
 

@@ -24,7 +24,6 @@ class Server:
 
         self._url, self._model, self._key = url.rstrip("/"), model, api_key
         self._client = OpenAI(base_url=url, api_key=api_key, timeout=3600)
-        self._facts: dict[str, Any] = {"checked": False}
         served = {entry["id"]: entry for entry in self._get(f"{self._url}/models")["data"]}
         if model not in served:
             raise EvalError(
@@ -32,6 +31,11 @@ class Server:
                 "with --served-model-name."
             )
         self.max_model_len = int(served[model]["max_model_len"])
+        self._facts: dict[str, Any] = {
+            "checked": False,
+            "config": None,
+            "engine": {"max_model_len": self.max_model_len},
+        }
 
     def check(self, setting: Setting, expected: Mapping[str, Any] | None) -> None:
         """Compare ``expected`` with what the server says it runs, where it says so.
@@ -43,7 +47,7 @@ class Server:
         if answer is None:
             return
         running = answer["config"]
-        self._facts = {"checked": True, "config": running, **answer["engine"]}
+        self._facts = {"checked": True, "config": running, "engine": answer["engine"]}
         wrong = _first_difference(expected, running)
         if wrong:
             raise EvalError(
@@ -84,7 +88,7 @@ class Server:
         return self._all(one, prompts)
 
     def describe(self) -> dict[str, Any]:
-        return {**self._facts, "max_model_len": self.max_model_len}
+        return self._facts
 
     def _complete(self, prompt: Any, **sampling: Any) -> Any:
         reply = self._client.completions.create(model=self._model, prompt=prompt, **sampling)

@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         "data": "lm-eval's sources" if data is None else "files",
         "seed": args.seed,
         "batch": args.batch,
-        "engine": engine,
+        "engine": {} if servers else engine,
         "server": bool(servers),
         "route": args.route,
     }

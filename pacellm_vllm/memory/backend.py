@@ -46,7 +46,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         fast_build: bool = False,
     ) -> BankMetadata:
         common = common_attn_metadata
-        # Exact without speculative decoding, which is refused at start-up.
+        # Exact but for asynchronous scheduling of drafts, which is refused at start-up.
         lengths = common.seq_lens_cpu_upper_bound
         if lengths is None:
             lengths = common.seq_lens.cpu()
@@ -54,14 +54,20 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         # Model runner V2 says where in its request table each row is (padding is nowhere); in V1
         # the batch itself is the table.
         rows = range(requests) if common.req_idx is None else common.req_idx.tolist()
+        layout = self.kv_cache_spec.layout
+        prefilling: list[bool] = []
+        if layout.drafts:
+            assert common.is_prefilling is not None
+            prefilling = common.is_prefilling[:requests].tolist()
         pieces = cut_pieces(
             common.query_start_loc_cpu[: requests + 1].tolist(),
             lengths[:requests].tolist(),
-            self.kv_cache_spec.layout,
+            layout,
             self._rules,
             [self._settings.get(row) for row in rows],
+            prefilling,
         )
-        return BankMetadata(PlainStep.of(common.block_table_tensor, pieces))
+        return BankMetadata(PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0))
 
 
 class BankBackend(AttentionBackend):

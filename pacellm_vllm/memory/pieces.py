@@ -1,4 +1,4 @@
-"""Piece: tokens of one request in one segment, which a step's batch is cut into."""
+"""Piece: tokens of one request, in one segment if certain, which a step's batch is cut into."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from pacellm_vllm.request import RequestSettings
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens ``begin`` .. ``end - 1`` of the batch: one request's, in one segment.
+    """Tokens ``begin`` .. ``end - 1`` of the batch: one request's.
 
     ``position`` is the first one's place in its request, ``pages`` how many of the request's
     pages the piece can reach, ``rules`` the engine's with what the request has set for itself.
+    ``certain`` tokens lie in one segment; others may be rejected drafts, and are not cut.
     """
 
     request: int
@@ -22,6 +23,7 @@ class Piece:
     position: int
     pages: int
     rules: MemoryRules
+    certain: bool = True
 
 
 def cut_pieces(
@@ -30,12 +32,16 @@ def cut_pieces(
     layout: BankLayout,
     rules: MemoryRules,
     settings: Sequence[RequestSettings | None] = (),
+    prefilling: Sequence[bool] = (),
 ) -> list[Piece]:
     """Cut a batch at request borders and segment ends.
 
     ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
-    tokens after this step, ``settings`` what the first of them have set. Requests without tokens
-    give no piece.
+    tokens after this step, ``settings`` what the first of them have set, ``prefilling`` which of
+    the first began the step within their prompt. Requests without tokens give no piece.
+
+    Drafts may be among the tokens of a step that is no longer than the token last sampled and
+    ``layout.drafts`` more, and outside of prompts.
     """
     size = layout.segment_size
     pieces = []
@@ -44,9 +50,15 @@ def cut_pieces(
         position = length - (end - begin)
         own = settings[request] if request < len(settings) else None
         mine = own.applied_to(rules) if own is not None else rules
+        prompt = request < len(prefilling) and prefilling[request]
+        guessed = 1 < end - begin <= 1 + layout.drafts and not prompt
+        last, end = end, begin + 1 if guessed else end
         while begin < end:
             n = min(end - begin, size - position % size)
             pages = layout.pages_for(position + n)
             pieces.append(Piece(request, begin, begin + n, position, pages, mine))
             begin, position = begin + n, position + n
+        if guessed:
+            pages = layout.pages_for(length)
+            pieces.append(Piece(request, begin, last, position, pages, mine, certain=False))
     return pieces

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pacellm_vllm.memory.drafts import guess, settle
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import Piece
 from pacellm_vllm.memory.store import PagedStore
@@ -17,7 +18,7 @@ from pacellm_vllm.ops.update import Progress, advance
 
 @dataclass(frozen=True)
 class Chunk:
-    """Several tokens of one request and segment; ``pages`` its block ids as far as they reach."""
+    """Tokens of one request; ``pages`` its block ids as far as they reach."""
 
     tokens: slice
     position: int
@@ -40,15 +41,24 @@ class Singles:
 
 @dataclass
 class PlainStep:
-    """``idle`` tokens have no bank and pass through, as does padding behind ``num_tokens``."""
+    """``idle`` tokens have no bank and pass through, as does padding behind ``num_tokens``.
 
+    ``chunks`` lie in one segment each. With speculative decoding, ``settled`` has every request's
+    first token, before which its bank catches up with what was accepted, and ``guesses`` the
+    tokens that may be rejected.
+    """
+
+    settled: list[Chunk] = field(default_factory=list)
+    guesses: list[Chunk] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     singles: Singles | None = None
     idle: list[slice] = field(default_factory=list)
     num_tokens: int = 0
 
     @classmethod
-    def of(cls, block_table: torch.Tensor, pieces: Sequence[Piece]) -> "PlainStep":
+    def of(
+        cls, block_table: torch.Tensor, pieces: Sequence[Piece], speculative: bool = False
+    ) -> "PlainStep":
         """``block_table`` [requests, >= pages] int of the pieces' requests, on any device."""
         step = cls(num_tokens=max((piece.end for piece in pieces), default=0))
         if not pieces:
@@ -57,17 +67,25 @@ class PlainStep:
         table = block_table[:, : max(piece.pages for piece in pieces)].tolist()
         pieces_of = Counter(piece.request for piece in pieces)
         singles = []
+        seen = set()
         for piece in pieces:
             tokens = slice(piece.begin, piece.end)
             pages = table[piece.request][: piece.pages]
+            chunk = Chunk(tokens, piece.position, pages, piece.rules)
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not all(pages):
                 step.idle.append(tokens)
+                continue
+            if speculative and piece.request not in seen:
+                seen.add(piece.request)
+                step.settled.append(chunk)
+            if not piece.certain:
+                step.guesses.append(chunk)
             # One token of many requests is a decode step; a piece of a longer chunk has its turn.
             elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
                 singles.append((piece, pages))
             else:
-                step.chunks.append(Chunk(tokens, piece.position, pages, piece.rules))
+                step.chunks.append(chunk)
         if singles:
             rows = [piece.begin for piece, _ in singles]
             tokens = slice(rows[0], rows[-1] + 1)
@@ -94,10 +112,17 @@ class PlainStep:
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
             out[tokens] = a[tokens]
+        for chunk in self.settled:
+            store = PagedStore(units, chunk.pages, layout)
+            yield from settle(store, chunk.position, chunk.rules, reduce)
         for chunk in self.chunks:
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
             yield advance(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])[1]
+        for chunk in self.guesses:
+            store = PagedStore(units, chunk.pages, layout)
+            tokens = chunk.tokens
+            guess(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])
         if self.singles is None:
             return
         singles = self.singles

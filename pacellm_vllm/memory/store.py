@@ -27,6 +27,7 @@ class PagedStore:
 
     def __init__(self, units: torch.Tensor, pages: Sequence[int], layout: BankLayout) -> None:
         self._units = units
+        self._pages = list(pages)
         self._layout = layout
         self._places = places(layout)
         origin, stride = units.storage_offset(), units.stride(0)
@@ -77,6 +78,31 @@ class PagedStore:
 
     def write_sums(self, sums: torch.Tensor) -> None:
         self._save(self._places.sums, sums.flatten().view(self._units.dtype))
+
+    def copy(self) -> "PagedStore":
+        """The same bank in memory of its own."""
+        return PagedStore(self._units[self._pages], range(len(self._pages)), self._layout)
+
+    def read_tail_position(self) -> int:
+        """What was last written there; undefined before."""
+        row = self._load(self._places.rows[self._layout.tail_start])
+        return int(row[: 4 // row.itemsize].view(torch.int32))
+
+    def write_tail_position(self, position: int) -> None:
+        word = torch.tensor([position], dtype=torch.int32, device=self._units.device)
+        row = self._units.new_zeros(self._layout.width)
+        row[: 4 // row.itemsize] = word.view(row.dtype)
+        self._save(self._places.rows[self._layout.tail_start], row)
+
+    def read_tail(self, count: int) -> torch.Tensor:
+        """The first rows [count, D] of the tail."""
+        start = self._layout.tail_start + 1
+        return torch.stack([self._load(row) for row in self._places.rows[start : start + count]])
+
+    def write_tail(self, a: torch.Tensor) -> None:
+        start = self._layout.tail_start + 1
+        for spans, row in zip(self._places.rows[start : start + len(a)], a, strict=True):
+            self._save(spans, row)
 
     def _view(self, span: Span) -> torch.Tensor:
         origin = self._origins[span.page] + span.start

@@ -95,6 +95,12 @@ def find_feed_forward(model: nn.Module, index: int, prefix: str = "") -> FeedFor
     return found[0]
 
 
+def output_projection(module: nn.Module) -> Any:
+    """The output projection of ``module``, which is an FFN, whatever was attached to it."""
+    [name] = [b for a, b in _PROJECTIONS if hasattr(module, a) and hasattr(module, b)]
+    return getattr(module, name)
+
+
 def _parts(module: nn.Module, whole: bool) -> tuple[str, str, str] | None:
     """The names of an FFN's input, activation and output in ``module``, if it is one.
 

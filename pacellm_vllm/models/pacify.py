@@ -1,6 +1,7 @@
 """pacify: the subclass of a vLLM decoder whose chosen FFNs carry memory, experts or both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +10,22 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.stage import StageWithoutMemory
 from pacellm_vllm.models.experts import ModelExperts
 from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
 from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
+
+
+@contextmanager
+def _as_architecture(hf_config: Any, architecture: str) -> Iterator[None]:
+    """Show the base class the name it knows: transformers keeps renamings of weights by it."""
+    ours = hf_config.architectures
+    hf_config.architectures = [architecture]
+    try:
+        yield
+    finally:
+        hf_config.architectures = ours
 
 
 def pacify(base: Any, name: str) -> type[nn.Module]:
@@ -22,13 +35,16 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
     """
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        with _as_architecture(vllm_config.model_config.hf_config, name.removeprefix("Pace")):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         config = read_config(vllm_config)
-        total = vllm_config.model_config.get_total_num_hidden_layers()
-        layers = config.resolve_layers(total)
+        model = vllm_config.model_config
+        layers = config.resolve_layers(model.get_total_num_hidden_layers())
         experts = ModelExperts(vllm_config, config.experts) if config.experts else None
         with_experts = experts.plan.layers if experts else ()
-        for index in sorted({*layers, *with_experts}):
+        # The decoder layers of this pipeline stage.
+        here = range(*model.get_layers_start_end_indices(vllm_config.parallel_config))
+        for index in sorted({*layers, *with_experts} & {*here}):
             ffn = find_feed_forward(self, index, prefix)
             memory = None
             if index in layers:
@@ -41,6 +57,9 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
                     continue
             if memory:
                 remember(ffn, memory)
+        if layers and not {*layers} & {*here}:
+            ffn = find_feed_forward(self, here[0], prefix)
+            StageWithoutMemory(vllm_config, config, ffn.width, f"{ffn.name}.stage")
         self._pace_experts = experts
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:

@@ -74,7 +74,7 @@ def _find(
     for store, row, token, header, count in zip(stores, parts, a32, words, valid, strict=True):
         if count:
             store.products(token, row[:count])
-            row[size : size + count] = Header.unpack(header).squares[:count]
+            row[size : size + count] = Header.squares_of(header)[:count]
     torch.linalg.vecdot(a32, a32, out=parts[:, -1])
     if reduce is not None:
         parts = reduce(parts)
@@ -121,18 +121,17 @@ def _advance(
             sums = a.new_zeros(4, len(a), dtype=torch.float32) if offset == 0 else store.read_sums()
             add_one(sums, adds, offset)
             store.write_sums(sums)
-    header = Header.unpack(words)
     if mid:
         words[1] = mids + 1
         if segment:
-            header.merge[found.top] = 1
+            Header.unpack(words).merge[found.top] = 1
     elif low:
         words[2] = lows + 1
     elif paper:
-        header.confirm[found.top] += 1
+        Header.unpack(words).confirm[found.top] += 1
     committed = None
     if offset + 1 == rules.segment_size:
-        committed = commit(store, header, valid, rules)
+        committed = commit(store, Header.unpack(words), valid, rules)
     if paper or not high or offset == 0 or committed is not None:
         store.write_words(words)
     return Progress(int(high), int(mid), int(low), committed)

@@ -37,9 +37,13 @@ class Header:
     @classmethod
     def unpack(cls, words: torch.Tensor) -> "Header":
         """Views of ``words`` [num_words] int32."""
-        size = (words.numel() - 3) // 4
-        usage, merge, confirm, squares = words[3:].view(4, size)
-        return cls(words[0], words[1], words[2], usage, merge, confirm, squares.view(torch.float32))
+        usage, merge, confirm, _ = words[3:].view(4, -1)
+        squares = cls.squares_of(words)
+        return cls(words[0], words[1], words[2], usage, merge, confirm, squares)
+
+    @staticmethod
+    def squares_of(words: torch.Tensor) -> torch.Tensor:
+        return words[3 + 3 * (len(words) // 4) :].view(torch.float32)
 
     def start_segment(self, first: bool) -> None:
         """Forget the running segment's part; in the first segment everything."""
@@ -118,10 +122,7 @@ def advance(
     segment, offset = divmod(position, rules.segment_size)
     assert 0 < n <= rules.segment_size - offset, "a piece must not cross a segment end"
 
-    words = store.read_words()
-    header = Header.unpack(words)
-    if offset == 0:
-        header.start_segment(first=segment == 0)
+    words, header = _begin(store, position, rules)
     valid = int(header.valid)
     keys, values = store.read_keys(valid), store.read_values(valid)
     found = look_up(a, keys, values, rules, reduce, header.squares[:valid], out)
@@ -148,6 +149,30 @@ def advance(
         committed = commit(store, header, valid, rules)
     store.write_words(words)
     return o, Progress(n - num_mid - num_low, num_mid, num_low, committed)
+
+
+def peek(
+    store: BankStore,
+    a: torch.Tensor,
+    position: int,
+    rules: MemoryRules,
+    reduce: Reduce | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of :func:`advance`, which see; the bank stays as it is."""
+    _, header = _begin(store, position, rules)
+    valid = int(header.valid)
+    keys, values = store.read_keys(valid), store.read_values(valid)
+    return look_up(a, keys, values, rules, reduce, header.squares[:valid], out).output
+
+
+def _begin(store: BankStore, position: int, rules: MemoryRules) -> tuple[torch.Tensor, Header]:
+    """The header as the token at ``position`` finds it, packed and in views of that."""
+    words = store.read_words()
+    header = Header.unpack(words)
+    if position % rules.segment_size == 0:
+        header.start_segment(first=position == 0)
+    return words, header
 
 
 def _stage_low(

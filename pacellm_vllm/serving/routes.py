@@ -10,12 +10,13 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from pacellm_vllm.compat import api_key_check
+from pacellm_vllm.compat import api_key_check, ask_all_engines
 from pacellm_vllm.models.checks import REPORT_EXTENSION
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.report import (
     EXPERTS_METHOD,
     REPORT_METHOD,
+    add_engines,
     describe_engine,
     merge_reports,
 )
@@ -47,7 +48,7 @@ async def memory(request: Request) -> dict[str, Any]:
             "drop that flag to see the memory.",
         )
     layers, experts = [
-        merge_reports(await state.engine.collective_rpc(method))
+        add_engines([merge_reports(each) for each in await ask_all_engines(state.engine, method)])
         for method in (REPORT_METHOD, EXPERTS_METHOD)
     ]
     return {"active": True, **describe_engine(config), "layers": layers, "experts": experts}

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_prompt
-from engines import NAMES, engine, prompt_logprobs
+from engines import architecture, engine, prompt_logprobs
 from transformers import AutoModelForCausalLM
 
 from pacellm_vllm.experts import cache
@@ -65,13 +65,13 @@ def run():
     return get
 
 
-def generate(path, arch="qwen2", pace=None, plain=False, **settings):
+def generate(path, pace=None, plain=False, **settings):
     """Greedy tokens, and the log-probabilities of all prompt tokens as one vector."""
     if plain:
-        settings["hf_overrides"] = {"architectures": [f"{NAMES[arch]}ForCausalLM"]}
+        settings["hf_overrides"] = {"architectures": [architecture(path)]}
     prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
     settings.setdefault("max_num_batched_tokens", 64)
-    with engine(path, arch, pace, **settings) as running:
+    with engine(path, pace, **settings) as running:
         outputs = running.generate(prompts, 24, prompt_logprobs=0)
         gates = {
             int(name.split(".")[2]): module.weight.clone() for name, module in weights_of(running)
@@ -96,10 +96,10 @@ def assert_same(found, truth):
 @pytest.mark.parametrize("arch", ["phi3", "nemotron"])
 def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, run, checkpoint, clustered):
     """Clustered before, by stored orders, and while loading; gate and up in one tensor, no gate."""
-    truth = run(checkpoint(arch), arch)
-    stored = run(clustered(arch), arch)
+    truth = run(checkpoint(arch))
+    stored = run(clustered(arch))
     ways = [{"num_experts": K}, {"path": str(clustered(arch))}][: 2 if arch == "phi3" else 1]
-    loaded = [run(checkpoint(arch), arch, {"experts": experts}) for experts in ways]
+    loaded = [run(checkpoint(arch), {"experts": experts}) for experts in ways]
     for found in (stored, *loaded):
         assert_same(found, truth)
         # All are in one order, which is not the original one.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILIES
 from clustered import SETTINGS, digests, logits, relative, weights
 from ffn_models import NEURONS, tiny_model
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,29 @@ from pacellm_vllm.experts.orders import EXPERTS_JSON, EXPERTS_ORDERS
 from pacellm_vllm.experts.rewrite import cluster_checkpoint, write_permuted
 from pacellm_vllm.experts.settings import ClusterSettings
 
-ARCHITECTURES = (*FAMILIES, "starcoder2", "gpt2", "opt", "phi", "gpt_neox")
+ARCHITECTURES = [
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "phi3",
+    "cohere",
+    "exaone4",
+    "glm4",
+    "hyperclovax",
+    "ministral3",
+    "nemotron",
+    "stablelm",
+    "starcoder2",
+    "gpt2",
+    "opt",
+    "phi",
+    "gpt_neox",
+]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,0 +1,172 @@
+"""Benchmarks in their own schemas on real engines, in this process and over HTTP."""
+
+import json
+import socket
+
+import benchmark_files
+import pytest
+import torch
+
+from pacellm_vllm.cli import main
+from pacellm_vllm.evals.answers import Offline, offline_engine
+from pacellm_vllm.evals.arguments import read_tokenizer
+from pacellm_vllm.evals.server import Server
+
+ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
+TASKS = "longbench_triviaqa,longbench_lcc,infinitebench_passkey,niah_single_1,mmlu_anatomy"
+WORDS = ["--tasks", TASKS, "--limit", "3", "--batch", "2", "--max-length", "300", "--quiet"]
+WORDS += ["--memory", '{"segment_size": 64}']
+CONFIGS = '{"off": null, "again": null, "official": {"preset": "official"}}'
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return benchmark_files.write_all(tmp_path_factory.mktemp("data"))
+
+
+def suite(model, out, data, *words):
+    command = ["eval", "suite", model, "--out", str(out), "--data", str(data)]
+    assert main([*command, *WORDS, *words]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def results(out):
+    lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    return {(line["config"], line["id"]): line for line in lines if "id" in line}
+
+
+@pytest.fixture(scope="module")
+def in_process(tiny, data, tmp_path_factory):
+    """Three configurations in this process: where the results are, and which hosts were asked."""
+    out = tmp_path_factory.mktemp("suite")
+    asked = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        look_up = socket.getaddrinfo
+        patch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda *args, **named: asked.add(args[0]) or look_up(*args, **named),
+        )
+        engine = json.dumps({**ENGINE, "max_model_len": 640})
+        report = suite(tiny, out, data, "--configs", CONFIGS, "--engine", engine)
+    return out, report, asked
+
+
+def test_each_score_is_of_its_own_item(in_process):
+    out, report, _ = in_process
+    for name in ("infinitebench_passkey", "niah_single_1@128", "niah_single_1@256"):
+        task = report["tasks"][name]
+        assert task["items"] == 3
+        assert task["scores"] == {"off": 1, "again": 1, "official": 1}
+    # The answer is one of 25 words or so.
+    assert 0.05 < report["tasks"]["longbench_triviaqa"]["scores"]["off"] < 0.1
+    found = results(out)
+    assert len(found) == 3 * 6 * 3
+    keys = [row for row in found.values() if row["id"].startswith("infinitebench_passkey")]
+    assert len({row["target"] for row in keys}) > 1
+    assert all(row["output"][0].split(".")[0].strip() == row["target"] for row in keys)
+    choices = found["off", "mmlu_anatomy/0"]["output"]
+    likeliest = max(range(4), key=lambda i: choices[i][0])
+    right = found["off", "mmlu_anatomy/0"]["scores"]["acc"]
+    assert right == (likeliest == found["off", "mmlu_anatomy/0"]["target"])
+
+
+def test_a_configuration_against_itself_is_exactly_zero(in_process):
+    _, report, _ = in_process
+    for task in report["tasks"].values():
+        again = task["differences"]["again"]
+        assert [again[name] for name in ("mean", "low", "high")] == [0, 0, 0]
+        assert again["verdict"] == "equal on every item"
+
+
+def test_no_host_is_asked_for_data_in_files(in_process):
+    _, _, asked = in_process
+    assert asked <= {None, "localhost", "127.0.0.1", "0.0.0.0", "::1", socket.gethostname()}
+
+
+def test_the_report_says_how_it_was_measured(in_process):
+    out, report, _ = in_process
+    text = (out / "report.md").read_text()
+    for name in ("pacellm-vllm", "vllm", "torch", "transformers", "lm_eval"):
+        assert f"{name} {report['settings']['versions'][name]}" in text
+    engine = report["engines"]["official"]
+    assert engine["config"]["segment_size"] == 64
+    assert engine["engine"]["max_num_batched_tokens"] > 0
+    assert engine["engine"]["dtype"] == "float32"
+    assert report["engines"]["off"]["config"] is None
+    assert report["tasks"]["longbench_triviaqa"]["cut"] == 0
+
+
+def test_an_interrupted_run_goes_on_to_the_same_report(tiny, in_process, data, tmp_path):
+    out, report, _ = in_process
+    lines = (out / "items.jsonl").read_text().splitlines(keepends=True)
+    # In the middle of the last configuration, and of a line.
+    (tmp_path / "items.jsonl").write_text("".join(lines[:-5]) + lines[-5][:30])
+    engine = json.dumps({**ENGINE, "max_model_len": 640})
+    assert suite(tiny, tmp_path, data, "--configs", CONFIGS, "--engine", engine) == report
+    assert (tmp_path / "items.jsonl").read_text() == "".join(lines)
+
+
+def test_other_data_is_another_measurement(tiny, in_process, tmp_path, capsys):
+    out, _, _ = in_process
+    other = benchmark_files.write_all(tmp_path)
+    path = other / "InfiniteBench" / "passkey.jsonl"
+    path.write_text(path.read_text().replace("The magic number", "One magic number", 1))
+    command = ["eval", "suite", tiny, "--out", str(out), "--data", str(other), *WORDS]
+    engine = json.dumps({**ENGINE, "max_model_len": 640})
+    assert main([*command, "--configs", CONFIGS, "--engine", engine]) == 2
+    assert "was measured with tasks = " in capsys.readouterr().err
+
+
+def test_a_server_says_what_the_engine_in_this_process_says(
+    tiny, tiny_server, in_process, data, tmp_path
+):
+    out, report, _ = in_process
+    server = ["--configs", "official", "--base-url", tiny_server, "--served-model-name", "tiny"]
+    there = suite(tiny, tmp_path / "ids", data, *server)
+    for name, task in there["tasks"].items():
+        assert task["scores"]["official"] == report["tasks"][name]["scores"]["official"], name
+    here, said = results(out), results(tmp_path / "ids")
+    for key, row in said.items():
+        if row["id"].startswith("mmlu"):
+            assert_near(row.pop("output"), here[key].pop("output"))
+        assert row == here[key]
+
+    generated = ["--tasks", "infinitebench_passkey,niah_single_1,longbench_lcc"]
+    messages = suite(tiny, tmp_path / "chat", data, *server, *generated, "--route", "chat")
+    asked = {name: task["chat"] for name, task in messages["settings"]["tasks"].items()}
+    assert asked == {"infinitebench_passkey": True, "niah_single_1": True, "longbench_lcc": False}
+    assert messages["tasks"]["infinitebench_passkey"]["scores"]["official"] == 1
+    assert messages["tasks"]["niah_single_1@256"]["scores"]["official"] == 1
+
+
+def assert_near(a, b):
+    assert [greedy for _, greedy in a] == [greedy for _, greedy in b]
+    assert [value for value, _ in a] == pytest.approx([value for value, _ in b], abs=1e-3)
+
+
+def test_a_loglikelihood_is_that_of_transformers(tiny, tiny_server):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = read_tokenizer(tiny)
+    text, question, answer = benchmark_files.needle("loglikelihood", 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    prompts, expected = [], []
+    for continuation in (f" {answer}", f" {answer}. The", " farmer the"):
+        ids = tokenizer(f"{text} {question}{continuation}").input_ids
+        n = len(ids) - len(tokenizer(f"{text} {question}").input_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        last = torch.tensor(ids[-n:])
+        value = logits.gather(1, last[:, None]).sum().item()
+        prompts.append((ids, n))
+        expected.append((value, bool((logits.argmax(-1) == last).all())))
+    assert len(prompts[0][0]) < 64  # Memory acts after a segment.
+    assert [greedy for _, greedy in expected] == [True, True, False]
+    with offline_engine(tiny, None, {**ENGINE, "max_model_len": 128}) as llm:
+        assert_near(Offline(llm).loglikelihood(prompts), expected)
+    assert_near(Server(tiny_server, "tiny", "none").loglikelihood(prompts), expected)
