@@ -18,5 +18,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" --no-deps vllm==0.32.0
 # It declares a protobuf that the list above does not have; what we use of it needs none.
 "${pip[@]}" --no-deps ortools==9.15.6755
+# Half of what it declares serves its own command and tables, which we do not use.
+"${pip[@]}" --no-deps lm_eval==0.4.13
 "${pip[@]}" --no-deps --editable .
 echo "$stamp" > "$venv/pacellm-installed"
