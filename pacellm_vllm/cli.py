@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.evals.command import add_parser as add_eval
+from pacellm_vllm.evals.inspect import add_parser as add_inspect_memory
 from pacellm_vllm.experts.command import add_parser as add_cluster
-from pacellm_vllm.experts.inspect import add_parser as add_inspect
-from pacellm_vllm.experts.settings import parse_experts
+from pacellm_vllm.experts.inspect import add_parser as add_inspect_experts
+from pacellm_vllm.flags import add_settings, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     add_cluster(commands)
     add_eval(commands)
-    add_inspect(commands)
+    _add_inspect(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
     if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):
@@ -51,44 +52,22 @@ def _add_serve(commands: Any) -> None:
         allow_abbrev=False,
     )
     serve.add_argument("model", metavar="MODEL", help="checkpoint directory or hub name")
-    for name, field in PaceConfig.model_fields.items():
-        serve.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            type=_PARSERS.get(name, _number_or_text),
-            help=field.description,
-        )
+    add_settings(serve)
     serve.set_defaults(run=_serve)
 
 
-def _layers(text: str) -> Any:
-    if text == "auto":
-        return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError('a list such as 12,26, or "auto"') from None
-
-
-def _number_or_text(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-_PARSERS = {"layers": _layers, "experts": parse_experts}
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="look into a model", allow_abbrev=False)
+    things = inspect.add_subparsers(dest="thing", required=True, metavar="WHAT")
+    add_inspect_experts(things)
+    add_inspect_memory(things)
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     # vLLM takes seconds to import: not for --help or a typo.
     from pacellm_vllm.serving.command import all_plugins, serve_arguments, shown, vllm_command
 
-    fields = {name: getattr(args, name) for name in PaceConfig.model_fields}
-    settings = {name: value for name, value in fields.items() if value is not None}
-    arguments = serve_arguments(args.model, settings, rest)
+    arguments = serve_arguments(args.model, settings_of(args), rest)
     plugins = None if "VLLM_PLUGINS" in os.environ else all_plugins()
     print(shown(arguments, plugins), flush=True)
     if plugins:

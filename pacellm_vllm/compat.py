@@ -5,17 +5,22 @@
 
 import functools
 import logging
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from starlette.datastructures import Headers
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
@@ -110,6 +115,18 @@ def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
         vllm_config.parallel_config.worker_extension_cls = name
 
 
+async def ask_all_engines(client: EngineClient, method: str) -> list[list[Any]]:
+    """What ``method`` returns on every worker of every engine that ``client`` speaks to.
+
+    Symptom: with data parallel engines, ``EngineClient.collective_rpc`` calls all of them and
+    returns the first one's answers. Can go when it returns all.
+    """
+    ask = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
+    if ask is None:
+        return [await client.collective_rpc(method)]
+    return await ask("collective_rpc", method, None, (), None)
+
+
 def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
     """Whether a request's headers carry one of the server's API keys; always, if it has none.
 
@@ -151,6 +168,37 @@ def _wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
+
+
+def load_with_drafts(names: Set[str | type]) -> None:
+    """Let logits processors ``names``, which leave logits alone, be loaded beside a drafter.
+
+    Symptom: with speculative decoding, model runner V1 refuses custom logits processors of any
+    kind. Can go when it loads those that are argmax invariant.
+    """
+    from vllm.v1.sample import logits_processor
+
+    def build(
+        original: Callable[..., Any],
+        vllm_config: VllmConfig,
+        device: Any,
+        pin_memory: bool,
+        pooling: bool,
+        custom: Iterable[str | type] = (),
+    ) -> Any:
+        custom = tuple(custom)
+        if not vllm_config.speculative_config or not custom or not names >= {*custom}:
+            return original(vllm_config, device, pin_memory, pooling, custom)
+        built = original(vllm_config, device, pin_memory, pooling)
+        for name in custom:
+            processor = resolve_obj_by_qualname(str(name).replace(":", "."))
+            built.argmax_invariant.append(processor(vllm_config, device, pin_memory))
+        return built
+
+    runner = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    for module in (logits_processor, runner):
+        if module is not None:
+            _wrap_once(module, "build_logitsprocs", build)
 
 
 def refuse_in_beam_search(prefix: str) -> None:
@@ -246,3 +294,80 @@ def copy_blocks_before_forward(
     Can go when there is a public method to ask.
     """
     manager._pending_cow_copies.extend(pairs)
+
+
+def rows_of_requests(rows: int) -> torch.Tensor | None:
+    """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
+
+    None in profiling runs. Nothing is read on the host, and graphs see each step's own rows.
+    Symptom: vLLM pads batches for its graphs and tells layers outside of attention nothing about
+    it; where keys and values go is what it marks padding in, with -1.
+    Can go when the forward context says how many tokens a step has, on the device.
+    """
+    mapping = get_forward_context().slot_mapping
+    if not isinstance(mapping, dict):
+        return None
+    slots = (slots for name, slots in mapping.items() if not name.endswith(".memory"))
+    found = next(slots, None)
+    return None if found is None else found[:rows] >= 0
+
+
+def grouped_product_tiles(tokens: int, experts: int, width: int, inner: int) -> dict[str, int]:
+    """Tile sizes for :func:`grouped_product`: vLLM's defaults for such a mixture of experts.
+
+    Symptom and end: those of :func:`grouped_product`.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    return get_default_config(tokens, experts, width, inner, experts, None)
+
+
+def grouped_product(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    tiles: dict[str, int],
+) -> None:
+    """``out[t, e] = weights[e] x[t] + bias[e]`` for some pairs of token t and expert e, on a GPU.
+
+    Args:
+        x: [tokens, H], bf16 or fp16.
+        weights: [experts, n, H], any strides; bias [experts, n].
+        out: [tokens, experts, n], written for the pairs only.
+        groups: pairs t experts + e by expert, the expert of each tile, and how many pairs, as
+            ``experts.fused.by_expert`` makes them for ``tiles["BLOCK_SIZE_M"]``.
+
+    Symptom: vLLM's public ``fused_experts`` puts a fixed number of experts, a known activation and
+    the sum over experts into one call; the product inside is not public.
+    Can go when it is, or when our kernels have one.
+    """
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.triton_utils import tl
+
+    fused_moe.invoke_fused_moe_triton_kernel(
+        x,
+        weights,
+        out,
+        A_scale=None,
+        B_scale=None,
+        topk_weights=None,
+        sorted_token_ids=groups[0],
+        expert_ids=groups[1],
+        num_tokens_post_padded=groups[2],
+        mul_routed_weight=False,
+        top_k=len(weights),
+        config=tiles,
+        compute_type={
+            torch.float16: tl.float16,
+            torch.bfloat16: tl.bfloat16,
+            torch.float32: tl.float32,
+        }[x.dtype],
+        use_fp8_w8a8=False,
+        use_int8_w8a8=False,
+        use_int8_w8a16=False,
+        use_int4_w4a16=False,
+        per_channel_quant=False,
+        B_bias=bias,
+    )

@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import ExpertsConfig, merge_experts
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
+from pacellm_vllm.sentences import first_mistake, not_allowed
 
 CONFIG_KEY = "pacellm"
 
@@ -113,11 +113,11 @@ class PaceConfig(BaseModel):
     def _check_together(self) -> "PaceConfig":
         if self.theta_low > self.theta_high:
             raise PaceConfigError(
-                _sentence("theta_low", self.theta_low, f"at most theta_high = {self.theta_high}")
+                not_allowed("theta_low", self.theta_low, f"at most theta_high = {self.theta_high}")
             )
         if self.max_insertions > self.bank_size:
             raise PaceConfigError(
-                _sentence(
+                not_allowed(
                     "max_insertions", self.max_insertions, f"at most bank_size = {self.bank_size}"
                 )
             )
@@ -129,7 +129,7 @@ class PaceConfig(BaseModel):
                 not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
             )
         ):
-            raise PaceConfigError(_sentence("layers", list(self.layers), _ALLOWED["layers"]))
+            raise PaceConfigError(not_allowed("layers", list(self.layers), _ALLOWED["layers"]))
         return self
 
     @classmethod
@@ -167,13 +167,7 @@ class PaceConfig(BaseModel):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            first = error.errors()[0]
-            raised = first.get("ctx", {}).get("error")
-            if isinstance(raised, (PaceConfigError, ExpertsError)):
-                raise PaceConfigError(str(raised)) from None
-            name = str(first["loc"][0])
-            value = merged.get(name, first.get("input"))
-            raise PaceConfigError(_sentence(name, value, _ALLOWED[name])) from None
+            raise PaceConfigError(first_mistake(error, merged, _ALLOWED)) from None
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Sorted layers with memory of ``num_layers``; ``PaceConfigError`` if one is out.
@@ -187,7 +181,7 @@ class PaceConfig(BaseModel):
         for index in self.layers:
             if index >= num_layers:
                 raise PaceConfigError(
-                    _sentence("layers", index, f"from 0 to {num_layers - 1} for this model")
+                    not_allowed("layers", index, f"from 0 to {num_layers - 1} for this model")
                 )
         return tuple(sorted(self.layers))
 
@@ -211,7 +205,3 @@ class PaceConfig(BaseModel):
             mid_self_weight=0.5 if self.preset == "paper" else 0.0,
             update=UpdateRule(self.preset),
         )
-
-
-def _sentence(name: str, value: Any, allowed: str) -> str:
-    return f"pacellm: {name} = {value!r} is not allowed; it must be {allowed}."

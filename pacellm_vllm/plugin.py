@@ -5,10 +5,11 @@ def register() -> None:
     """Make the ``Pace*`` architectures known, lazily; safe to call again."""
     from vllm.model_executor.models import ModelRegistry
 
-    from pacellm_vllm.compat import add_config_hook
+    from pacellm_vllm.compat import add_config_hook, load_with_drafts
     from pacellm_vllm.models import checks
     from pacellm_vllm.models.table import ARCHITECTURES
 
+    load_with_drafts({checks.REQUEST_SETTINGS, checks.NO_REQUEST_SETTINGS})
     known = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES:
         if name not in known:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.sentences import first_mistake, not_allowed
 
 _ALLOWED = {
     "enabled": "true or false",
@@ -18,6 +19,8 @@ _ALLOWED = {
     "theta_high": "a number from -1 to 1, not below theta_low",
     "theta_low": "a number from -1 to 1, not above theta_high",
 }
+
+_WHERE = " in a request"
 
 
 class RequestSettings(BaseModel):
@@ -53,11 +56,7 @@ class RequestSettings(BaseModel):
         try:
             settings = cls.model_validate(given)
         except ValidationError as error:
-            name = str(error.errors()[0]["loc"][0])
-            raise PaceConfigError(
-                f"pacellm: {name} = {given[name]!r} is not allowed in a request; it must be "
-                f"{_ALLOWED[name]}."
-            ) from None
+            raise PaceConfigError(first_mistake(error, given, _ALLOWED, where=_WHERE)) from None
         high, low = settings.theta_high, settings.theta_low
         if (high is None) != (low is None):
             raise PaceConfigError(
@@ -65,8 +64,7 @@ class RequestSettings(BaseModel):
             )
         if high is not None and low is not None and low > high:
             raise PaceConfigError(
-                f"pacellm: theta_low = {low} is not allowed in a request; it must be at most "
-                f"theta_high = {high}."
+                not_allowed("theta_low", low, f"at most theta_high = {high}", _WHERE)
             )
         return settings
 

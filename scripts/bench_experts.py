@@ -1,6 +1,7 @@
 """Speed of one FFN when each token computes a share of its experts; dense and routed in one run.
 
     python scripts/bench_experts.py [--hidden 3584] [--neurons 18944] [--experts 64] [--threads 2]
+    python scripts/bench_experts.py --device cuda --dtype bfloat16
 
 Random weights, so tokens choose without preference; trained ones would share experts more.
 """
@@ -12,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from pacellm_vllm.experts.ffn import GatedWeights, grouped_output
+from pacellm_vllm.experts.ffn import FfnWeights, grouped_output
+from pacellm_vllm.experts.fused import fused_output
 from pacellm_vllm.experts.routing import ExpertRouter
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -25,11 +27,14 @@ def act(x: torch.Tensor) -> torch.Tensor:
 
 def seconds(run: Callable[[], torch.Tensor], repeats: int) -> float:
     """Median of ``repeats`` after one more that does not count."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else bool
     run()
     times = []
     for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -38,10 +43,14 @@ def seconds(run: Callable[[], torch.Tensor], repeats: int) -> float:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
+    if args.device == "cuda" and dtype == torch.float32:
+        raise SystemExit("on a GPU float32 is masked, not routed; use --dtype bfloat16")
+    compute = grouped_output if args.device == "cpu" else fused_output
     torch.manual_seed(0)
+    torch.set_default_device(args.device)
     gate_up = torch.randn(2 * args.neurons, args.hidden, dtype=dtype) / args.hidden**0.5
     down = torch.randn(args.hidden, args.neurons, dtype=dtype) / args.neurons**0.5
-    w = GatedWeights(gate_up, down, act)
+    w = FfnWeights(gate_up, down, act)
     routers = []
     for share in SHARES:
         top_k = round(share * args.experts)
@@ -53,8 +62,9 @@ def main(args: argparse.Namespace) -> None:
         a = act(torch.nn.functional.linear(x, gate_up))
         return torch.nn.functional.linear(a, down)
 
-    print(f"{args.neurons} x {args.hidden}, {args.experts} experts, {args.dtype}, torch", end=" ")
-    print(f"{torch.__version__}, {args.threads} threads; ms, and times the dense FFN's speed")
+    what = f"{args.neurons} x {args.hidden}, {args.experts} experts, {args.dtype}, {args.device}"
+    print(f"{what}, torch {torch.__version__}, {args.threads} threads;", end=" ")
+    print("ms, and times the dense FFN's speed")
     print("| tokens | dense | " + " | ".join(f"{s:.0%}" for s in SHARES) + " | router alone |")
     print("|---" * (len(SHARES) + 3) + "|")
     for tokens in args.tokens:
@@ -63,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         base = seconds(lambda x=x: dense(x), repeats)
         cells = [f"{tokens}", f"{1e3 * base:.1f}"]
         for router in routers:
-            took = seconds(lambda x=x, r=router: grouped_output(x, w, r.choose(x)), repeats)
+            took = seconds(lambda x=x, r=router: compute(x, w, r.choose(x)), repeats)
             cells.append(f"{1e3 * took:.1f} ({base / took:.2f})")
         alone = seconds(lambda x=x: routers[2].choose(x), repeats)
         print("| " + " | ".join([*cells, f"{1e3 * alone:.2f}"]) + " |", flush=True)
@@ -77,4 +87,5 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     main(parser.parse_args())

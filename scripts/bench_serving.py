@@ -1,12 +1,14 @@
-"""What memory costs a running engine: the same model, shape and load in up to four variants.
+"""What memory costs a running engine: the same model, shape and load in up to five variants.
 
     python scripts/bench_serving.py --shape mid --json out.json
 
     absent     vLLM without this plugin (on a CPU its platform stays: without it nothing runs)
     installed  plugin installed, not configured
     pa2, pa4   memory in two layers, in four
+    pa2ce      memory in two layers, and experts as --experts says (made while loading)
 
-Weights are random (``load_format="dummy"``), prompts draw on a few token ids, so that tokens recur
+Weights are random: vLLM's own (``load_format="dummy"``), or with ``pa2ce``, which orders what it
+loads, a checkpoint written for the run. Prompts draw on a few token ids, so that tokens recur
 and every regime of the memory occurs; the counts are printed. All variants' engines are alive at
 once and take turns, a few steps each, so that they share whatever else the machine does; what
 is compared is each round's ratio to ``installed``, and the median over rounds. On a GPU, give
@@ -33,30 +35,36 @@ SHAPES: dict[str, dict[str, int]] = {
     "0.5b": {"hidden": 896, "ffn": 4864, "layers": 24, "heads": 14, "kv": 2, "vocab": 151936},
     "7b": {"hidden": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv": 4, "vocab": 152064},
 }
-VARIANTS = ("absent", "installed", "pa2", "pa4")
+VARIANTS = ("absent", "installed", "pa2", "pa4", "pa2ce")
 BASELINE = "installed"
 DISTINCT_TOKENS = 160
 MARK = "REPLY "
 
 
-def write_checkpoint(directory: Path, shape: dict[str, int], max_len: int) -> None:
-    """A Qwen2 config.json; weights are made up by vLLM."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": shape["hidden"],
-        "intermediate_size": shape["ffn"],
-        "num_hidden_layers": shape["layers"],
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": shape["kv"],
-        "vocab_size": shape["vocab"],
-        "max_position_embeddings": max_len,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+def write_checkpoint(
+    directory: Path, shape: dict[str, int], max_len: int, dtype: str, weights: bool
+) -> None:
+    """A Qwen2 config.json, and weights unless vLLM is to make them up."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=max_len,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    config.save_pretrained(directory)
+    if weights:
+        torch.manual_seed(0)
+        torch.set_default_dtype(getattr(torch, dtype))
+        Qwen2ForCausalLM(config).save_pretrained(directory)
 
 
 def memory_layers(num_layers: int, count: int) -> list[int]:
@@ -78,12 +86,15 @@ class Worker:
             "max_num_seqs": max(args.batch),
             "max_num_batched_tokens": args.chunk,
             "enforce_eager": args.eager,
+            "load_format": "auto" if args.weights else "dummy",
         }
         if args.kv_gib:
             self.settings["kv_cache_memory_bytes"] = int(args.kv_gib * 2**30)
         if variant.startswith("pa"):
-            layers = memory_layers(SHAPES[args.shape]["layers"], int(variant[2:]))
+            layers = memory_layers(SHAPES[args.shape]["layers"], int(variant[2]))
             pace = {"layers": layers, "segment_size": args.segment, **json.loads(args.pace)}
+            if variant.endswith("ce"):
+                pace["experts"] = json.loads(args.experts)
             self.settings["hf_overrides"] = {"architectures": ["PaceQwen2ForCausalLM"]}
             self.settings["additional_config"] = {"pacellm": pace}
         plugins = "pacellm_cpu" if variant == "absent" else "pacellm_cpu,pacellm"
@@ -130,7 +141,6 @@ def work() -> None:
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     llm = LLM(
-        load_format="dummy",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         **start,
@@ -140,10 +150,11 @@ def work() -> None:
     config = core.vllm_config
     # Dummy weights are 1e-3 at most, the norms' too, which would leave activations of next to
     # nothing; with norms of 1 the same tokens give like activations and others unlike ones.
-    model = core.model_executor.driver_worker.worker.model_runner.model
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1)
+    if start["load_format"] == "dummy":
+        model = core.model_executor.driver_worker.worker.model_runner.model
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.fill_(1)
     serial = 0
 
     def add(prompts: list[list[int]], max_tokens: int) -> None:
@@ -312,6 +323,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-gib", type=float, default=0.5, help="0: vLLM decides")
     parser.add_argument("--pace", default="{}", help="further pacellm settings, as JSON")
+    parser.add_argument("--experts", default='{"num_experts": 64}', help="of pa2ce, as JSON")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
     parser.add_argument("--json", type=Path)
@@ -327,10 +339,12 @@ def main() -> None:
     if args.dtype == "auto":
         args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     variants = args.variants.split(",")
+    args.weights = any(variant.endswith("ce") for variant in variants)
     facts: dict[str, dict[str, Any]] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(Path(directory), SHAPES[args.shape], args.max_len)
+        shape = SHAPES[args.shape]
+        write_checkpoint(Path(directory), shape, args.max_len, args.dtype, args.weights)
         groups = [[v] for v in variants] if args.alone else [variants]
         for group in groups:
             workers = [Worker(variant, args, Path(directory)) for variant in group]

@@ -1,17 +1,22 @@
-"""Train a tiny Qwen2 that reads text and finds needles in it; CPU, ten minutes on two cores.
+"""Train a tiny Qwen2 that reads text and finds needles in it; CPU, one thread.
 
-    python scripts/train_tiny.py OUT [--minutes N] [--seed S] [--threads T]
+    python scripts/train_tiny.py OUT [--seed S] [--threads T] [--steps N]
 
-scripts/tiny is what --seed 0 --threads 2 made; training.log is what that printed.
+scripts/tiny is what the default settings made; training.log is what that printed.
 
 A sample is filler with statements ("The magic number of Paris is 48.") at random places, then the
 same statements in another order, whose numbers are the answers. The loss is that of the answers
-plus that of all other words. Text grows by one stage whenever the answers are right. OUT is
-rewritten after each stage, so an interrupted run leaves the last one. The same seed gives the same
-model on the same machine unless --minutes ends it early.
+plus that of all other words. Text grows by one stage whenever the answers are right; in the last
+stage, whose longest text is the training length, the learning rate then falls to zero. OUT is
+rewritten after each stage, so an interrupted run leaves the last one. The same seed, threads and
+machine give the same model.
 
 The weights start near an induction circuit (seed_induction); nothing holds them there. Waiting for
 it to form by itself takes longer on one core than all else.
+
+Whatever the model says passes through its FFNs: attention writes to the first CARRIED channels of
+the residual stream only, and the head reads the rest only (hold). Without this, attention alone
+answers, FFNs do not matter to needles, and a memory in FFNs has nothing to gain or to lose.
 """
 
 import argparse
@@ -31,9 +36,11 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 )
-# (needles, filler tokens); the whole text is about 15 tokens a needle longer.
-STAGES = [(6, 0), (8, 16), (8, 48), (8, 96), (6, 192), (6, 320)]
+# (needles, filler tokens); the whole text is 16 tokens a needle longer.
+STAGES = [(6, 0), (8, 48), (6, 192), (4, 256)]
 MASTERED = 0.97
+LAST_STEPS = 300
+CARRIED = 96
 TOKENS_PER_STEP = 3072
 RATE = 2e-3
 FILLER_WEIGHT = 0.5
@@ -57,11 +64,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(vocab_size: int, eos: int, seed: int) -> Qwen2ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=vocab_size,
+            vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=4,
@@ -71,35 +78,65 @@ def make_model(vocab_size: int, eos: int, seed: int) -> Qwen2ForCausalLM:
             initializer_range=0.05,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=eos,
+            eos_token_id=tokenizer.eos_token_id,
             dtype=torch.float32,
         )
     )
-    seed_induction(model)
+    seed_induction(model, tokenizer.convert_tokens_to_ids([f" {value}" for value in VALUES]))
+    hold(model)
     return model
 
 
 @torch.no_grad()
-def seed_induction(model: Qwen2ForCausalLM) -> None:
+def hold(model: Qwen2ForCausalLM) -> None:
+    """Keep what attention writes and what the head reads apart; only FFNs carry across."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[CARRIED:] = 0
+    model.model.norm.weight[:CARRIED] = 0
+
+
+@torch.no_grad()
+def seed_induction(model: Qwen2ForCausalLM, values: list[int]) -> None:
     """Start with a rough circuit that finds "Paris is 48" from "Paris is".
 
     Layer 0: head 0 copies the token one back, head 1 the token two back, each into directions of
     its own. Layer 1: head 0 compares what head 0 wrote with what head 1 wrote, and copies the
-    token it finds. Every number here is a parameter that training goes on to change.
+    token it finds. The last FFN: a neuron for each token of ``values`` answers to what layer 1
+    copies of it, and says it. Every number here is a parameter that training goes on to change.
     """
+    for layer in model.model.layers:  # quiet beside the circuit
+        layer.self_attn.o_proj.weight *= 0.2
+        layer.mlp.down_proj.weight *= 0.2
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     size, width = first.head_dim, model.config.hidden_size
-    read = torch.linalg.qr(torch.randn(width, size))[0].T
-    written = torch.linalg.qr(torch.randn(width, 3 * size))[0].T.split(size)
+    read = torch.zeros(size, width)
+    read[:, CARRIED:] = torch.linalg.qr(torch.randn(size, width - CARRIED))[0]
+    written = torch.zeros(3 * size, width)
+    written[:, :CARRIED] = torch.linalg.qr(torch.randn(CARRIED, 3 * size))[0].T
+    written = written.split(size)
     for head, back in ((0, 1), (1, 2)):
         look_back(model, head, back)
         rows = slice(head * size, (head + 1) * size)
         first.v_proj.weight[rows] = read
-        first.o_proj.weight[:, rows] = 0.1 * written[head].T
-    second.q_proj.weight[:size] = 2 * written[0]
-    second.k_proj.weight[:size] = 2 * written[1]
-    second.v_proj.weight[:size] = written[2]
-    second.o_proj.weight[:, :size] = 0.2 * written[2].T
+        first.o_proj.weight[:, rows] = 0.2 * written[head].T
+    slow = slow_rows(model)
+    second.q_proj.weight[:size] = second.k_proj.weight[:size] = 0
+    second.q_proj.weight[slow] = 3 * written[0][: len(slow)]
+    second.k_proj.weight[slow] = 3 * written[1][: len(slow)]
+    second.v_proj.weight[:size] = read
+    second.o_proj.weight[:, :size] = 0.4 * written[2].T
+    tokens = torch.nn.functional.normalize(model.model.embed_tokens.weight[values], dim=1)
+    copied = torch.nn.functional.normalize(tokens @ read.T @ written[2], dim=1)
+    last = model.model.layers[-1].mlp
+    last.gate_proj.weight[: len(values)] = last.up_proj.weight[: len(values)] = copied
+    last.down_proj.weight[:, : len(values)] = tokens.T
+
+
+def slow_rows(model: Qwen2ForCausalLM) -> torch.Tensor:
+    """Rows of a head that rotary embedding turns by less than one radian in the longest text."""
+    speeds = model.model.rotary_emb.inv_freq
+    slow = (speeds * (STAGES[-1][1] + 16 * STAGES[-1][0]) < 1).nonzero().flatten()
+    return torch.cat([slow, slow + len(speeds)])
 
 
 def look_back(model: Qwen2ForCausalLM, head: int, back: int, strength: float = 6.0) -> None:
@@ -176,9 +213,32 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def train(out: Path, minutes: float, seed: int) -> None:
+@torch.no_grad()
+def answered(model: Qwen2ForCausalLM, samples: Samples, without: tuple[int, ...] = ()) -> float:
+    """Share of right answers in texts of the last stage's full length, ``without`` some FFNs."""
+    needles, filler = STAGES[-1]
+    hooks = [
+        model.model.layers[i].mlp.register_forward_hook(lambda *a: torch.zeros_like(a[-1]))
+        for i in without
+    ]
+    tokens, kinds = samples.batch(64, needles, filler)
+    hits = model(tokens).logits[:, :-1].argmax(-1) == tokens[:, 1:]
+    for hook in hooks:
+        hook.remove()
+    return hits[kinds[:, 1:] == 2].float().mean().item()
+
+
+def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Print how many answers are right in texts not trained on, and without FFNs."""
+    layers = range(model.config.num_hidden_layers)
+    for without in ((), *((i,) for i in layers), tuple(layers)):
+        share = answered(model, Samples(tokenizer, seed + 1), without)
+        print(f"answers at the training length without FFNs {[*without]}: {share:.3f}")
+
+
+def train(out: Path, seed: int, steps: float) -> None:
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), tokenizer.eos_token_id, seed)
+    model = make_model(tokenizer, seed)
     samples = Samples(tokenizer, seed)
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "mlp" not in n]
     kept = [p for n, p in model.named_parameters() if p.dim() == 1 or "mlp" in n]
@@ -186,15 +246,15 @@ def train(out: Path, minutes: float, seed: int) -> None:
         [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    start, step, stage, right = time.time(), 0, 0, 0.0
-    while stage < len(STAGES) and time.time() - start < minutes * 60:
+    start, step, stage, last, right = time.time(), 0, 0, 0, 0.0
+    while last < LAST_STEPS and step < steps:
         needles, filler = STAGES[stage]
         if filler:
-            filler = samples.rng.randint(0, filler)
-        size = max(4, TOKENS_PER_STEP // (15 * needles + filler))
+            filler = samples.rng.randint(filler // 2, filler)
+        size = max(4, TOKENS_PER_STEP // (16 * needles + filler))
         tokens, kinds = samples.batch(size, needles, filler)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 100)
+            group["lr"] = RATE * min(1, (step + 1) / 100) * (1 - last / LAST_STEPS)
         logits, target, kinds = model(tokens).logits[:, :-1], tokens[:, 1:], kinds[:, 1:]
         answers, text = kinds == 2, kinds == 1
         answer_loss = torch.nn.functional.cross_entropy(logits[answers], target[answers])
@@ -203,10 +263,13 @@ def train(out: Path, minutes: float, seed: int) -> None:
         (answer_loss + FILLER_WEIGHT * text_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        hold(model)
         step += 1
         hits = (logits[answers].argmax(-1) == target[answers]).float().mean().item()
         right = 0.97 * right + 0.03 * hits
-        if right > MASTERED:
+        if last or (right > MASTERED and stage == len(STAGES) - 1):
+            last += 1
+        elif right > MASTERED:
             print(f"stage {stage} done at step {step}, {time.time() - start:.0f} s", flush=True)
             save(model, tokenizer, out)
             stage, right = stage + 1, 0.5
@@ -217,14 +280,16 @@ def train(out: Path, minutes: float, seed: int) -> None:
                 flush=True,
             )
     save(model, tokenizer, out)
+    print(f"done at step {step}, {time.time() - start:.0f} s")
+    report(model, tokenizer, seed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=float, default=math.inf, help="stop after this many")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.minutes, args.seed)
+    train(args.out, args.seed, args.steps)

@@ -16,22 +16,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
-# Other decoders whose FFNs fit; what is special about each is in `_SPECIAL`.
-FAMILIES = (
-    *ARCHITECTURES,
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "phi3",
-    "cohere",
-    "exaone4",
-    "glm4",
-    "hyperclovax",
-    "ministral3",
-    "nemotron",
-    "stablelm",
-)
 TOPIC_SIZE = 8
 
 _WINDOWS = {
@@ -39,21 +23,61 @@ _WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "query_pre_attn_scalar": 32,
 }
-_SPECIAL = {
-    # vLLM's Qwen2 and Granite have no head_dim of their own: it is hidden size / heads.
-    "qwen2": {"hidden_size": 128},
-    "granite": {"hidden_size": 128, "attention_multiplier": 32**-0.5},
-    "phi3": {"hidden_size": 128},
-    "cohere": {"hidden_size": 128, "tie_word_embeddings": True},
-    "exaone4": {"hidden_size": 128, **_WINDOWS},
-    "glm4": {"hidden_size": 128},
-    "hyperclovax": {"hidden_size": 128},
-    "stablelm": {"hidden_size": 128},
+# Many have no head_dim of their own: it is hidden size / heads.
+_WIDE = {"hidden_size": 128}
+_TIED = {"tie_word_embeddings": True}
+_ALL_HEADS = {"num_key_value_heads": 4}
+# Other decoders whose FFNs fit, with what is special about each: first those that vLLM serves with
+# classes of its own, then those of its Transformers backend.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": _WIDE,
+    "qwen3": {},
+    "llama": {},
     "mistral": {"sliding_window": None},
-    "gemma": {"tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True, **_WINDOWS},
-    "gemma3_text": {"tie_word_embeddings": True, **_WINDOWS},
+    "gemma": _TIED,
+    "gemma2": {**_TIED, **_WINDOWS},
+    "gemma3_text": {**_TIED, **_WINDOWS},
+    "granite": {**_WIDE, "attention_multiplier": 32**-0.5},
+    "phi3": _WIDE,
+    "cohere": {**_WIDE, **_TIED},
+    "exaone4": {**_WIDE, **_WINDOWS},
+    "glm4": _WIDE,
+    "hyperclovax": _WIDE,
+    "ministral3": {},
+    "nemotron": {},
+    "stablelm": _WIDE,
+    "apertus": _WIDE,
+    "cohere2": {**_WIDE, **_TIED, **_WINDOWS},
+    "ernie4_5": _WIDE,
+    "falcon": {**_WIDE, **_TIED, "ffn_hidden_size": 344, "bias": True},
+    "gpt2": {**_WIDE, **_TIED, **_ALL_HEADS, "n_inner": 344},
+    "gptj": {**_WIDE, **_ALL_HEADS, "n_inner": 344, "rotary_dim": 16},
+    "granite_swa": {**_WIDE, **_WINDOWS, "attention_multiplier": 32**-0.5},
+    "opt": {**_WIDE, **_TIED, **_ALL_HEADS, "ffn_dim": 344, "word_embed_proj_dim": 128},
+    "arcee": _WIDE,
+    "cwm": {**_WIDE, **_WINDOWS},
+    "gpt_bigcode": {**_WIDE, **_TIED, "n_inner": 344},
+    "gpt_neox": {**_WIDE, **_ALL_HEADS},
+    "hunyuan_v1_dense": _WIDE,
+    "jais2": _WIDE,
+    "olmo": _WIDE,
+    "olmo2": _WIDE,
+    "olmo3": {**_WIDE, **_WINDOWS},
+    "phi": _WIDE,
+    "seed_oss": _WIDE,
+    "smollm3": _WIDE,
+    "starcoder2": {**_WIDE, "sliding_window": None},
+    "vaultgemma": {**_TIED, **_WINDOWS},
 }
+
+# What families call weights that play one part.
+_EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
+_POSITIONS = ("wpe", "embed_positions")
+_QUERIES = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn")
+_FFN_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc_in", "fc1")
+_FFN_OUTPUTS = ("down_proj", "dense_4h_to_h", "fc_out", "fc2", "mlp.c_proj")
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "attn.c_proj")
+_HEADS = ("lm_head", "embed_out")
 
 # Share of a token embedding's variance that its topic explains.
 TOPIC_SHARE = 0.85
@@ -96,14 +120,21 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
         "pad_token_id": None,
         "dtype": "float32",
     }
-    settings |= _SPECIAL.get(arch, {})
-    config = AutoConfig.for_model(arch, **{**settings, **sizes})
+    if arch == "falcon":
+        # Its configuration works this out.
+        del settings["head_dim"]
+    config = AutoConfig.for_model(arch, **{**settings, **FAMILIES[arch], **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Llama and Mistral have the same parameters: without the offset they would be the same model.
-    generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + FAMILIES.index(arch))
+    number = list(FAMILIES).index(arch)
+    generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + number)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(_weight(name, parameter.shape, config, generator))
+            # GPT-2 stores matrices as [in, out].
+            turned = arch == "gpt2" and ".h." in name and parameter.ndim == 2
+            shape = parameter.T.shape if turned else parameter.shape
+            weight = _weight(name, shape, config, generator)
+            parameter.copy_(weight.T if turned else weight)
     directory = Path(directory)
     model.save_pretrained(directory, safe_serialization=True)
     return directory
@@ -112,37 +143,45 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
 def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
     """One parameter's initial value, by the last part of its name."""
     noise = torch.randn(shape, generator=generator)
-    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    parts = name.removesuffix(".weight").rsplit(".", 2)
+    kind = parts[-1]
+    kinds = {kind, ".".join(parts[-2:])}
     # Queries and keys must be strong enough for attention to choose; Qwen3 normalises them, so that
     # there the norms have to be.
     if kind in ("q_norm", "k_norm"):
         return SHARPNESS * (1 + 0.1 * noise)
-    gemma = config.model_type.startswith("gemma")
-    if "norm" in kind:
+    gemma = "gemma" in config.model_type
+    if "norm" in kind or kind in ("ln_1", "ln_2", "ln_f"):
         # Gemma's norms add the 1 themselves.
         return (0 if gemma else 1) + 0.1 * noise
+    if kind in ("alpha_p", "alpha_n"):
+        # xIELU's, which vLLM keeps in bfloat16: exact there, and so is their softplus.
+        return torch.full(shape, 24.0)
     if kind == "bias":
         return 0.1 * noise
-    if kind == "embed_tokens":
+    if kind in _EMBEDDINGS:
         topics = torch.randn(-(-shape[0] // TOPIC_SIZE), shape[1], generator=generator)
         topic = topics.repeat_interleave(TOPIC_SIZE, dim=0)[: shape[0]]
         embedding = TOPIC_SHARE**0.5 * topic + (1 - TOPIC_SHARE) ** 0.5 * noise
         # Gemma scales embeddings up by this.
         scale = config.hidden_size**-0.5 if gemma else 1.0
         return scale * embedding * _halves(config.hidden_size, EMBED_CONTEXT)
+    if kind in _POSITIONS or kind == "sinks":
+        return 0.3 * noise
     # With inputs of RMS 1 a gain of 1 makes outputs of RMS 1.
     weight = noise / shape[1] ** 0.5
-    if kind in ("gate_proj", "up_proj", "gate_up_proj"):
+    if kind in _FFN_INPUTS:
         return 1.4 * weight * _halves(config.hidden_size, READ_CONTEXT)
-    if kind == "lm_head":
+    if kind in _HEADS:
         return LOGIT_RMS * weight * _halves(config.hidden_size, HEAD_CONTEXT)
-    if kind == "o_proj":
+    if kinds & set(_ATTENTION_OUTPUTS):
         # Averaging over tokens shrinks what attention brings.
         return 2 * ATTENTION_RMS * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
-    if kind == "down_proj":
-        # silu(g) * u of two unit normals has an RMS of about 0.6.
-        return FFN_RMS / 0.6 * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
-    return (SHARPNESS if kind in ("q_proj", "k_proj", "qkv_proj") else 1.0) * weight
+    if kinds & set(_FFN_OUTPUTS):
+        # silu(g) * u of two unit normals has an RMS of about 0.6, xIELU as above one of about 60.
+        rms = 60 if config.model_type == "apertus" else 0.6
+        return FFN_RMS / rms * weight * _halves(config.hidden_size, WRITE_CONTEXT)[:, None]
+    return (SHARPNESS if kind in _QUERIES else 1.0) * weight
 
 
 def _halves(hidden: int, context: float) -> torch.Tensor:

@@ -16,23 +16,28 @@ class DenseStore:
         self.staged = torch.full((2, staged, width), float("nan"), dtype=dtype)
         self.sums = torch.full((4, width), float("nan"))
 
-    def read_header(self) -> Header:
-        return Header.unpack(self.words.clone())
+    def read_words(self) -> torch.Tensor:
+        return self.words.clone()
 
-    def write_header(self, header: Header) -> None:
-        self.words = header.pack()
+    def write_words(self, words: torch.Tensor) -> None:
+        self.words = words
 
-    def read_slots(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.slots[0, :count], self.slots[1, :count]
+    def read_keys(self, count: int) -> torch.Tensor:
+        return self.slots[0, :count]
 
-    def write_slots(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.slots[:, slots] = torch.stack([keys, values]).to(self.slots.dtype)
+    def read_values(self, count: int) -> torch.Tensor:
+        return self.slots[1, :count]
+
+    def write_slots(self, slots, keys, values) -> None:
+        for slot, key, value in zip(slots, keys, values, strict=True):
+            self.slots[0, slot], self.slots[1, slot] = key, value
 
     def read_staged(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.staged[0, :count], self.staged[1, :count]
 
-    def write_staged(self, rows: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
-        self.staged[:, rows] = torch.stack([a, o]).to(self.staged.dtype)
+    def write_staged(self, rows, a, o) -> None:
+        for row, one, other in zip(rows, a, o, strict=True):
+            self.staged[0, row], self.staged[1, row] = one, other
 
     def read_sums(self) -> torch.Tensor:
         return self.sums.clone()

@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +16,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-NAMES = {
-    "cohere": "Cohere",
-    "exaone4": "Exaone4",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3",
-    "glm4": "Glm4",
-    "granite": "Granite",
-    "hyperclovax": "HyperCLOVAX",
-    "llama": "Llama",
-    "ministral3": "Ministral3",
-    "mistral": "Mistral",
-    "nemotron": "Nemotron",
-    "phi3": "Phi3",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "stablelm": "StableLm",
-}
+
+def architecture(path: Any) -> str:
+    """The architecture that a checkpoint's config.json names, without our prefix."""
+    (name,) = json.loads((Path(path) / "config.json").read_text())["architectures"]
+    return name.removeprefix("Pace")
 
 
 class Engine:
@@ -86,6 +75,10 @@ class Engine:
         layers = self.core.vllm_config.compilation_config.static_forward_context
         return {layer.index: layer for name, layer in layers.items() if name.endswith(".memory")}
 
+    def model(self) -> Any:
+        """The model inside the worker of this process."""
+        return self.core.model_executor.driver_worker.worker.model_runner.model
+
     def all_blocks_are_back(self) -> bool:
         return self.pool.get_num_free_blocks() == self.free_at_start
 
@@ -100,10 +93,10 @@ def prompt_logprobs(output: Any) -> list[float]:
 
 
 @contextlib.contextmanager
-def engine(path: Any, arch: str = "qwen2", pace: Any = None, **settings: Any) -> Iterator[Engine]:
+def engine(path: Any, pace: Any = None, **settings: Any) -> Iterator[Engine]:
     """An engine with memory when ``pace`` (what one writes in ``{"pacellm": ...}``) is given."""
     if pace is not None:
-        settings.setdefault("hf_overrides", {"architectures": [f"Pace{NAMES[arch]}ForCausalLM"]})
+        settings.setdefault("hf_overrides", {"architectures": [f"Pace{architecture(path)}"]})
         settings["additional_config"] = {"pacellm": pace}
     running = Engine(path, **settings)
     try:

@@ -24,7 +24,7 @@ def tiny_model(arch, seed=0, **sizes):
         settings |= {"ffn_dim": NEURONS, "word_embed_proj_dim": 32}
     else:
         settings |= {"intermediate_size": NEURONS, "num_key_value_heads": 1}
-    if arch == "llama":
+    if arch in ("llama", "nemotron"):
         settings |= {"mlp_bias": True}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(arch, **{**settings, **sizes})

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 EPS = 1e-8
+# What families call the projection that ends their FFN.
+OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
 
 PRESETS: dict[str, dict[str, float]] = {
     "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
@@ -194,21 +196,25 @@ class OracleModel:
     """A Hugging Face causal LM whose chosen FFNs have a memory; one request at a time.
 
     Args:
-        path: a checkpoint directory (Qwen2, Qwen3, Llama or Mistral), loaded in fp32.
+        path: a checkpoint directory of any decoder with dense FFNs, loaded in fp32.
         pace: what one writes in {"pacellm": {...}}; no layers means no memory.
+        config: overrides of fields of its Hugging Face configuration.
 
     After `forward` or `generate`, `banks[layer]` holds each layer's committed memory and its
     counts.
     """
 
-    def __init__(self, path: Any, pace: dict[str, Any]):
+    def __init__(self, path: Any, pace: dict[str, Any], **config: Any):
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
+            path, dtype=torch.float32, attn_implementation="eager", **config
         ).eval()
         self.pace = pace
         self.banks: dict[int, Bank] = {}
-        for index, layer in enumerate(self.model.model.layers):
-            layer.mlp.forward = partial(self._ffn, index, layer.mlp)
+        self.widths: list[int] = []
+        for index, layer in enumerate(_decoder_layers(self.model)):
+            output = _output_projection(layer)
+            self.widths.append(getattr(output, "in_features", None) or output.weight.shape[0])
+            output.register_forward_pre_hook(partial(self._remember, index))
 
     def forward(self, token_ids: list[int], **overrides: Any) -> Tensor:
         """Logits [T, V] of a sequence seen from an empty memory; overrides are pace settings."""
@@ -234,8 +240,7 @@ class OracleModel:
 
     def _reset(self, overrides: dict[str, Any]) -> None:
         self.rules = MemoryRules.of(**{**self.pace, **overrides})
-        dim = self.model.config.intermediate_size
-        self.banks = {layer: Bank(self.rules, dim) for layer in self.rules.layers}
+        self.banks = {layer: Bank(self.rules, self.widths[layer]) for layer in self.rules.layers}
         self._segment: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in self.banks}
         self._cache = DynamicCache()
         self._position = 0
@@ -261,14 +266,15 @@ class OracleModel:
                 self._commit()
         return torch.cat(logits)
 
-    def _ffn(self, index: int, mlp: torch.nn.Module, x: Tensor) -> Tensor:
-        """The gated FFN of layer `index` with its memory: x [1, T, H] -> [1, T, H]."""
-        a = _activation(mlp, x)
-        if index in self.banks:
-            o, _ = self.banks[index].enhance(a[0])
-            self._segment[index].append((a[0], o))
-            a = o[None]
-        return mlp.down_proj(a)
+    def _remember(self, index: int, module: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """What the output projection of layer `index` reads instead of a [..., T, D]."""
+        if index not in self.banks:
+            return None
+        (a,) = args
+        flat = a.flatten(0, -2)
+        o, _ = self.banks[index].enhance(flat)
+        self._segment[index].append((flat, o))
+        return (o.view(a.shape),)
 
     def _commit(self) -> None:
         for index, bank in self.banks.items():
@@ -277,11 +283,18 @@ class OracleModel:
             self._segment[index] = []
 
 
-def _activation(mlp: Any, x: Tensor) -> Tensor:
-    """The activation [1, T, D] of a Hugging Face FFN: gated, fused or not, or plain."""
-    if not hasattr(mlp, "gate_proj") and not hasattr(mlp, "gate_up_proj"):
-        return mlp.act_fn(mlp.up_proj(x))
-    if hasattr(mlp, "gate_up_proj"):
-        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
-        return mlp.activation_fn(gate) * up
-    return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+def _decoder_layers(model: Any) -> Any:
+    number = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
+    (layers,) = lists
+    return layers
+
+
+def _output_projection(layer: torch.nn.Module) -> Any:
+    """The last projection of a Hugging Face FFN: its input is the activation a."""
+    (found,) = (
+        module
+        for name, module in layer.named_modules()
+        if name.rsplit(".", 1)[-1] in OUTPUTS and "attn" not in name
+    )
+    return found

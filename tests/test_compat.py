@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import vllm
 from vllm.config import CompilationConfig
+from vllm.forward_context import ForwardContext
 from vllm.logger import DEFAULT_LOGGING_CONFIG
-from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.layers import fused_moe as fused_moe_package
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -21,7 +26,9 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.request import Request
+from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -30,7 +37,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
-from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 
 
 def test_the_tested_vllm_is_installed():
@@ -94,6 +101,24 @@ def test_every_architecture_stands_on_what_vllm_registers():
         registered = ModelRegistry.models[base.architecture]
         module = f"vllm.model_executor.models.{base.module}"
         assert (registered.module_name, registered.class_name) == (module, base.name)
+
+
+def test_every_text_generation_architecture_of_vllm_is_served_or_has_a_reason():
+    listed = {
+        *registry._TEXT_GENERATION_MODELS,
+        *registry._TRANSFORMERS_SUPPORTED_MODELS,
+        "TransformersForCausalLM",
+        "TransformersMoEForCausalLM",
+    }
+    listed = {
+        name
+        for name in listed
+        if registry._TRANSFORMERS_SUPPORTED_MODELS.get(name, ("", ""))[1]
+        != "TransformersMultiModalForCausalLM"
+    }
+    served = {base.architecture for base in ARCHITECTURES.values()}
+    assert served & WHY_NOT.keys() == set()
+    assert served | WHY_NOT.keys() == listed
 
 
 def test_runner_v1_still_computes_a_slot_mapping_for_every_group():
@@ -167,6 +192,29 @@ def test_both_runners_still_tell_logits_processors_of_requests():
     assert CommonAttentionMetadata.__dataclass_fields__["req_idx"].default is None
 
 
+def test_drafts_still_forbid_logits_processors():
+    """The reason for ``load_with_drafts``."""
+    build = inspect.unwrap(logits_processor.build_logitsprocs)
+    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in inspect.getsource(build)
+    parameters = list(inspect.signature(build).parameters)
+    assert parameters[0] == "vllm_config"
+    assert parameters[-1] == "custom_logitsprocs"
+    assert logits_processor.LogitsProcessors().argmax_invariant == []
+
+
+def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
+    """The reason for ``ask_all_engines``."""
+    assert "[0]" in inspect.getsource(DPLBAsyncMPClient.call_utility_async)
+    assert list(inspect.signature(AsyncMPClient.call_utility_all_async).parameters) == [
+        "self",
+        "method",
+        "args",
+    ]
+    assert '"collective_rpc", method, timeout, args, kwargs' in inspect.getsource(
+        AsyncMPClient.collective_rpc_async
+    )
+
+
 def test_beam_search_still_drops_extra_arguments():
     assert "extra_args" not in BeamSearchParams.__struct_fields__
 
@@ -176,6 +224,36 @@ def test_blocks_are_still_cached_and_copied_through_private_names():
     assert list(parameters)[2] == "block"
     assert "num_tokens" in parameters
     assert "_pending_cow_copies" in inspect.getsource(SingleTypeKVCacheManager)
+
+
+def test_the_grouped_product_is_still_private_and_takes_what_we_give():
+    """``experts/fused_child.py`` runs it."""
+    assert "invoke_fused_moe_triton_kernel" not in fused_moe_package.__all__
+    source = inspect.getsource(compat.grouped_product)
+    parameters = inspect.signature(fused_moe.invoke_fused_moe_triton_kernel).parameters
+    assert list(parameters)[:3] == ["A", "B", "C"]
+    given = {name for name in parameters if f"{name}=" in source} | {"A", "B", "C"}
+    assert {n for n, p in parameters.items() if p.default is p.empty} <= given
+    tiles = compat.grouped_product_tiles(8, 128, 296, 3584)
+    assert {"BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M"} <= set(tiles)
+
+
+def test_padding_is_still_minus_one_in_slot_mappings():
+    """The V1 runner's text; the V2 runner's pads in a kernel."""
+    assert "slot_mapping" in ForwardContext.__dataclass_fields__
+    source = inspect.getsource(GPUModelRunner._get_slot_mappings)
+    assert "slot_mapping[num_tokens_unpadded:num_tokens_padded].fill_(-1)" in source
+    assert PAD_SLOT_ID == -1
+    assert "num_tokens" not in ForwardContext.__dataclass_fields__
+
+
+def test_rows_of_requests_leaves_padding_out(monkeypatch):
+    slots = {"a.memory": torch.full((4,), -1), "a.attn": torch.tensor([7, 3, -1, -1])}
+    context = SimpleNamespace(slot_mapping=slots)
+    monkeypatch.setattr(compat, "get_forward_context", lambda: context)
+    assert compat.rows_of_requests(3).tolist() == [True, True, False]
+    context.slot_mapping = {}
+    assert compat.rows_of_requests(3) is None
 
 
 def test_ops_know_nothing_of_vllm_and_imports_point_one_way():

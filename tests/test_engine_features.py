@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import make_prompt
 from engines import engine
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -35,6 +35,21 @@ def test_penalties(checkpoint):
 
     first, second = under_both(checkpoint, ask)
     assert first == second
+
+
+def test_prompts_given_as_embeddings(checkpoint):
+    """Cold, and with a bank from the prefix cache."""
+    weights = load_file(checkpoint() / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    prompts = [{"prompt_embeds": embeddings[torch.tensor(prompt)]} for prompt in PROMPTS]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    with engine(checkpoint(), pace=PACE, enable_prompt_embeds=True) as running:
+        truth = running.tokens(PROMPTS, 20)
+        for _ in range(2):
+            outputs = running.llm.generate(prompts, params, use_tqdm=False)
+            assert [list(output.outputs[0].token_ids) for output in outputs] == truth
+        assert running.metric("vllm:prefix_cache_hits") > 0
+        assert running.all_blocks_are_back()
 
 
 def make_adapter(directory, checkpoint, rank=4):

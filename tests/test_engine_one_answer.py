@@ -22,6 +22,15 @@ SCHEDULES = {
     "preempted, cache": (80, 8, True, {"num_gpu_blocks_override": 66, "max_model_len": 512}, 2, 1),
     "large blocks": (96, 8, True, {"block_size": 32}, 2, 1),
     "priorities": (80, 3, True, {"scheduling_policy": "priority"}, 2, 1),
+    "asynchronous": (64, 4, True, {"async_scheduling": True}, 2, 1),
+    "asynchronous, preempted": (
+        80,
+        8,
+        True,
+        {"async_scheduling": True, "num_gpu_blocks_override": 66, "max_model_len": 512},
+        2,
+        1,
+    ),
 }
 
 
@@ -31,7 +40,8 @@ def cases(checkpoint):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_gives_the_oracles_tokens(name, cases, checkpoint):
+def test_every_schedule_gives_the_oracles_tokens(name, cases, checkpoint, monkeypatch):
+    monkeypatch.setenv("PACELLM_CPU_ASYNC_SCHEDULING", "1")
     chunk, seqs, caching, settings, rounds, order = SCHEDULES[name]
     prompts = [prompt for prompt, _, _ in cases][::order]
     truth = [tokens for _, tokens, _ in cases][::order]
@@ -42,13 +52,14 @@ def test_every_schedule_gives_the_oracles_tokens(name, cases, checkpoint):
             max_num_batched_tokens=chunk,
             max_num_seqs=seqs,
             enable_prefix_caching=caching,
-            **settings,
+            **{"async_scheduling": False, **settings},
         ) as running,
         poisoned_pages(running),
     ):
+        assert running.core.async_scheduling == name.startswith("asynchronous")
         for _ in range(rounds):
             assert running.tokens(prompts, MAX_TOKENS) == truth
-        if name.startswith("preempted"):
+        if "preempted" in name:
             assert running.metric("vllm:num_preemptions") > 0
         if rounds > 1 and "preempted" not in name:
             assert running.metric("vllm:prefix_cache_hits") > 0

@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import ARCHITECTURES, FAMILIES, make_prompt
-from engines import engine, prompt_logprobs
+from engines import architecture, engine, prompt_logprobs
 from oracle import OracleModel
 
 # How far from a tie every decision of a prompt must lie: fp32 noise between two implementations
@@ -15,11 +15,22 @@ SHAPES = {
     "long odd segments, wide top-k": {"bank_size": 37, "segment_size": 48, "top_k": 7},
     "tiny bank, as published": {"bank_size": 7, "segment_size": 48, "max_insertions": 7},
 }
-MAX_TOKENS = 40
-# The two presets by turns: what they change is tested above for every shape.
-OTHERS = [
-    (arch, ("official", "paper")[i % 2]) for i, arch in enumerate(FAMILIES[len(ARCHITECTURES) :])
+MAX_TOKENS, MAX_TOKENS_OF_OTHERS = 40, 24
+# What presets and shapes change lies in the ops, which do not know the family: one family takes
+# all of them, the next ones both presets in one shape each, the rest one preset by turns.
+CASES = [
+    (arch, preset, shape)
+    for i, arch in enumerate(ARCHITECTURES)
+    for preset in ("official", "paper")
+    for shape in (SHAPES if i == 0 else list(SHAPES)[i - 1 : i])
 ]
+OTHERS = [
+    (arch, ("official", "paper")[i % 2])
+    for i, arch in enumerate(arch for arch in FAMILIES if arch not in ARCHITECTURES)
+]
+# vLLM's Cohere 2 lets a window see one token more than transformers' does, on purpose
+# (model_executor/models/commandr.py).
+ENGINE_CONFIG = {"cohere2": {"sliding_window": 63}}
 
 
 def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS):
@@ -57,13 +68,11 @@ def assert_engine_agrees(running, cases, max_tokens=MAX_TOKENS):
         assert list(output.outputs[0].token_ids) == tokens, f"{len(prompt)} tokens"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("preset", ["official", "paper"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "preset", "shape"), CASES)
 def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
     pace = {"layers": [1, 3], "preset": preset, **SHAPES[shape]}
     cases = clear_cases(checkpoint(arch), pace, lengths_for(pace["segment_size"]))
-    with engine(checkpoint(arch), arch, pace, max_num_batched_tokens=80) as running:
+    with engine(checkpoint(arch), pace, max_num_batched_tokens=80) as running:
         assert_engine_agrees(running, cases)
         for memory in running.memories().values():
             counts = memory.counts
@@ -75,12 +84,16 @@ def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
 @pytest.mark.parametrize(("arch", "preset"), OTHERS)
 def test_other_families_equal_the_oracle(arch, preset, checkpoint):
     pace = {"layers": [1, 3], "preset": preset, **SHAPES["odd bank, replacements"]}
-    cases = clear_cases(checkpoint(arch), pace, [20, 64, 150, 260])
-    with engine(checkpoint(arch), arch, pace, max_num_batched_tokens=80) as running:
-        assert_engine_agrees(running, cases)
+    cases = clear_cases(checkpoint(arch), pace, [20, 64, 150], MAX_TOKENS_OF_OTHERS)
+    overrides = {"architectures": [f"Pace{architecture(checkpoint(arch))}"]}
+    overrides |= ENGINE_CONFIG.get(arch, {})
+    settings = {"max_num_batched_tokens": 80, "hf_overrides": overrides}
+    with engine(checkpoint(arch), pace, **settings) as running:
+        assert_engine_agrees(running, cases, MAX_TOKENS_OF_OTHERS)
         for memory in running.memories().values():
             assert memory.counts.commits > 0
-            assert min(memory.counts.mid, memory.counts.low) > 0
+            assert memory.counts.mid + memory.counts.high > 0
+        assert len(running.memories()) == 2
         assert running.all_blocks_are_back()
 
 

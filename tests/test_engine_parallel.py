@@ -1,18 +1,50 @@
-"""Two tensor parallel ranks say what one says."""
+"""Two tensor parallel ranks, and two pipeline stages, say what one process says."""
 
+import pytest
 from checkpoints import make_prompt
 from engines import engine
 from test_engine_oracle import assert_engine_agrees, clear_cases
 from test_engine_requests import ask, said
+
+from pacellm_vllm.serving.report import REPORT_METHOD, merge_reports
 
 
 def test_two_ranks_equal_the_oracle(checkpoint):
     pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
     cases = clear_cases(checkpoint("llama"), pace, [20, 64, 150, 260])
     settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
-    with engine(checkpoint("llama"), "llama", pace, **settings) as running:
+    with engine(checkpoint("llama"), pace, **settings) as running:
         assert_engine_agrees(running, cases)
         assert running.all_blocks_are_back()
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 3], [2]], ids=["unequal stages", "one stage without"])
+def test_two_stages_equal_the_oracle(layers, checkpoint):
+    pace = {"layers": layers, "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    cases = clear_cases(checkpoint(), pace, [20, 64, 150, 260])
+    settings = {
+        "pipeline_parallel_size": 2,
+        "max_num_batched_tokens": 80,
+        "enable_prefix_caching": False,
+    }
+    with engine(checkpoint(), pace=pace, **settings) as running:
+        # Both stages work at once, on different requests.
+        assert running.core.batch_queue_size == 2
+        assert_engine_agrees(running, cases)
+        report = merge_reports(running.llm.collective_rpc(REPORT_METHOD))
+        assert list(report) == [str(layer) for layer in layers]
+        kinds = [sum(counts[kind] for kind in ("high", "mid", "low")) for counts in report.values()]
+        assert len(set(kinds)) == 1
+        assert kinds[0] >= sum(len(prompt) for prompt, _, _ in cases)
+        assert running.all_blocks_are_back()
+
+
+def test_stages_with_windows_in_some_layers_are_refused(checkpoint):
+    with (
+        pytest.raises(RuntimeError, match="attention of one kind in each layer"),
+        engine(checkpoint("gemma2"), {"layers": [1]}, pipeline_parallel_size=2),
+    ):
+        pass
 
 
 def test_two_ranks_follow_requests_own_settings(checkpoint):
@@ -21,7 +53,7 @@ def test_two_ranks_follow_requests_own_settings(checkpoint):
     asks = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
     cases = [(prompt, extra) for prompt in prompts for extra in asks]
     answers = []
-    for ranks in (1, 2):
-        with engine(checkpoint("llama"), "llama", pace, tensor_parallel_size=ranks) as running:
+    for ranks in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
+        with engine(checkpoint("llama"), pace, **ranks) as running:
             answers.append(said(ask(running, cases)))
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]

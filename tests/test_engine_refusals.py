@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_prompt
 from engines import engine
-from transformers import MixtralConfig, Qwen2MoeConfig
+from transformers import Gemma3Config, MixtralConfig, Qwen2MoeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.models.checks import check_engine
+from pacellm_vllm.models.checks import check_engine, check_not_configured
 
+PACE_GEMMA = "PaceGemma3ForCausalLM"
 PACE = {"layers": [1, 3], "segment_size": 32}
 
 
@@ -51,6 +53,10 @@ def test_bad_settings(pace, sentence, checkpoint):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "does not work with KV transfer: tokens computed elsewhere carry no memory",
         ),
+        (
+            {"kv_offloading_size": 1},
+            "does not work with KV offloading: attention's blocks would come back",
+        ),
         ({"runner": "pooling", "convert": "embed"}, "does not work with the pooling runner"),
     ],
 )
@@ -88,6 +94,35 @@ def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
     assert 'add --hf-overrides \'{"architectures": ["PaceQwen2ForCausalLM"]}\'' in str(
         refusal.value
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sentence"),
+    [
+        ("MixtralForCausalLM", "its FFNs are a mixture of experts"),
+        ("GlmForCausalLM", "its FFN multiplies gate and up outside of its activation"),
+        ("Qwen2VLForConditionalGeneration", "pacellm serves dense decoders that it knows"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architecture, sentence):
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(architecture=architecture),
+        additional_config={"pacellm": PACE},
+    )
+    with pytest.raises(PaceConfigError, match="carries neither memory nor experts") as refusal:
+        check_not_configured(config)
+    assert sentence in str(refusal.value)
+
+
+def test_a_multimodal_model_is_refused(tmp_path):
+    config = Gemma3Config(text_config={"num_hidden_layers": 4}, architectures=[PACE_GEMMA])
+    config.save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(tmp_path, load_format="dummy"),
+    ):
+        pass
+    assert "memory does not work with a multimodal model" in str(refusal.value)
 
 
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):

@@ -8,7 +8,7 @@ from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.lookup import look_up
-from pacellm_vllm.ops.sums import TILE, running_sum
+from pacellm_vllm.ops.sums import TILE, running_sum, tile_turns
 from pacellm_vllm.ops.update import advance
 
 WIDTHS = [8, 62, 344]
@@ -42,14 +42,21 @@ def drive(store, a, rules, cuts=()):
     return torch.cat(outputs), progress
 
 
-def paged_store(layout, dtype, seed=0):
-    """A bank in scattered pages of a packed pool whose every other byte is poison (NaN)."""
+def scattered_pool(layout, dtype, banks=1, seed=0):
+    """A packed pool whose every byte is poison (NaN), its units, and pages for some banks."""
     g = torch.Generator().manual_seed(seed)
-    blocks, stride = 3 * layout.num_pages + 1, layout.page_bytes + 512
+    needed = banks * layout.num_pages
+    blocks, stride = 3 * needed + 1, layout.page_bytes + 512
     pool = torch.full((blocks * stride,), 0xFF, dtype=torch.uint8)
     view = pool.view(blocks, 1, 1, stride)[..., 256 : 256 + layout.page_bytes]
-    pages = 1 + torch.randperm(blocks - 1, generator=g)[: layout.num_pages]
-    return pool, PagedStore(unit_view(view, layout, dtype), pages, layout)
+    pages = 1 + torch.randperm(blocks - 1, generator=g)[:needed]
+    return pool, unit_view(view, layout, dtype), pages.view(banks, -1).tolist()
+
+
+def paged_store(layout, dtype):
+    """A bank in scattered pages of a packed pool."""
+    _, units, (pages,) = scattered_pool(layout, dtype)
+    return PagedStore(units, pages, layout)
 
 
 @pytest.mark.parametrize("preset", ["official", "paper"])
@@ -69,24 +76,24 @@ def test_a_paged_bank_equals_a_dense_one(width, dtype, preset):
     r = rules(preset=preset, bank_size=23, max_insertions=5)
     a = activations(500, width).to(dtype)
     layout = BankLayout.plan(r, width, dtype, page_bytes=2048)
-    _, paged = paged_store(layout, dtype)
+    paged = paged_store(layout, dtype)
     dense = DenseStore(r, width, dtype)
     got, _ = drive(paged, a, r)
     want, _ = drive(dense, a, r)
     assert torch.equal(got, want)
-    assert torch.equal(paged.read_header().pack(), dense.read_header().pack())
-    for mine, theirs in zip(paged.read_slots(23), dense.read_slots(23), strict=True):
-        assert torch.equal(mine, theirs)
+    assert torch.equal(paged.read_words(), dense.read_words())
+    assert torch.equal(paged.read_keys(23), dense.read_keys(23))
+    assert torch.equal(paged.read_values(23), dense.read_values(23))
     assert not got.isnan().any()
 
 
 def test_a_paged_bank_writes_only_its_own_pages():
     r = rules(bank_size=23)
     layout = BankLayout.plan(r, 62, torch.float32, page_bytes=2048)
-    pool, store = paged_store(layout, torch.float32)
-    drive(store, activations(500, 62), r)
+    pool, units, (pages,) = scattered_pool(layout, torch.float32)
+    drive(PagedStore(units, pages, layout), activations(500, 62), r)
     touched = (pool.view(-1, layout.page_bytes + 512) != 0xFF).any(dim=1).nonzero().flatten()
-    assert set(touched.tolist()) <= set(store._pages.tolist())
+    assert set(touched.tolist()) <= set(pages)
 
 
 def test_pages_claimed_for_the_tokens_so_far_are_enough():
@@ -94,10 +101,10 @@ def test_pages_claimed_for_the_tokens_so_far_are_enough():
     layout = BankLayout.plan(r, 62, torch.float32, page_bytes=1024)
     a = activations(90, 62)
     want, _ = drive(DenseStore(r, 62), a, r, cuts=range(1, 90))
-    _, whole = paged_store(layout, torch.float32)
+    _, units, (pages,) = scattered_pool(layout, torch.float32)
     for t in range(90):
         held = layout.pages_for(t + 1)
-        store = PagedStore(whole._units, whole._pages[:held], layout)
+        store = PagedStore(units, pages[:held], layout)
         o, _ = advance(store, a[t : t + 1], t, r)
         torch.testing.assert_close(o, want[t : t + 1])
     assert layout.pages_for(1) < layout.pages_for(12) < layout.pages_for(41) == layout.num_pages
@@ -139,9 +146,8 @@ def test_running_sums_have_the_same_bits_for_any_cut(cuts):
         total, tile, start = torch.zeros(33), torch.zeros(33), 0
         for end in ends:
             piece = rows[start:end]
-            total, tile = running_sum(
-                total, tile, piece if piece.any() else None, start, end - start
-            )
+            chosen = piece.any(dim=1).nonzero().flatten()
+            running_sum(total, tile, piece, tile_turns(chosen, start), start)
             start = end
         return total + tile
 

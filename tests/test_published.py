@@ -7,7 +7,7 @@ from test_ops import activations, paged_store
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.ops.update import advance
+from pacellm_vllm.ops.update import Header, advance
 
 
 @pytest.mark.parametrize(("bank_size", "segment", "width"), [(7, 24, 62), (23, 48, 344)])
@@ -15,7 +15,7 @@ def test_state_equals_the_published_algorithm(bank_size, segment, width):
     settings = {"bank_size": bank_size, "segment_size": segment, "max_insertions": bank_size}
     rules = PaceConfig.from_sources(settings).rules()
     layout = BankLayout.plan(rules, width, torch.float32, page_bytes=4096)
-    _, store = paged_store(layout, torch.float32)
+    store = paged_store(layout, torch.float32)
     published = PublishedBank(bank_size, width)
     kinds = torch.zeros(3)
     for start in range(0, 12 * segment, segment):
@@ -25,11 +25,11 @@ def test_state_equals_the_published_algorithm(bank_size, segment, width):
         a[segment // 3 :] += 6 * activations(1, width, seed=100 + topic)
         o, progress = advance(store, a, start, rules)
         torch.testing.assert_close(o, published.step(a), rtol=1e-5, atol=2e-6)
-        header = store.read_header()
+        header = Header.unpack(store.read_words())
         valid = int(published.valid.sum())
         assert int(header.valid) == progress.committed_slots == valid
         assert header.usage[:valid].tolist() == published.usage[:valid].tolist()
-        keys, values = store.read_slots(valid)
+        keys, values = store.read_keys(valid), store.read_values(valid)
         torch.testing.assert_close(keys, published.keys[:valid], rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(values, published.values[:valid], rtol=1e-5, atol=2e-6)
         kinds += torch.tensor([progress.high, progress.mid, progress.low])

@@ -82,3 +82,42 @@ def memory_map(
         axes.legend(fontsize=7)
         figure.colorbar(dots, label="usage")
     figure.savefig(path, dpi=90)
+
+
+def slot_history(path: Path, layers: dict[int, Sequence[dict[str, Any]]]) -> None:
+    """Per layer, by segment: what became of slots, how alike they are, and the usage of each.
+
+    ``layers`` maps an index to commits as ``serving.recorder.BankRecorder`` notes them.
+    """
+    figure = _new(5.6 * len(layers), 6.4)
+    panels = figure.subplots(2, len(layers), squeeze=False)
+    for (upper, lower), (index, commits) in zip(panels.T, layers.items(), strict=True):
+        segments = [commit["segment"] for commit in commits]
+        for name in ("valid", "merged", "replaced", "dropped"):
+            upper.plot(segments, [commit[name] for commit in commits], label=name)
+        upper.set_title(f"layer {index}", fontsize=10)
+        upper.set_ylabel("slots (dropped: tokens)")
+        upper.legend(fontsize=7, loc="center left")
+        alike = upper.twinx()
+        cosines = [float("nan") if c["cosine"] is None else c["cosine"] for c in commits]
+        alike.plot(segments, cosines, color="0.4", linestyle=":")
+        alike.set_ylim(-1, 1)
+        alike.set_ylabel("mean cosine of two slots (dotted)", fontsize=8)
+        height = max(commit["valid"] for commit in commits)
+        rows = [
+            [
+                commit["usage"][slot] if slot < commit["valid"] else float("nan")
+                for commit in commits
+            ]
+            for slot in range(height)
+        ]
+        image = lower.imshow(
+            rows,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(segments[0] - 0.5, segments[-1] + 0.5, height - 0.5, -0.5),
+        )
+        lower.set_xlabel("segment")
+        lower.set_ylabel("slot")
+        figure.colorbar(image, label="usage")
+    figure.savefig(path, dpi=90)

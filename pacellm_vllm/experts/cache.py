@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pacellm_vllm.experts.cluster import cluster, resolve_assignment
 from pacellm_vllm.experts.settings import ClusterSettings
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,12 @@ from pacellm_vllm.experts.settings import Assignment, check_num_experts
 
 KMEANS_ITERATIONS = 15
 BALANCED_ITERATIONS = 20
-# A round that lowers the inertia by less than this share of it is the last one.
+# A neuron is 1 / size of its cluster's mean, and counted with that share it would stay where it is
+# although an exchange pays. But exchanges are many at once, and without it small clusters can end
+# worse than before: a round that lowers the inertia by less than TOLERANCE of it leaves more of the
+# share in, and the last one is when LEAST_OWN_SHARE is reached.
 TOLERANCE = 2e-5
+OWN_SHARE_DECAY, LEAST_OWN_SHARE = 0.7, 0.2
 # Costs are integers in the flow: similarities are at most 1 and keep six digits.
 COST_SCALE = 1_000_000
 MAX_SWEEPS = 20
@@ -66,20 +70,24 @@ def cluster(
     rows = unit_rows(features)
     solve = assign_flow if resolve_assignment(assignment) == "flow" else assign_swaps
     labels = np.zeros(len(rows), dtype=np.int64)
-    inertia = np.inf
+    inertia, share = np.inf, 1.0
     if num_experts > 1:
         centres = first_centres(rows, num_experts, seed)
-        for _ in range(iterations):
+        for number in range(iterations):
             # Rows have one length and clusters one size: the nearest centres in sum are those
             # of the largest inner products, however long the centres are.
-            found = solve(rows @ centres.T)
-            centres = means(rows, found, num_experts)
-            reached = balanced_inertia(rows, centres)
+            scores = rows @ centres.T
+            if number:
+                scores[np.arange(len(rows)), labels] -= share * num_experts / len(rows)
+            found = solve(scores)
+            moved = means(rows, found, num_experts)
+            reached = balanced_inertia(rows, moved)
             if reached >= inertia * (1 - TOLERANCE):
-                if reached < inertia:
-                    labels, inertia = found, reached
+                share *= OWN_SHARE_DECAY
+            if reached < inertia:
+                labels, centres, inertia = found, moved, reached
+            if share < LEAST_OWN_SHARE:
                 break
-            labels, inertia = found, reached
     inertia = balanced_inertia(rows, means(rows, labels, num_experts))
     return Clustering(
         order=torch.from_numpy(np.argsort(labels, kind="stable")),

@@ -1,4 +1,4 @@
-"""A gated FFN of which each token computes some experts: the truth, and a grouped version."""
+"""An FFN of which each token computes some experts: the truth, and a grouped version."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,24 @@ from pacellm_vllm.experts.routing import Activation
 
 
 @dataclass(frozen=True)
-class GatedWeights:
+class FfnWeights:
     """An FFN, or a tensor parallel rank's share of one, with its neurons in expert order.
 
-    ``gate_up`` [2 D, H] has the gate's rows before up's, ``bias`` [2 D] likewise; ``down`` is
-    [H, D] and ``down_bias`` [H]. ``act`` maps [tokens, 2 n] to [tokens, n].
+    ``inputs`` is [2 D, H], the gate's rows before up's, or [D, H] where there is no gate; ``bias``
+    [2 D] or [D] likewise. ``act`` maps [tokens, 2 n], or [tokens, n], to [tokens, n]. ``down`` is
+    [H, D] and ``down_bias`` [H].
     """
 
-    gate_up: torch.Tensor
+    inputs: torch.Tensor
     down: torch.Tensor
     act: Activation
     bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        """2 with a gate, else 1."""
+        return self.inputs.shape[0] // self.down.shape[1]
 
 
 def masked(a: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -28,7 +34,7 @@ def masked(a: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(kept, a, torch.zeros((), dtype=a.dtype, device=a.device))
 
 
-def grouped_activations(x: torch.Tensor, w: GatedWeights, chosen: torch.Tensor) -> torch.Tensor:
+def grouped_activations(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> torch.Tensor:
     """As ``masked`` of the dense activations of ``x`` [tokens, H]; computes what is chosen only."""
     size = w.down.shape[1] // chosen.shape[1]
     a = x.new_zeros(x.shape[0], w.down.shape[1])
@@ -37,7 +43,7 @@ def grouped_activations(x: torch.Tensor, w: GatedWeights, chosen: torch.Tensor) 
     return a
 
 
-def grouped_output(x: torch.Tensor, w: GatedWeights, chosen: torch.Tensor) -> torch.Tensor:
+def grouped_output(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> torch.Tensor:
     """What the FFN makes of ``x`` [tokens, H] with the ``chosen`` [tokens, K] experts: [tokens, H].
 
     Summed in float32, expert by expert.
@@ -60,13 +66,12 @@ def _groups(chosen: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return list(zip(used.tolist(), tokens.split(counts.tolist()), strict=True))
 
 
-def _expert(x: torch.Tensor, w: GatedWeights, expert: int, size: int) -> torch.Tensor:
+def _expert(x: torch.Tensor, w: FfnWeights, expert: int, size: int) -> torch.Tensor:
     """Activations [tokens, size] of one expert."""
     width = w.down.shape[1]
-    gates = slice(expert * size, (expert + 1) * size)
-    ups = slice(width + gates.start, width + gates.stop)
-    halves = [
-        torch.nn.functional.linear(x, w.gate_up[rows], None if w.bias is None else w.bias[rows])
-        for rows in (gates, ups)
-    ]
-    return w.act(torch.cat(halves, dim=-1))
+    parts = []
+    for block in range(w.blocks):
+        rows = slice(block * width + expert * size, block * width + (expert + 1) * size)
+        bias = None if w.bias is None else w.bias[rows]
+        parts.append(torch.nn.functional.linear(x, w.inputs[rows], bias))
+    return w.act(torch.cat(parts, dim=-1))

@@ -12,10 +12,8 @@ from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import ExpertsConfig
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(things: Any) -> argparse.ArgumentParser:
     """Register ``inspect experts``; its ``run(args, rest)`` is :func:`main_inspect`."""
-    inspect = subparsers.add_parser("inspect", help="look into a model", allow_abbrev=False)
-    things = inspect.add_subparsers(dest="thing", required=True, metavar="WHAT")
     parser = things.add_parser(
         "experts",
         help="what FFN experts do on a text",

@@ -45,6 +45,10 @@ class FeedForward:
     moved: tuple[Moved, ...]
 
     @property
+    def gated(self) -> bool:
+        return len(self.inputs) == 2 or self.inputs[0].blocks == 2
+
+    @property
     def output(self) -> str:
         """The module that the activations enter."""
         last = self.moved[len(self.inputs)]
@@ -59,6 +63,10 @@ class _Names:
     output: str
     fused: bool = False
 
+    @property
+    def gated(self) -> bool:
+        return self.fused or len(self.inputs) == 2
+
 
 _NAMES = (
     _Names(("gate_proj", "up_proj"), "down_proj"),
@@ -68,6 +76,8 @@ _NAMES = (
     _Names(("c_fc",), "c_proj"),
     _Names(("dense_h_to_4h",), "dense_4h_to_h"),
 )
+# Their biases stay where they are.
+OUTPUTS = frozenset(names.output for names in _NAMES)
 _KNOWN = "known are one each of " + ", ".join("/".join((*n.inputs, n.output)) for n in _NAMES)
 _PROJECTIONS = sorted({name for names in _NAMES for name in (*names.inputs, names.output)})
 _TENSOR = re.compile(
@@ -84,6 +94,19 @@ def permute(tensor: torch.Tensor, move: Moved, order: torch.Tensor) -> torch.Ten
     """``tensor`` with its neurons in ``order`` [D], each of its blocks alike; contiguous."""
     blocks = tensor.chunk(move.blocks, dim=move.axis)
     return torch.cat([b.index_select(move.axis, order) for b in blocks], dim=move.axis)
+
+
+def is_whole(projections: Iterable[str], gated: bool) -> bool:
+    """Whether these are all the projections of an FFN with, or without, a gate."""
+    there = set(projections)
+    return any(names.gated == gated and {*names.inputs, names.output} <= there for names in _NAMES)
+
+
+def bias_of(part: str) -> Moved | None:
+    """How ``part``, such as ``up_proj.bias``, follows the neurons if it is an input's bias."""
+    name, _, kind = part.rpartition(".")
+    found = [names for names in _NAMES if name in names.inputs]
+    return Moved(part, 0, 2 if found[0].fused else 1) if found and kind == "bias" else None
 
 
 def find_feed_forwards(

@@ -9,20 +9,25 @@ import torch
 from pacellm_vllm.experts.cache import ResultCache, default_cache
 from pacellm_vllm.experts.checkpoint import features_of
 from pacellm_vllm.experts.errors import ExpertsError
-from pacellm_vllm.experts.layout import Entry, FeedForward, Moved, find_feed_forwards, permute
+from pacellm_vllm.experts.layout import (
+    OUTPUTS,
+    Entry,
+    FeedForward,
+    Moved,
+    bias_of,
+    find_feed_forwards,
+    is_whole,
+    permute,
+)
 from pacellm_vllm.experts.orders import StoredExperts, open_experts
 from pacellm_vllm.experts.settings import ClusterSettings, ExpertsConfig, check_num_experts
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-# Called with the layer and its gate and up rows [D, H], in expert order.
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+# Called with the layer and its gate and up rows [D, H], in expert order; without a gate, with up's
+# rows and None.
+Observer = Callable[[int, torch.Tensor, torch.Tensor | None], None]
 
 _TENSOR = re.compile(r"(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.mlp)\.(?P<part>.+)")
-# A gated FFN is whole when either set is there.
-_WHOLE = (
-    {"gate_proj.weight", "up_proj.weight", "down_proj.weight"},
-    {"gate_up_proj.weight", "down_proj.weight"},
-)
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -97,13 +102,17 @@ class _Layer:
 class Reorder:
     """Permutes the FFN tensors of one pass over a checkpoint; all others go by untouched.
 
-    A layer's tensors are held back until its gate, up and down projections are there, from
-    whichever shards: one or two layers at a time, since shards follow the layers. ``orders`` has
-    the order of each finished layer, None where the checkpoint had it already.
+    A layer's tensors are held back until its projections are there (gate, up and down, or up and
+    down where FFNs are not ``gated``), from whichever shards: one or two layers at a time, since
+    shards follow the layers. ``orders`` has the order of each finished layer, None where the
+    checkpoint had it already.
     """
 
-    def __init__(self, plan: ExpertsPlan, observe: Observer | None = None) -> None:
+    def __init__(
+        self, plan: ExpertsPlan, observe: Observer | None = None, gated: bool = True
+    ) -> None:
         self._plan = plan
+        self._gated = gated
         self._observe = observe
         self._layers = {layer: _Layer() for layer in plan.layers}
         self._cache = ResultCache(default_cache())
@@ -125,15 +134,17 @@ class Reorder:
             else:
                 # A loader may reuse its buffer for the next tensor.
                 layer.waiting[name] = tensor.clone()
-                prefix = f"{found['module']}."
-                if any({prefix + part for part in whole} <= set(layer.waiting) for whole in _WHOLE):
+                parts = [n.removeprefix(f"{found['module']}.") for n in layer.waiting]
+                there = [p.removesuffix(".weight") for p in parts if p.endswith(".weight")]
+                if is_whole(there, self._gated):
                     yield from self._finish(int(found["layer"]), layer)
         for index, layer in self._layers.items():
             if not layer.done:
                 has = ", ".join(sorted(layer.waiting)) or "none of its FFN's tensors"
                 raise ExpertsError(
                     f"pacellm: the FFN of layer {index} cannot be brought into expert order: the "
-                    f"weights have {has}, but a gate, an up and a down projection are needed."
+                    f"weights have {has}, but "
+                    f"{'a gate, ' if self._gated else ''}an up and a down projection are needed."
                 )
 
     def _finish(self, index: int, layer: _Layer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,18 +156,21 @@ class Reorder:
         layer.order, layer.done = order, True
         if self._observe is not None:
             rows = slice(None) if order is None else order.to(gate.device)
-            self._observe(index, gate[rows], up[rows])
+            self._observe(index, gate[rows], None if up is None else up[rows])
         moved = {move.name: move for move in ffn.moved}
         for name in list(layer.waiting):
             tensor = layer.waiting.pop(name)
             yield name, _moved(tensor, moved.get(name), order)
 
-    def _order(self, index: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    def _order(
+        self, index: int, gate: torch.Tensor, up: torch.Tensor | None
+    ) -> torch.Tensor | None:
         source = self._plan.source
         if isinstance(source, StoredExperts):
             return source.order_for(index, gate)
         check_num_experts(source.num_experts, gate.shape[0])
-        features = features_of([gate, up], source.features).cpu()
+        rows = [gate] if up is None else [gate, up]
+        features = features_of(rows, source.features).cpu()
         try:
             return self._cache.cluster(features, source).order
         except OSError as error:
@@ -169,14 +183,15 @@ class Reorder:
         self, name: str, part: str, tensor: torch.Tensor, order: torch.Tensor | None
     ) -> torch.Tensor:
         """A tensor that came after its layer's weights: a bias."""
-        if part == "down_proj.bias":
+        if part.removesuffix(".bias") in OUTPUTS:
             return tensor
-        if part not in ("gate_proj.bias", "up_proj.bias", "gate_up_proj.bias"):
+        bias = bias_of(part)
+        if bias is None:
             raise ExpertsError(
                 f"pacellm: {name} is part of an FFN, but not one of the tensors known there; the "
                 "model cannot be brought into expert order."
             )
-        return _moved(tensor, Moved(name, 0, 2 if part.startswith("gate_up") else 1), order)
+        return _moved(tensor, bias, order)
 
 
 def _moved(tensor: torch.Tensor, move: Moved | None, order: torch.Tensor | None) -> torch.Tensor:
@@ -192,9 +207,9 @@ def _entry(tensor: torch.Tensor) -> Entry:
 
 def _gate_and_up(
     tensors: dict[str, torch.Tensor], ffn: FeedForward
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows = [block for m in ffn.inputs for block in tensors[m.name].chunk(m.blocks)]
-    return rows[0], rows[1]
+    return rows[0], rows[1] if ffn.gated else None
 
 
 def _ranges(numbers: Sequence[int]) -> str:

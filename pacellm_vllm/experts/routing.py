@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# act(gate) * up on [tokens, 2 * width], gates first: vLLM's SiluAndMul and its like.
+# act(gate) * up on [tokens, 2 * width], gates first: vLLM's SiluAndMul and its like. Without a
+# gate, act(up) on [tokens, width].
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # Where a normal distribution is looked at, in standard deviations, and the weights of a sum.
-_POINTS = torch.tensor([-1.5, -0.75, 0.0, 0.75, 1.5])
-_WEIGHTS = torch.softmax(-_POINTS.square() / 2, dim=0)
+_POINTS = (-1.5, -0.75, 0.0, 0.75, 1.5)
+_WEIGHTS = tuple(torch.tensor(_POINTS).square().div(-2).softmax(dim=0).tolist())
 
 
 class ExpertRouter(nn.Module):
@@ -25,6 +26,7 @@ class ExpertRouter(nn.Module):
     K experts, also where a tensor parallel rank computes only some of them, so that ranks choose
     alike: ``centres`` [K, H] is the mean of an expert's gate rows, ``spreads`` [K] their standard
     deviation from it, per element, ``sizes`` [K] the root mean square of its up rows' elements.
+    In an FFN without a gate, up's rows are the gate's and sizes are 1.
 
     Args:
         num_experts: K.
@@ -32,6 +34,7 @@ class ExpertRouter(nn.Module):
         act: see ``Activation``.
         top_k: choose so many experts.
         mass: choose the fewest experts with at least this share of the predicted activation.
+        gated: whether ``act`` takes gate and up.
         dtype, device: of the weights.
     """
 
@@ -47,11 +50,13 @@ class ExpertRouter(nn.Module):
         *,
         top_k: int | None = None,
         mass: float | None = None,
+        gated: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.mass = num_experts, top_k, mass
+        self.gated = gated
         # In a tuple, or it would be a submodule; it is the FFN's.
         self._act = (act,)
         # Not persistent: a checkpoint has none of them.
@@ -61,14 +66,17 @@ class ExpertRouter(nn.Module):
             values = torch.zeros(num_experts, dtype=torch.float32, device=device)
             self.register_buffer(name, values, persistent=False)
 
-    def fill(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+    def fill(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> None:
         """Describe the experts of ``gate`` and ``up`` [D, H], whose neurons are in expert order."""
         gates = gate.float().unflatten(0, (self.num_experts, -1))
-        ups = up.float().unflatten(0, (self.num_experts, -1))
         centres = gates.mean(dim=1, keepdim=True)
         self.centres.copy_(centres[:, 0])
         self.spreads.copy_((gates - centres).square().mean(dim=(1, 2)).sqrt())
-        self.sizes.copy_(ups.square().mean(dim=(1, 2)).sqrt())
+        if up is None:
+            self.sizes.fill_(1)
+        else:
+            ups = up.float().unflatten(0, (self.num_experts, -1))
+            self.sizes.copy_(ups.square().mean(dim=(1, 2)).sqrt())
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Mean gate of each expert before its activation, [tokens, K], for ``x`` [tokens, H]."""
@@ -84,9 +92,10 @@ class ExpertRouter(nn.Module):
         mean = self.scores(x)
         deviation = self.spreads * x.float().norm(dim=-1, keepdim=True)
         expected = torch.zeros_like(mean)
-        for point, weight in zip(_POINTS.tolist(), _WEIGHTS.tolist(), strict=True):
+        for point, weight in zip(_POINTS, _WEIGHTS, strict=True):
             gates = mean + point * deviation
-            expected += weight * act(torch.cat([gates, torch.ones_like(gates)], dim=-1)).abs()
+            given = torch.cat([gates, torch.ones_like(gates)], dim=-1) if self.gated else gates
+            expected += weight * act(given).abs()
         return expected * self.sizes
 
     def choose(self, x: torch.Tensor) -> torch.Tensor:

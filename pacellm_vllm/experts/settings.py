@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.sentences import first_mistake, not_allowed
 
 Assignment = Literal["auto", "flow", "swaps"]
 Features = Literal["gate", "gate_up", "activations"]
@@ -80,7 +81,7 @@ class ExpertsConfig(BaseModel):
         if self.layers is not None and (
             not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
         ):
-            raise ExpertsError(_sentence("layers", list(self.layers), _ALLOWED["layers"]))
+            raise ExpertsError(not_allowed("experts.layers", list(self.layers), _ALLOWED["layers"]))
         if self.num_experts is not None:
             self.check_top_k(self.num_experts)
         return self
@@ -102,12 +103,8 @@ class ExpertsConfig(BaseModel):
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            first = error.errors()[0]
-            raised = first.get("ctx", {}).get("error")
-            if isinstance(raised, ExpertsError):
-                raise ExpertsError(str(raised)) from None
-            name = str(first["loc"][0])
-            raise ExpertsError(_sentence(name, settings[name], _ALLOWED[name])) from None
+            sentence = first_mistake(error, settings, _ALLOWED, prefix="experts.")
+            raise ExpertsError(sentence) from None
 
     @property
     def routed(self) -> bool:
@@ -117,7 +114,7 @@ class ExpertsConfig(BaseModel):
     def check_top_k(self, num_experts: int) -> None:
         """Raise ``ExpertsError`` if ``top_k`` is above the number of experts."""
         if self.top_k is not None and self.top_k > num_experts:
-            raise ExpertsError(_sentence("top_k", self.top_k, f"from 1 to {num_experts}"))
+            raise ExpertsError(not_allowed("experts.top_k", self.top_k, f"from 1 to {num_experts}"))
 
     def cluster_settings(self) -> ClusterSettings:
         """How to cluster while loading; only without ``path``."""
@@ -174,7 +171,3 @@ def check_ranks(num_experts: int, ranks: int) -> None:
             else f"pacellm: {num_experts} experts cannot be spread whole over {ranks} tensor "
             "parallel ranks; --tensor-parallel-size 1 can."
         )
-
-
-def _sentence(name: str, value: Any, allowed: str) -> str:
-    return f"pacellm: experts.{name} = {value!r} is not allowed; it must be {allowed}."

@@ -4,9 +4,13 @@
 ``store``    PagedStore, one bank read and written through a request's block table row
 ``spec``     PagedBankSpec, what the scheduler knows of a bank
 ``manager``  PagedBankManager, which claims, shares and frees banks' pages
+``drafts``   what speculative decoding asks of a bank
 ``plan``     how large pages are in a given engine, and what it cannot share blocks with
 ``batch``    BatchSettings, what the requests of a worker's batch have set for themselves
-``backend``  the metadata a step's layers share: which tokens belong to which segment of whom
+``pieces``   Piece, tokens of one request in one segment, which a batch is cut into
+``plain``    PlainStep, what the plain PyTorch ops do in one step
+``backend``  the metadata that a step's memory layers share
 ``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op
+``stage``    StageWithoutMemory, what a pipeline stage has that has no memory layer
 ``counts``   what the memory did so far, since the engine started
 """

@@ -1,10 +1,8 @@
 """What the memory layers of one step share: whose tokens they are and in which segments."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -15,62 +13,17 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.memory.batch import BatchSettings
-from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import cut_pieces
+from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.spec import PagedBankSpec
-from pacellm_vllm.request import RequestSettings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens ``begin`` .. ``end - 1`` of the batch: one request's, in one segment.
-
-    ``position`` is the first one's place in its request, ``pages`` how many of the request's
-    pages the piece can reach, ``settings`` what the request has set for itself.
-    """
-
-    request: int
-    begin: int
-    end: int
-    position: int
-    pages: int
-    settings: RequestSettings | None = None
+from pacellm_vllm.ops.rules import MemoryRules
 
 
 @dataclass
 class BankMetadata:
-    """``block_table`` [requests, >= num_pages] int32 block ids in claiming order.
+    """One step, for all memory layers; ``plain`` is what the plain PyTorch ops do in it."""
 
-    A request that takes no memory holds the null block, 0, instead of every page.
-    """
-
-    block_table: torch.Tensor
-    pieces: list[Piece]
-
-
-def cut_pieces(
-    starts: list[int],
-    lengths: list[int],
-    layout: BankLayout,
-    settings: Sequence[RequestSettings | None] = (),
-) -> list[Piece]:
-    """Cut a batch at request borders and segment ends.
-
-    ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
-    tokens after this step, ``settings`` what the first of them have set. Requests without tokens
-    give no piece.
-    """
-    size = layout.segment_size
-    pieces = []
-    for request, length in enumerate(lengths):
-        begin, end = starts[request], starts[request + 1]
-        position = length - (end - begin)
-        own = settings[request] if request < len(settings) else None
-        while begin < end:
-            n = min(end - begin, size - position % size)
-            pages = layout.pages_for(position + n)
-            pieces.append(Piece(request, begin, begin + n, position, pages, own))
-            begin, position = begin + n, position + n
-    return pieces
+    plain: PlainStep
 
 
 class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
@@ -83,6 +36,8 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BatchSettings.of_engine(self.vllm_config)
+        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        self._rules: MemoryRules = layers[self.layer_names[0]].rules
 
     def build(
         self,
@@ -91,7 +46,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         fast_build: bool = False,
     ) -> BankMetadata:
         common = common_attn_metadata
-        # Exact without speculative decoding, which is refused at start-up.
+        # Exact but for asynchronous scheduling of drafts, which is refused at start-up.
         lengths = common.seq_lens_cpu_upper_bound
         if lengths is None:
             lengths = common.seq_lens.cpu()
@@ -99,15 +54,20 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         # Model runner V2 says where in its request table each row is (padding is nowhere); in V1
         # the batch itself is the table.
         rows = range(requests) if common.req_idx is None else common.req_idx.tolist()
-        return BankMetadata(
-            common.block_table_tensor,
-            cut_pieces(
-                common.query_start_loc_cpu[: requests + 1].tolist(),
-                lengths[:requests].tolist(),
-                self.kv_cache_spec.layout,
-                [self._settings.get(row) for row in rows],
-            ),
+        layout = self.kv_cache_spec.layout
+        prefilling: list[bool] = []
+        if layout.drafts:
+            assert common.is_prefilling is not None
+            prefilling = common.is_prefilling[:requests].tolist()
+        pieces = cut_pieces(
+            common.query_start_loc_cpu[: requests + 1].tolist(),
+            lengths[:requests].tolist(),
+            layout,
+            self._rules,
+            [self._settings.get(row) for row in rows],
+            prefilling,
         )
+        return BankMetadata(PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0))
 
 
 class BankBackend(AttentionBackend):

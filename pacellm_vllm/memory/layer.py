@@ -1,7 +1,5 @@
 """PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
 
-from collections import Counter
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -16,13 +14,10 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from pacellm_vllm.compat import add_splitting_op, eager_in_graphs, register_custom_op
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.backend import BankBackend, BankMetadata, Piece
+from pacellm_vllm.memory.backend import BankBackend, BankMetadata
 from pacellm_vllm.memory.counts import MemoryCounts
 from pacellm_vllm.memory.plan import plan_spec
-from pacellm_vllm.memory.store import PagedBanks, PagedStore, unit_view
-from pacellm_vllm.ops.rules import MemoryRules
-from pacellm_vllm.ops.steps import advance_steps
-from pacellm_vllm.ops.update import advance
+from pacellm_vllm.memory.store import unit_view
 
 OP_NAME = "pacellm_memory"
 
@@ -64,50 +59,20 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         return self.spec
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        """Enhanced activations [tokens, width] in the dtype of ``a``."""
-        out = torch.empty_like(a)
-        torch.ops.vllm.pacellm_memory(a, out, self.prefix)
-        return out
+        """Enhanced activations [..., tokens, width] in the dtype of ``a``."""
+        # Models of vLLM's Transformers backend have a batch of one.
+        flat = a.view(-1, self.width)
+        out = torch.empty_like(flat)
+        torch.ops.vllm.pacellm_memory(flat, out, self.prefix)
+        return out.view(a.shape)
 
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         """Advance every request's bank by its tokens of this step."""
         # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
         layout = self.spec.layout
         units = unit_view(self.kv_cache, layout, self.config.stored_dtype(a.dtype))
-        out.copy_(a)
-        steps = []
-        pieces_of = Counter(piece.request for piece in metadata.pieces)
-        for piece in metadata.pieces:
-            tokens = slice(piece.begin, piece.end)
-            pages = metadata.block_table[piece.request, : piece.pages]
-            # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
-            if not pages.all():
-                continue
-            # One token of many requests is a decode step; a piece of a longer chunk has its turn.
-            if piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
-                steps.append(piece)
-                continue
-            store = PagedStore(units, pages, layout)
-            out[tokens], progress = advance(
-                store, a[tokens], piece.position, self._rules_of(piece), self._reduce
-            )
+        for progress in metadata.plain.run(units, layout, a, out, self._reduce):
             self.counts.add(progress)
-        if steps:
-            rows = torch.tensor([(piece.begin, piece.request) for piece in steps], device=a.device)
-            held = max(piece.pages for piece in steps)
-            banks = PagedBanks(units, metadata.block_table[rows[:, 1], :held].long(), layout)
-            out[rows[:, 0]], progresses = advance_steps(
-                banks,
-                a[rows[:, 0]],
-                [piece.position for piece in steps],
-                [self._rules_of(piece) for piece in steps],
-                self._reduce,
-            )
-            for progress in progresses:
-                self.counts.add(progress)
-
-    def _rules_of(self, piece: Piece) -> MemoryRules:
-        return piece.settings.applied_to(self.rules) if piece.settings else self.rules
 
 
 @eager_in_graphs

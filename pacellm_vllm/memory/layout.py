@@ -17,11 +17,14 @@ _MAX_PARTS = 64
 class BankLayout:
     """One request's bank of one layer, in rows of ``width`` elements, in this order:
 
-    header (int32 words) | slot 0 key, value | slot 1 key, value | ... | 4 fp32 sums | staged a, o
+    header (int32 words) | tail | slot 0 key, value | slot 1 key, value | ... | 4 fp32 sums |
+    staged a, o
 
     Slots come first because a request's first tokens reach only the first of them, and what
     follows is not touched before the second segment: pages are claimed front to back. A row is
     kept in ``parts`` equal units so that rows wider than a page, or that would waste one, fit.
+    The tail, which only speculative decoding has, is a row for a position and one for each of the
+    ``drafts`` tokens that a step may add and the next may take back.
 
     ``width`` is this rank's share of the intermediate size, ``itemsize`` the bytes of a stored
     element, ``page_bytes`` what one page may hold.
@@ -34,10 +37,16 @@ class BankLayout:
     itemsize: int
     page_bytes: int
     parts: int
+    drafts: int = 0
 
     @classmethod
     def plan(
-        cls, rules: MemoryRules, width: int, dtype: torch.dtype, page_bytes: int
+        cls,
+        rules: MemoryRules,
+        width: int,
+        dtype: torch.dtype,
+        page_bytes: int,
+        drafts: int = 0,
     ) -> "BankLayout":
         """The layout with the fewest pages of at most ``page_bytes``, then the fewest parts.
 
@@ -52,6 +61,7 @@ class BankLayout:
                 itemsize=dtype.itemsize,
                 page_bytes=page_bytes,
                 parts=parts,
+                drafts=drafts,
             )
             for parts in range(1, _MAX_PARTS + 1)
             if width % parts == 0 and width // parts * dtype.itemsize <= page_bytes
@@ -77,9 +87,13 @@ class BankLayout:
         return ceil(words * _FP32_BYTES / (self.width * self.itemsize))
 
     @property
+    def tail_start(self) -> int:
+        return self.header_rows
+
+    @property
     def slots_start(self) -> int:
         """Row of slot 0's key."""
-        return self.header_rows
+        return self.tail_start + (1 + self.drafts if self.drafts else 0)
 
     @property
     def sum_rows(self) -> int:

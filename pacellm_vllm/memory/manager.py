@@ -212,13 +212,18 @@ class PagedBankManager(CircularBufferManager):
     def _committed_tokens(self, request_id: str) -> int:
         """Tokens behind the bank in the request's pages once all its scheduled steps ran.
 
-        0 when there is none, or when tokens sampled in a step still in flight would be among them.
+        0 when there is none, when tokens sampled in a step still in flight would be among them, or
+        when drafts may be, which the bank does not hold before the next step.
         """
         request = self._requests.get(request_id)
         if not self.enable_caching or request is None or self._holds_no_bank(request_id):
             return 0
         size = self._layout.segment_size
-        length = request.num_computed_tokens // size * size
+        computed = request.num_computed_tokens
+        length = computed // size * size
+        drafts = self._layout.drafts if computed > request.num_prompt_tokens else 0
+        if computed - drafts < length:
+            return 0
         known = len(request.block_hashes) * self.block_pool.hash_block_size
         return length if length <= known else 0
 

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
@@ -37,12 +38,40 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         config,
         layers,
         block_size,
-        page_bytes_beside(attention, len(layers)),
+        _page_bytes(vllm_config, attention, layers),
         width,
         cast(torch.dtype, model.dtype),
         f"layers {', '.join(map(str, layers))} of {model.get_total_num_hidden_layers()}",
         model.max_model_len,
+        vllm_config.num_speculative_tokens,
     )
+
+
+def _page_bytes(
+    vllm_config: VllmConfig, attention: Sequence[AttentionSpec], layers: Sequence[int]
+) -> int:
+    """The page size that fits every pipeline stage: all ranks must come to the same.
+
+    ``attention`` has the specs of this stage, ``layers`` the memory layers of the whole model.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    stages = parallel.pipeline_parallel_size
+    if stages == 1:
+        return page_bytes_beside(attention, len(layers))
+    here = model.get_num_layers(parallel)
+    kinds = {type(spec) for spec in attention}
+    if len(attention) != here or len(kinds) > 1:
+        raise ValueError(
+            f"pacellm: pipeline parallelism with memory needs attention of one kind in each layer, "
+            f"this stage has {len(attention)} of {len(kinds)} kinds in {here} "
+            "layers; use --tensor-parallel-size."
+        )
+    pages = []
+    for stage in range(stages):
+        start, end = get_pp_indices(model.get_total_num_hidden_layers(), stage, stages)
+        banks = sum(start <= layer < end for layer in layers)
+        pages.append(page_bytes_beside([attention[0]] * (end - start), max(banks, 1)))
+    return min(pages)
 
 
 def page_bytes_beside(attention: Sequence[AttentionSpec], banks: int) -> int:
@@ -65,15 +94,20 @@ def bank_spec(
     dtype: torch.dtype,
     where: str,
     max_model_len: int,
+    drafts: int = 0,
 ) -> PagedBankSpec:
-    """The spec of banks for ``layers`` with pages of ``page_bytes``; ``where`` is for the log."""
+    """The spec of banks for ``layers`` with pages of ``page_bytes``; ``where`` is for the log.
+
+    ``drafts`` tokens at most are speculative in a step.
+    """
+    stored = config.stored_dtype(dtype)
     return PagedBankSpec(
         block_size=block_size,
         num_kv_heads=1,
         head_size=page_bytes // 2,
         head_size_v=page_bytes - page_bytes // 2,
         dtype=torch.uint8,
-        layout=BankLayout.plan(config.rules(), width, config.stored_dtype(dtype), page_bytes),
+        layout=BankLayout.plan(config.rules(), width, stored, page_bytes, drafts),
         num_layers=len(layers),
         summary=f"{where}, preset {config.preset}",
         max_model_len=max_model_len,

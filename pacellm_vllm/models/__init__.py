@@ -2,7 +2,8 @@
 
 ``table``   which ``Pace*`` architecture stands on which vLLM class
 ``pacify``  the subclass itself: swaps the class of chosen FFNs and attaches their memory
-``experts`` weights in expert order while they load, and routed FFNs
+``experts`` weights in expert order while they load
+``routed``  FFNs of which each token computes some experts
 ``settings`` where the configuration is read from
 ``checks``  what is refused before an engine starts
 

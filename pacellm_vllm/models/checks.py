@@ -1,6 +1,7 @@
 """What is refused before an engine starts, each with one sentence."""
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from pacellm_vllm.compat import (
     add_logits_processor,
@@ -11,7 +12,7 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
 from pacellm_vllm.models.settings import additional_settings, read_config
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 
 logger = plugin_logger()
 
@@ -45,18 +46,24 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             experts is not None,
             "its FFNs have no single activation to remember; serve it without pacellm",
         ),
-        "speculative decoding": (
-            vllm_config.speculative_config is not None,
-            "rejected draft tokens would stay in the bank; drop --speculative-config",
-        ),
-        "pipeline parallelism": (
-            parallel.pipeline_parallel_size > 1,
-            "banks have not been tested across stages; use --tensor-parallel-size",
+        "speculative decoding like this": _speculation(vllm_config),
+        "pipeline parallelism on model runner V2": (
+            parallel.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner,
+            "it tells only the last stage what requests have set; set VLLM_USE_V2_MODEL_RUNNER=0 "
+            "or use --tensor-parallel-size",
         ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "a bank needs all tokens of its request on one rank; set the context parallel sizes "
             "to 1",
+        ),
+        "a multimodal model": (
+            model.hf_config is not model.hf_text_config,
+            "memory was tested on text only; serve it without pacellm",
+        ),
+        "an encoder-decoder model": (
+            bool(model.is_encoder_decoder),
+            "a bank knows one sequence of tokens; serve it without pacellm",
         ),
         "dual-batch overlap": (
             bool(parallel.enable_dbo),
@@ -65,6 +72,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,
             "tokens computed elsewhere carry no memory; drop --kv-transfer-config",
+        ),
+        # vLLM turns it into a KV transfer after this check.
+        "KV offloading": (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "attention's blocks would come back without the banks; drop --kv-offloading-size",
         ),
         "sleep mode": (
             bool(model.enable_sleep_mode),
@@ -80,6 +92,22 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
 
 
+def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
+    """Whether this engine's speculative decoding is refused, and why."""
+    config = vllm_config.speculative_config
+    if config is None:
+        return False, ""
+    if config.method != "ngram":
+        return True, f"only n-gram drafts have been tested, not {config.method}; use ngram"
+    if not current_platform.is_cpu():
+        return True, "drafts have been tested on the CPU only; drop --speculative-config"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return True, "drafts have not been tested across stages; drop --speculative-config"
+    return bool(vllm_config.scheduler_config.async_scheduling), (
+        "a bank must know how many drafts were accepted; pass --no-async-scheduling"
+    )
+
+
 def check_not_configured(vllm_config: VllmConfig) -> None:
     """For every other architecture: refuse a configuration that would silently do nothing."""
     architecture = vllm_config.model_config.architecture
@@ -87,10 +115,11 @@ def check_not_configured(vllm_config: VllmConfig) -> None:
         logger.info("pacellm: installed, not active for %s.", architecture)
         return
     pace = pace_architecture(architecture)
+    reason = WHY_NOT.get(architecture, "pacellm serves dense decoders that it knows")
     remedy = (
         f'add --hf-overrides \'{{"architectures": ["{pace}"]}}\''
         if pace
-        else "drop pacellm from --additional-config, or serve a dense decoder that pacellm knows"
+        else f"{reason}; drop pacellm from --additional-config"
     )
     raise PaceConfigError(
         f"pacellm: {CONFIG_KEY} is configured but {architecture} carries neither memory nor "

@@ -1,29 +1,28 @@
-"""Experts in a vLLM decoder: weights in expert order as they load, and routed FFNs."""
+"""Experts in a vLLM decoder: weights in expert order as they load, and which FFNs are routed."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_tp_group,
-    tensor_model_parallel_all_reduce,
 )
-from vllm.platforms import current_platform
 
 from pacellm_vllm.compat import plugin_logger
 from pacellm_vllm.experts.errors import ExpertsError
-from pacellm_vllm.experts.ffn import GatedWeights, grouped_activations, grouped_output, masked
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
-from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ExpertsConfig, check_ranks
-from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
+from pacellm_vllm.models.ffn import FeedForward
+from pacellm_vllm.models.routed import RoutedExperts, way_of
 
 logger = plugin_logger()
+
+# What FFNs with experts are made of, in vLLM's models.
+_KINDS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
 
 # Fields of a Hugging Face configuration that say how many experts a mixture has.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -31,63 +30,22 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Those that hand whole tensors, under the checkpoint's names, to the model.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "npcache", "pt")
 
+_SAID = {
+    "grouped": "grouped by expert",
+    "fused": "by the fused MoE kernel",
+    "masked": "by masking, which saves no time here",
+}
 
-class RoutedExperts(nn.Module):
-    """What an FFN computes for each token: the experts that its router chooses.
 
-    The router knows the experts of all tensor parallel ranks, so ranks choose alike; each
-    computes its own. On the pure-PyTorch CPU platform tokens are grouped by expert; elsewhere
-    everything is computed and then masked, with shapes that graphs can hold.
-    """
-
-    def __init__(self, config: ExpertsConfig, num_experts: int, mlp: Any, grouped: bool) -> None:
-        super().__init__()
-        weight = mlp.gate_up_proj.weight
-        self.router = ExpertRouter(
-            num_experts,
-            mlp.gate_up_proj.input_size,
-            mlp.act_fn,
-            top_k=config.top_k,
-            mass=config.mass,
-            dtype=weight.dtype,
-            device=weight.device,
+def check_ffn(ffn: FeedForward) -> None:
+    """Raise ``ExpertsError`` unless neurons of ``ffn`` can be moved and routed."""
+    if (ffn.input_name, ffn.output_name) not in _KINDS or not ffn.input.return_bias:
+        known = " or ".join("/".join(kind) for kind in _KINDS)
+        raise ExpertsError(
+            f"pacellm: {ffn.name} ({type(ffn.module).__name__}) is not an FFN for experts (it has "
+            f"{ffn.input_name}/{ffn.output_name}); it must be one of vLLM's own with {known}: "
+            "choose other layers or serve the model without experts."
         )
-        self.grouped = grouped
-        ranks = get_tensor_model_parallel_world_size()
-        share = num_experts // ranks
-        rank = get_tensor_model_parallel_rank()
-        self.mine = slice(rank * share, (rank + 1) * share)
-
-    def activations(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
-        """This rank's activations [tokens, D / ranks], zero in experts that were not chosen."""
-        chosen = self.router.choose(x)[:, self.mine]
-        if self.grouped:
-            return grouped_activations(x, _weights(mlp), chosen)
-        gate_up, _ = mlp.gate_up_proj(x)
-        return masked(mlp.act_fn(gate_up), chosen)
-
-    def output(self, mlp: Any, x: torch.Tensor) -> torch.Tensor:
-        """The FFN's output [tokens, H] for ``x`` [tokens, H]."""
-        if not self.grouped:
-            out, _ = mlp.down_proj(self.activations(mlp, x))
-            return out
-        out = grouped_output(x, _weights(mlp), self.router.choose(x)[:, self.mine])
-        down = mlp.down_proj
-        if down.reduce_results and down.tp_size > 1:
-            out = tensor_model_parallel_all_reduce(out)
-        return out
-
-
-def _weights(mlp: Any) -> GatedWeights:
-    down = mlp.down_proj
-    return GatedWeights(
-        mlp.gate_up_proj.weight,
-        down.weight,
-        mlp.act_fn,
-        mlp.gate_up_proj.bias,
-        # As RowParallelLinear: the sum over ranks has it once.
-        down.bias if down.tp_rank == 0 else None,
-    )
 
 
 class ModelExperts:
@@ -97,29 +55,39 @@ class ModelExperts:
         self.config = config
         self.plan = plan_experts(vllm_config, config)
         self.routed: dict[int, RoutedExperts] = {}
-        # vLLM's own CPU build packs weights, and a compiled model cannot loop over experts.
-        self._grouped = (
-            isinstance(current_platform, TorchCpuPlatform)
-            and vllm_config.compilation_config.mode == CompilationMode.NONE
-        )
+        self._way = way_of(vllm_config)
+        self._gated = True
 
-    def attach(self, mlp: Any, index: int) -> None:
-        """Route the FFN of layer ``index``, if it has experts and routing is on."""
-        if self.config.routed and index in self.plan.layers:
-            self.routed[index] = RoutedExperts(
-                self.config, self.plan.num_experts, mlp, self._grouped
-            )
-            mlp.experts = self.routed[index]
+    def attach(self, ffn: FeedForward, index: int) -> RoutedExperts | None:
+        """What routes ``ffn``, the one of layer ``index``; None where routing is off.
+
+        Raises ``ExpertsError`` if its neurons cannot be moved.
+        """
+        check_ffn(ffn)
+        self._gated = ffn.gated
+        if not self.config.routed:
+            return None
+        self.routed[index] = RoutedExperts(self.config, self.plan.num_experts, ffn, self._way)
+        return self.routed[index]
 
     def reorder(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:
         """``weights`` with the neurons in expert order, whatever the number of ranks."""
-        pass_ = Reorder(self.plan, self._observe)
+        pass_ = Reorder(self.plan, self._observe, self._gated)
         yield from pass_(weights)
         check_agreement(pass_.orders)
         if get_tensor_model_parallel_rank() == 0:
             logger.info("pacellm: %s; %s.", self.plan.summary, self._routing())
 
-    def _observe(self, index: int, gate: torch.Tensor, up: torch.Tensor) -> None:
+    def report(self) -> dict[int, dict[str, Any]]:
+        """By layer: K, how its experts are computed, and what ``RoutedExperts.report`` counted."""
+        return {
+            layer: {"num_experts": self.plan.num_experts, **routed.report()}
+            if (routed := self.routed.get(layer))
+            else {"num_experts": self.plan.num_experts, "way": "all", "tokens": None, "share": 1.0}
+            for layer in self.plan.layers
+        }
+
+    def _observe(self, index: int, gate: torch.Tensor, up: torch.Tensor | None) -> None:
         if index in self.routed:
             self.routed[index].router.fill(gate, up)
 
@@ -131,8 +99,7 @@ class ModelExperts:
             if self.config.top_k
             else f"those with {100 * (self.config.mass or 1):g} % of the predicted activation"
         )
-        how = "grouped by expert" if self._grouped else "by masking, which saves no time here"
-        return f"a token computes {part}, {how}"
+        return f"a token computes {part}, {_SAID[self._way]}"
 
 
 def plan_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> ExpertsPlan:
@@ -165,6 +132,19 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
         "pipeline parallelism": (
             parallel.pipeline_parallel_size > 1,
             "loading has not been tested across stages; use --tensor-parallel-size",
+        ),
+        "speculative decoding": (
+            vllm_config.speculative_config is not None,
+            "vLLM checks no request's settings with it; drop --speculative-config",
+        ),
+        "KV transfer": (
+            vllm_config.kv_transfer_config is not None,
+            "no connector checks that both engines have the same experts; drop "
+            "--kv-transfer-config",
+        ),
+        "dual-batch overlap": (
+            bool(parallel.enable_dbo),
+            "it has not been tested; drop --enable-dbo",
         ),
         f"--load-format {load_format}": (
             load_format not in LOAD_FORMATS,

@@ -1,92 +1,31 @@
 """pacify: the subclass of a vLLM decoder whose chosen FFNs carry memory, experts or both."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.distributed import get_tensor_model_parallel_world_size
 
-from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
-from pacellm_vllm.models.experts import ModelExperts, RoutedExperts
+from pacellm_vllm.memory.stage import StageWithoutMemory
+from pacellm_vllm.models.experts import ModelExperts
+from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
+from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
 
-# What an FFN is made of, gated and plain.
-_GATED = ("gate_up_proj", "act_fn", "down_proj")
-_PLAIN = ("up_proj", "act_fn", "down_proj")
-_FFN_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
-
-class PaceMLPMixin:
-    """The FFN ``down(memory(act(gate(x)) * up(x)))``; everything else is the base class's.
-
-    Without ``memory`` it is left out of that; with ``experts`` each token computes some of them.
-    """
-
-    gate_up_proj: nn.Module
-    act_fn: nn.Module
-    down_proj: nn.Module
-    memory: PaceMemory | None
-    experts: RoutedExperts | None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.experts is not None and self.memory is None:
-            return self.experts.output(self, x)
-        if self.experts is not None:
-            a = self.experts.activations(self, x)
-        else:
-            gate_up, _ = self.gate_up_proj(x)
-            a = self.act_fn(gate_up)
-        out, _ = self.down_proj(a if self.memory is None else self.memory(a))
-        return out
-
-
-class PacePlainMLPMixin:
-    """The FFN ``down(memory(act(up(x))))``; everything else is the base class's."""
-
-    up_proj: nn.Module
-    act_fn: nn.Module
-    down_proj: nn.Module
-    memory: PaceMemory
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up, _ = self.up_proj(x)
-        out, _ = self.down_proj(self.memory(self.act_fn(up)))
-        return out
-
-
-def prepare(mlp: Any, name: str, experts: bool) -> None:
-    """Make ``mlp``, the FFN at ``name`` in its model, one that can carry memory and experts.
-
-    Raises ``PaceConfigError`` when it is neither a gated nor, without ``experts``, a plain FFN.
-    """
-    children = {child for child, _ in mlp.named_children()}
-    mixins = (
-        {_GATED: PaceMLPMixin} if experts else {_GATED: PaceMLPMixin, _PLAIN: PacePlainMLPMixin}
-    )
-    fitting = [mixin for parts, mixin in mixins.items() if children == set(parts)]
-    if not fitting:
-        allowed = " or ".join(", ".join(parts) for parts in mixins)
-        raise PaceConfigError(
-            f"pacellm: {name} ({type(mlp).__name__}) is not an FFN for "
-            f"{'experts' if experts else 'memory'} (it has "
-            f"{', '.join(sorted(children)) or 'no parts'}; it must have {allowed}); choose other "
-            "layers or serve the model without pacellm."
-        )
-    base = type(mlp)
-    mlp.__class__ = type(f"Pace{base.__name__}", (fitting[0], base), {})
-    mlp.memory, mlp.experts = None, None
-
-
-def attach(mlp: nn.Module, config: PaceConfig, index: int, name: str) -> None:
-    """Give the prepared ``mlp`` of layer ``index``, at ``name`` in its model, a memory."""
-    down_proj = mlp.down_proj
-    assert isinstance(down_proj, RowParallelLinear), type(down_proj)
-    width = down_proj.input_size_per_partition
-    mlp.memory = PaceMemory(config, index, width, prefix=f"{name}.memory")
+@contextmanager
+def _as_architecture(hf_config: Any, architecture: str) -> Iterator[None]:
+    """Show the base class the name it knows: transformers keeps renamings of weights by it."""
+    ours = hf_config.architectures
+    hf_config.architectures = [architecture]
+    try:
+        yield
+    finally:
+        hf_config.architectures = ours
 
 
 def pacify(base: Any, name: str) -> type[nn.Module]:
@@ -96,23 +35,31 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
     """
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        with _as_architecture(vllm_config.model_config.hf_config, name.removeprefix("Pace")):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         config = read_config(vllm_config)
-        total = vllm_config.model_config.get_total_num_hidden_layers()
-        layers = config.resolve_layers(total)
+        model = vllm_config.model_config
+        layers = config.resolve_layers(model.get_total_num_hidden_layers())
         experts = ModelExperts(vllm_config, config.experts) if config.experts else None
         with_experts = experts.plan.layers if experts else ()
-        for path, module in list(self.named_modules()):
-            found = _FFN_NAME.search(path)
-            index = int(found[1]) if found else -1
-            if index not in layers and index not in with_experts:
-                continue
-            name = f"{prefix}.{path}" if prefix else path
-            prepare(module, name, index in with_experts)
+        # The decoder layers of this pipeline stage.
+        here = range(*model.get_layers_start_end_indices(vllm_config.parallel_config))
+        for index in sorted({*layers, *with_experts} & {*here}):
+            ffn = find_feed_forward(self, index, prefix)
+            memory = None
             if index in layers:
-                attach(module, config, index, name)
-            if experts:
-                experts.attach(module, index)
+                check_shared_out(ffn, get_tensor_model_parallel_world_size())
+                memory = PaceMemory(config, index, ffn.width, prefix=f"{ffn.name}.memory")
+            if experts and index in with_experts:
+                routed = experts.attach(ffn, index)
+                if routed:
+                    route(ffn, routed, memory)
+                    continue
+            if memory:
+                remember(ffn, memory)
+        if layers and not {*layers} & {*here}:
+            ffn = find_feed_forward(self, here[0], prefix)
+            StageWithoutMemory(vllm_config, config, ffn.width, f"{ffn.name}.stage")
         self._pace_experts = experts
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:

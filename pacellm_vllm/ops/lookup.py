@@ -1,6 +1,6 @@
 """Enhance: look each token up in a committed bank and blend what it finds (paper Sec. 3.2.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,8 @@ import torch
 from pacellm_vllm.ops.rules import MemoryRules
 
 NORM_FLOOR = 1e-8
+# Half-precision activations are widened this many elements at a time, which stay in the caches.
+_WIDENED_ELEMENTS = 1 << 20
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,15 +40,18 @@ def similarities(
 ) -> torch.Tensor:
     """Cosine of every token with every slot.
 
-    ``a`` [n, D] and ``keys`` [m, D] fp32, ``squares`` [m] the keys' squared norms if they are
-    known; returns [n, m] fp32. Under tensor parallelism D is this rank's shard and ``reduce`` sums
-    over ranks: partial products and squared norms travel together, so every rank sees the same
-    similarities and decides alike.
+    ``a`` [n, D] any float dtype, ``keys`` [m, D] fp32, ``squares`` [m] the keys' squared norms if
+    they are known; returns [n, m] fp32. Under tensor parallelism D is this rank's shard and
+    ``reduce`` sums over ranks: partial products and squared norms travel together, so every rank
+    sees the same similarities and decides alike.
     """
     n, m = a.shape[0], keys.shape[0]
-    parts = a.new_empty(n + 1, m + 1)
-    torch.mm(a, keys.t(), out=parts[:n, :m])
-    parts[:n, m] = torch.linalg.vecdot(a, a)
+    parts = keys.new_empty(n + 1, m + 1)
+    for tokens in _bites(a):
+        wide = a[tokens].float()
+        torch.mm(wide, keys.t(), out=parts[:n][tokens, :m])
+        # Of the ways to add up squares the one that makes no second [n, D] tensor.
+        parts[:n][tokens, m] = torch.linalg.vector_norm(wide, dim=1).square_()
     parts[n, :m] = torch.linalg.vecdot(keys, keys) if squares is None else squares
     parts[n, m] = 0
     if reduce is not None:
@@ -63,26 +68,30 @@ def look_up(
     rules: MemoryRules,
     reduce: Reduce | None = None,
     squares: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> LookUp:
     """Enhance n tokens with the m valid slots of one bank.
 
     ``a`` [n, D] any float dtype; ``keys``, ``values`` [m, D] any float dtype, m may be 0;
-    ``squares`` [m] fp32 the keys' squared norms, if known. Arithmetic is fp32. Ties
-    go to the lower slot index.
+    ``squares`` [m] fp32 the keys' squared norms, if known; ``out`` like ``a`` takes the output.
+    Arithmetic is fp32. Ties go to the lower slot index.
     """
     n, m = a.shape[0], keys.shape[0]
+    if out is None:
+        out = torch.empty_like(a)
     if m == 0:
         nothing = a.new_full((n,), float("-inf"), dtype=torch.float32)
-        return LookUp(a, nothing, torch.empty(n, 0, dtype=torch.int64, device=a.device))
+        none = torch.empty(n, 0, dtype=torch.int64, device=a.device)
+        return LookUp(out.copy_(a), nothing, none)
 
-    a32 = a.float()
-    sims = similarities(a32, keys.float(), squares, reduce)
-    # torch.topk does not promise which of two equal entries it returns; a stable sort does.
-    ranked, order = sims.sort(dim=1, descending=True, stable=True)
-    top = order[:, : rules.top_k]
-    mean_top = ranked[:, : rules.top_k].mean(dim=1)
-    best = ranked[:, 0]
+    sims = similarities(a, keys.float(), squares, reduce)
+    top = largest(sims, rules.top_k)
+    top_sims = sims.gather(1, top)
+    mean_top = top_sims.mean(dim=1)
+    if not rules.alpha:
+        return LookUp(out.copy_(a), mean_top, top)
 
+    best = top_sims[:, 0]
     high = best > rules.theta_high
     mid = (best > rules.theta_low) & ~high
     zero = torch.zeros_like(best)
@@ -92,10 +101,38 @@ def look_up(
         1, top, (rules.alpha / top.shape[1] * top_weight)[:, None].expand_as(top)
     )
     if rules.negative_k and rules.noise:
-        bottom = sims.argsort(dim=1, stable=True)[:, : rules.negative_k]
+        bottom = largest(-sims, rules.negative_k)
         share = torch.where(high | mid, rules.alpha * rules.noise / bottom.shape[1], zero)
         weights.scatter_add_(1, bottom, share[:, None].expand_as(bottom))
     # Exactly 1 for tokens that found nothing, so their activation passes through bit for bit.
     own = torch.where(high | mid, (1 - rules.alpha) + rules.alpha * self_weight, zero + 1.0)
-    output = torch.addcmul(weights @ values.float(), own[:, None], a32)
-    return LookUp(output.to(a.dtype), mean_top, top)
+    values = values.float()
+    for tokens in _bites(a):
+        # In place where the output is fp32: another [n, D] tensor costs more than the product.
+        part = out[tokens] if out.dtype is torch.float32 else values.new_empty(a[tokens].shape)
+        torch.mul(a[tokens], own[tokens, None], out=part)
+        part.addmm_(weights[tokens], values)
+        if out.dtype is not torch.float32:
+            out[tokens] = part
+    return LookUp(out, mean_top, top)
+
+
+def largest(sims: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices [n, min(k, m)] of the largest of ``sims`` [n, m] fp32, the first of them first.
+
+    Of equal ones the lower index comes first, which ``torch.topk`` alone does not promise: here it
+    ranks integers, no two of a row equal, that hold a similarity and behind it the index.
+    """
+    m = sims.shape[1]
+    # Adding 0 turns -0 into 0. Negative floats read as integers fall where they should rise.
+    bits = (sims + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    countdown = torch.arange(m - 1, -1, -1, device=sims.device)
+    return (ordered * m + countdown).topk(min(k, m), dim=1).indices
+
+
+def _bites(a: torch.Tensor) -> Iterator[slice]:
+    """All tokens at once in fp32; otherwise as many at a time as are cheaply widened."""
+    size = len(a) if a.dtype is torch.float32 else max(1, _WIDENED_ELEMENTS // a.shape[1])
+    for begin in range(0, len(a), size):
+        yield slice(begin, min(begin + size, len(a)))

@@ -1,41 +1,62 @@
 """Sums over the tokens of a segment whose bits do not depend on how a scheduler cut them."""
 
+from collections.abc import Sequence
+
 import torch
 
 TILE = 32
 
+Turns = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def tile_turns(chosen: torch.Tensor, offset: int) -> Turns:
+    """The order in which ``running_sum`` adds the tokens ``chosen`` [j] int64, ascending.
+
+    Token 0 lies ``offset`` tokens into its segment. Turn i is the i-th chosen token of every tile:
+    the tiles' numbers, counted from the first token's, and the tokens. As a turn has no tile
+    twice, adding all of it at once has one result.
+    """
+    tiles = (offset + chosen) // TILE - offset // TILE
+    rank = torch.arange(len(chosen), device=chosen.device)
+    rank -= torch.searchsorted(tiles, tiles)
+    turns = []
+    for turn in range(int(rank.max()) + 1 if len(chosen) else 0):
+        now = rank == turn
+        turns.append((tiles[now], chosen[now]))
+    return turns
+
 
 def running_sum(
-    total: torch.Tensor, tile: torch.Tensor, rows: torch.Tensor | None, offset: int, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add ``count`` tokens, the first of them ``offset`` tokens into its segment.
+    total: torch.Tensor,
+    tile: torch.Tensor,
+    rows: torch.Tensor,
+    turns: Turns,
+    offset: int,
+) -> None:
+    """Add some of ``rows`` [count, D] in place, the first row ``offset`` tokens into its segment.
 
-    Tokens are added one by one within tiles of ``TILE`` positions counted from the segment's
-    start, and finished tiles one by one to the total, so any cut gives the same bits. ``total``
-    and ``tile`` (the unfinished tile) are [D] fp32; ``rows`` [count, D] fp32, or None for rows
-    of zeros. Returns the new ``(total, tile)``; the sum is their sum.
+    ``turns`` (see :func:`tile_turns`) say which. Tokens are added one by one within tiles of
+    ``TILE`` positions counted from the segment's start, and finished tiles one by one to the
+    total, so any cut gives the same bits. ``total`` and ``tile`` (the unfinished tile) are [D]
+    fp32; the sum is their sum.
     """
-    if rows is None:
-        if (offset + count) // TILE > offset // TILE:
-            return total + tile, torch.zeros_like(tile)
-        return total, tile
+    finished = (offset + len(rows)) // TILE - offset // TILE
+    sums = torch.zeros(finished + 1, rows.shape[1], device=rows.device)
+    sums[0] = tile
+    for tiles, tokens in turns:
+        sums.index_add_(0, tiles, rows.index_select(0, tokens).float())
+    for done in sums[:finished]:
+        total += done
+    tile.copy_(sums[finished])
 
-    done = 0
-    while done < count:
-        room = TILE - (offset + done) % TILE
-        if room == TILE and count - done >= TILE:
-            tiles = (count - done) // TILE
-            blocks = rows[done : done + tiles * TILE].unflatten(0, (tiles, TILE))
-            sums = blocks[:, 0]
-            for i in range(1, TILE):
-                sums = sums + blocks[:, i]
-            for block in sums:
-                total = total + block
-            done += tiles * TILE
-            continue
-        for row in rows[done : done + room]:
-            tile = tile + row
-        done += min(room, count - done)
-        if (offset + done) % TILE == 0:
-            total, tile = total + tile, torch.zeros_like(tile)
-    return total, tile
+
+def add_one(sums: torch.Tensor, rows: Sequence[torch.Tensor], offset: int) -> None:
+    """The same for one token: add ``rows`` [D] to the first of ``sums`` [4, D] in place.
+
+    ``sums`` are two totals, then their tiles; ``rows`` may be fewer than two.
+    """
+    for tile, row in zip(sums[2:], rows, strict=False):
+        tile += row
+    if (offset + 1) % TILE == 0:
+        sums[:2] += sums[2:]
+        sums[2:] = 0

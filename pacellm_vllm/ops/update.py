@@ -1,13 +1,14 @@
 """Update: what a running segment gathers, and the commit at its end (paper Sec. 3.2.1)."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from pacellm_vllm.ops.lookup import Reduce, look_up
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
-from pacellm_vllm.ops.sums import running_sum
+from pacellm_vllm.ops.sums import TILE, running_sum, tile_turns
 
 
 @dataclass
@@ -36,15 +37,13 @@ class Header:
     @classmethod
     def unpack(cls, words: torch.Tensor) -> "Header":
         """Views of ``words`` [num_words] int32."""
-        size = (words.numel() - 3) // 4
-        usage, merge, confirm, squares = words[3:].view(4, size)
-        return cls(words[0], words[1], words[2], usage, merge, confirm, squares.view(torch.float32))
+        usage, merge, confirm, _ = words[3:].view(4, -1)
+        squares = cls.squares_of(words)
+        return cls(words[0], words[1], words[2], usage, merge, confirm, squares)
 
-    def pack(self) -> torch.Tensor:
-        """[num_words] int32, a copy."""
-        return torch.cat(
-            [getattr(self, f.name).reshape(-1).view(torch.int32) for f in fields(self)]
-        )
+    @staticmethod
+    def squares_of(words: torch.Tensor) -> torch.Tensor:
+        return words[3 + 3 * (len(words) // 4) :].view(torch.float32)
 
     def start_segment(self, first: bool) -> None:
         """Forget the running segment's part; in the first segment everything."""
@@ -58,24 +57,38 @@ class Header:
 class BankStore(Protocol):
     """Where one bank lives. Rows have the store's dtype; what was never written is undefined."""
 
-    def read_header(self) -> Header: ...
+    def read_words(self) -> torch.Tensor:
+        """The packed header, a copy."""
 
-    def write_header(self, header: Header) -> None: ...
+    def write_words(self, words: torch.Tensor) -> None: ...
 
-    def read_slots(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [count, D] of the first slots."""
+    def read_keys(self, count: int) -> torch.Tensor:
+        """Keys [count, D] of the first slots."""
 
-    def write_slots(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [j, D] in the slots [j] int64."""
+    def read_values(self, count: int) -> torch.Tensor:
+        """Values [count, D] of the first slots."""
+
+    def products(self, a: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the first slots' keys times ``a`` [D] to ``out`` [count]; both fp32."""
+
+    def add_value(self, slot: int, weight: float, out: torch.Tensor) -> None:
+        """Add ``weight`` times one value to ``out`` [D] fp32."""
+
+    def write_slots(
+        self, slots: Sequence[int], keys: Iterable[torch.Tensor], values: Iterable[torch.Tensor]
+    ) -> None:
+        """Store one key and one value [D] in each of ``slots``."""
 
     def read_staged(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first rows [count, D] set aside for used slots, as (a, o)."""
 
-    def write_staged(self, rows: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
-        """Set (a, o) [j, D] aside in the staging rows [j] int64."""
+    def write_staged(
+        self, rows: Sequence[int], a: Iterable[torch.Tensor], o: Iterable[torch.Tensor]
+    ) -> None:
+        """Set one a and one o [D] aside in each of the staging ``rows``."""
 
     def read_sums(self) -> torch.Tensor:
-        """[4, D] fp32: totals of a and o, then their unfinished tiles."""
+        """[4, D] fp32, a copy: totals of a and o, then their unfinished tiles."""
 
     def write_sums(self, sums: torch.Tensor) -> None: ...
 
@@ -96,22 +109,23 @@ def advance(
     position: int,
     rules: MemoryRules,
     reduce: Reduce | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Progress]:
     """Run tokens of one segment through one bank, committing if they end it.
 
     ``a`` [n, D] are the activations of the tokens at ``position`` .. ``position + n - 1``, which
-    must lie in one segment. Returns their outputs [n, D] in the dtype of ``a``. Whether stored
-    state counts is decided by position alone, so stale content is never read.
+    must lie in one segment. Returns their outputs [n, D] in the dtype of ``a``, in ``out`` if it
+    is given. Whether stored state counts is decided by position alone, so stale content is never
+    read.
     """
     n = a.shape[0]
     segment, offset = divmod(position, rules.segment_size)
     assert 0 < n <= rules.segment_size - offset, "a piece must not cross a segment end"
 
-    header = store.read_header()
-    if offset == 0:
-        header.start_segment(first=segment == 0)
+    words, header = _begin(store, position, rules)
     valid = int(header.valid)
-    found = look_up(a, *store.read_slots(valid), rules, reduce, header.squares[:valid])
+    keys, values = store.read_keys(valid), store.read_values(valid)
+    found = look_up(a, keys, values, rules, reduce, header.squares[:valid], out)
     o = found.output
 
     high, low = found.high(rules), found.low(rules)
@@ -130,9 +144,35 @@ def advance(
 
     committed = None
     if offset + n == rules.segment_size:
+        # Else they would be in memory together with what the commit reads.
+        del keys, values
         committed = commit(store, header, valid, rules)
-    store.write_header(header)
+    store.write_words(words)
     return o, Progress(n - num_mid - num_low, num_mid, num_low, committed)
+
+
+def peek(
+    store: BankStore,
+    a: torch.Tensor,
+    position: int,
+    rules: MemoryRules,
+    reduce: Reduce | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of :func:`advance`, which see; the bank stays as it is."""
+    _, header = _begin(store, position, rules)
+    valid = int(header.valid)
+    keys, values = store.read_keys(valid), store.read_values(valid)
+    return look_up(a, keys, values, rules, reduce, header.squares[:valid], out).output
+
+
+def _begin(store: BankStore, position: int, rules: MemoryRules) -> tuple[torch.Tensor, Header]:
+    """The header as the token at ``position`` finds it, packed and in views of that."""
+    words = store.read_words()
+    header = Header.unpack(words)
+    if position % rules.segment_size == 0:
+        header.start_segment(first=position == 0)
+    return words, header
 
 
 def _stage_low(
@@ -151,14 +191,15 @@ def _stage_low(
     last = min(before + num_low, free + min(rules.max_insertions, valid))
     if last <= before:
         return
-    tokens = low.nonzero().flatten()[: last - before]
-    ranks = torch.arange(before, last, device=a.device)
-    a, o = a[tokens], o[tokens]
+    tokens = low.nonzero().flatten()[: last - before].tolist()
     in_free = max(0, min(free, last) - before)
-    if in_free:
-        store.write_slots(valid + ranks[:in_free], a[:in_free], o[:in_free])
-    if in_free < len(tokens):
-        store.write_staged(ranks[in_free:] - free, a[in_free:], o[in_free:])
+    for chosen, target, write in (
+        (tokens[:in_free], valid + before, store.write_slots),
+        (tokens[in_free:], before + in_free - free, store.write_staged),
+    ):
+        if chosen:
+            rows = range(target, target + len(chosen))
+            write(rows, (a[t] for t in chosen), (o[t] for t in chosen))
 
 
 def _gather_sums(
@@ -173,16 +214,13 @@ def _gather_sums(
     """Add the piece to the sums a merge will need: mid tokens, or in `paper` every token's a."""
     n = a.shape[0]
     paper = rules.update is UpdateRule.PAPER
+    if offset and not paper and not num_mid and (offset + n) // TILE == offset // TILE:
+        return
     sums = store.read_sums() if offset else a.new_zeros(4, a.shape[1], dtype=torch.float32)
-    addends: list[torch.Tensor | None]
-    if paper:
-        addends = [a.float()]
-    elif num_mid:
-        addends = [torch.where(mid[:, None], rows.float(), 0.0) for rows in (a, o)]
-    else:
-        addends = [None, None]
-    for i, rows in enumerate(addends):
-        sums[i], sums[i + 2] = running_sum(sums[i], sums[i + 2], rows, offset, n)
+    chosen = torch.arange(n, device=a.device) if paper else mid.nonzero().flatten()
+    turns = tile_turns(chosen, offset)
+    for i, rows in enumerate([a] if paper else [a, o]):
+        running_sum(sums[i], sums[i + 2], rows, turns, offset)
     store.write_sums(sums)
 
 
@@ -198,19 +236,22 @@ def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> 
             mean_key = mean_value = (sums[0] + sums[2]) / rules.segment_size
         else:
             mean_key, mean_value = (sums[:2] + sums[2:]) / mids
-        keys, values = (rows[slots].float() for rows in store.read_slots(valid))
+        keys = store.read_keys(valid)[slots].float()
+        values = store.read_values(valid)[slots].float()
         m = rules.momentum
-        store.write_slots(slots, m * keys + (1 - m) * mean_key, m * values + (1 - m) * mean_value)
+        keys = m * keys + (1 - m) * mean_key
+        values = m * values + (1 - m) * mean_value
+        store.write_slots(slots.tolist(), keys, values)
         usage += header.merge[:valid]
 
     taken = min(lows, rules.bank_size - valid)
     replaced = min(lows - taken, rules.max_insertions, valid)
     if replaced:
         victims = usage.argsort(stable=True)[:replaced]
-        store.write_slots(victims, *store.read_staged(replaced))
+        store.write_slots(victims.tolist(), *store.read_staged(replaced))
         usage[victims] = 1
     header.usage[valid : valid + taken] = 1
     header.valid.fill_(valid + taken)
-    keys = store.read_slots(valid + taken)[0].float()
+    keys = store.read_keys(valid + taken).float()
     header.squares[: valid + taken] = torch.linalg.vecdot(keys, keys)
     return valid + taken

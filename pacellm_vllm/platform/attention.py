@@ -24,10 +24,6 @@ class TorchAttentionImpl(CPUAttentionBackendImpl):
             raise NotImplementedError(
                 "ALiBi attention is not implemented on the torch CPU platform."
             )
-        if self.sinks is not None:
-            raise NotImplementedError(
-                "Attention sinks are not implemented on the torch CPU platform."
-            )
         kv_cache_dtype = self.kv_cache_dtype
         if is_quantized_kv_cache(kv_cache_dtype):
             raise NotImplementedError(

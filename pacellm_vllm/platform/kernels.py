@@ -202,14 +202,13 @@ def attention_with_kv_cache(
 
     query ``[tokens, heads, head_size]``, output of the same number of elements,
     query_start_loc ``[reqs + 1]``, seq_lens ``[reqs]``, block_table ``[reqs, blocks]`` int32,
-    dynamic_causal ``[reqs]`` in place of ``causal`` if given. With ``window > 0`` the query at
+    dynamic_causal ``[reqs]`` in place of ``causal`` if given, sinks ``[heads]``: one more logit of
+    every query, whose share of the softmax goes nowhere. With ``window > 0`` the query at
     position p sees p - window + 1 .. p (and, if not causal, as far to the right). Slots outside
     that range or past seq_len never influence the output, whatever they hold.
     """
     if alibi_slopes is not None:
         raise NotImplementedError("ALiBi attention is not implemented on the torch CPU platform.")
-    if sinks is not None:
-        raise NotImplementedError("Attention sinks are not implemented on the torch CPU platform.")
     output = output.view(query.shape)
     starts = query_start_loc.tolist()
     kv_lens = seq_lens.tolist()
@@ -231,6 +230,7 @@ def attention_with_kv_cache(
                 bool(causals[req]),
                 window,
                 softcap,
+                sinks,
             )
     token_cost = key_cache.shape[1] * key_cache.shape[3]
     for reqs in _batches_of_similar_length(decodes, kv_lens, window, token_cost):
@@ -245,6 +245,7 @@ def attention_with_kv_cache(
             scale,
             window,
             softcap,
+            sinks,
         )
 
 
@@ -278,6 +279,7 @@ def _attend_one_query_each(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attend from the last position of every request at once; returns the shape of query."""
     reqs = query.shape[0]
@@ -305,6 +307,7 @@ def _attend_one_query_each(
         scale,
         softcap,
         ~dead[None, :, None] if dead_index[0].numel() else None,
+        sinks=None if sinks is None else sinks.view(kv_heads, 1, -1, 1),
     )
     return out.transpose(0, 1).flatten(1, 2)
 
@@ -320,6 +323,7 @@ def _attend_many_queries(
     causal: bool,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> None:
     """Attend from the last positions of one request, a tile of queries at a time."""
     queries, heads = query.shape[:2]
@@ -339,7 +343,12 @@ def _attend_many_queries(
 
     keys, values = gather(key_cache), gather(value_cache)
     grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    row_cost = kv_len * (heads if softcap else 1)
+    unfused = bool(softcap) or sinks is not None
+    if causal and window <= 0 and not unfused:
+        out = _attend_causally(grouped, keys[:, :, :kv_len], values[:, :, :kv_len], scale)
+        output.copy_(out.permute(2, 0, 1, 3).flatten(1, 2))
+        return
+    row_cost = kv_len * (heads if unfused else 1)
     tile = max(1, _TILE_ELEMENTS // row_cost)
     for begin in range(0, queries, tile):
         end = min(begin + tile, queries)
@@ -349,8 +358,7 @@ def _attend_many_queries(
         elif window > 0:
             high = min(kv_len, context + end + window - 1)
         seen = None
-        plain = causal and low == context + begin  # nothing cached before this tile
-        if not plain or window > 0 or softcap:
+        if causal or window > 0:
             distance = torch.arange(context + begin, context + end)[:, None]
             distance = distance - torch.arange(low, high)
             if causal:
@@ -365,9 +373,34 @@ def _attend_many_queries(
             scale,
             softcap,
             seen,
-            causal and seen is None,
+            None if sinks is None else sinks.view(kv_heads, -1, 1, 1),
         )
         output[begin:end] = out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend from the last positions ``[a, b, queries, head_size]`` of ``[a, b, kv, head_size]``.
+
+    PyTorch's fused kernel knows causal attention from the first position only, and a mask would
+    make it compute what it hides and hold [queries, kv] numbers. So what lies before the queries
+    is attended to apart, and the two answers are weighed by their log-sum-exps.
+    """
+    context = key.shape[2] - query.shape[2]
+    out, mass = _fused(query, key[:, :, context:], value[:, :, context:], True, scale)
+    if not context:
+        return out
+    before, before_mass = _fused(query, key[:, :, :context], value[:, :, :context], False, scale)
+    share = torch.sigmoid(before_mass - mass)[..., None]
+    return torch.lerp(out.float(), before.float(), share).to(query.dtype)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel behind ``scaled_dot_product_attention``, which also returns log-sum-exps fp32."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=scale
+    )
 
 
 def _blocks_of(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -383,13 +416,21 @@ def _attend(
     scale: float,
     softcap: float,
     seen: Tensor | None,
-    causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention over ``[a, b, queries or keys, head_size]``; ``seen`` False hides a key."""
-    if not softcap:
-        return F.scaled_dot_product_attention(query, key, value, seen, 0.0, causal, scale=scale)
-    logits = query.float() @ key.float().transpose(-1, -2)
-    logits = softcap * torch.tanh(logits * (scale / softcap))
+    """Softmax attention over ``[a, b, queries or keys, head_size]``; ``seen`` False hides a key.
+
+    ``sinks`` broadcasts to ``[a, b, queries, 1]``.
+    """
+    if not softcap and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
+    logits = query.float() @ key.float().transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if seen is not None:
         logits = logits.masked_fill(~seen, float("-inf"))
-    return (logits.softmax(-1) @ value.float()).to(query.dtype)
+    if sinks is not None:
+        sink = sinks.float().expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    weights = logits.softmax(-1)[..., : key.shape[-2]]
+    return (weights @ value.float()).to(query.dtype)

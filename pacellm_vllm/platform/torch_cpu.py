@@ -1,6 +1,7 @@
 """``TorchCpuPlatform``: vLLM's CPU platform without native kernels."""
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # vLLM shows the loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")
 
+_ASYNC_SWITCH = "PACELLM_CPU_ASYNC_SCHEDULING"
 _MIN_DEFAULT_KV_BYTES = GiB_bytes // 2
 _MAX_DEFAULT_KV_BYTES = 4 * GiB_bytes
 
@@ -28,7 +30,7 @@ class TorchCpuPlatform(CpuPlatform):
     @classmethod
     def import_kernels(cls) -> None:
         """Register ``torch.ops._C`` operators; the native libraries are not in the wheel."""
-        from pacellm_vllm.platform import kernels  # noqa: F401
+        from pacellm_vllm.platform import activations, kernels  # noqa: F401
 
     @classmethod
     def get_attn_backend_cls(
@@ -56,7 +58,14 @@ class TorchCpuPlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         parallel = vllm_config.parallel_config
         backend = parallel.distributed_executor_backend
+        resolved = vllm_config.scheduler_config.async_scheduling
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = "pacellm_vllm.platform.worker.TorchCpuWorker"
         super().check_and_update_config(vllm_config)
+        # CpuPlatform turns async scheduling off: a CPU gains nothing from it. Whether it was asked
+        # for or is vLLM's default cannot be told apart here, so a switch of our own restores it.
+        if os.environ.get(_ASYNC_SWITCH) == "1":
+            vllm_config.scheduler_config.async_scheduling = resolved
         # CpuPlatform turns "uni" into "mp" only to pin OpenMP threads for its native kernels:
         # not worth one more process and its start-up.
         parallel.distributed_executor_backend = backend
@@ -114,21 +123,30 @@ class TorchCpuPlatform(CpuPlatform):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        """Replace the one Triton kernel every step needs.
+        """Replace the Triton kernel every step needs, and those of rejection sampling.
 
-        Works around vLLM 0.32.0: the fallback in vllm/utils/cpu_triton_utils.py still has an older
-        kernel's parameters, so without Triton the first step fails on its arguments. The table of
-        CpuPlatform can serve again once that signature follows
-        ``ComputeSlotMappingKernel.kernel``; its other entries are for speculative decoding.
+        Works around vLLM 0.32.0: the fallback for slot mappings in vllm/utils/cpu_triton_utils.py
+        still has an older kernel's parameters, so without Triton the first step fails on its
+        arguments, and those for rejection sampling call native kernels. The table of CpuPlatform
+        can serve again once that signature follows ``ComputeSlotMappingKernel.kernel`` and those
+        kernels have a PyTorch form; its other entries are for draft models.
         """
         from vllm.triton_utils import HAS_TRITON
 
-        if HAS_TRITON:
-            return
-        from vllm.triton_utils.dispatcher import register_kernels
+        if not HAS_TRITON:
+            _register_kernels()
 
-        from pacellm_vllm.platform.kernels import slot_mapping_kernel
 
-        register_kernels(
-            {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": slot_mapping_kernel}
-        )
+@cache
+def _register_kernels() -> None:
+    """Once in a process: vLLM asks for each engine, looks through every loaded module, and stops
+    at an object of llvmlite, which an n-gram drafter loads (``_rebind_kernels`` in
+    vllm/triton_utils/dispatcher.py).
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    from pacellm_vllm.platform.kernels import slot_mapping_kernel
+    from pacellm_vllm.platform.rejection import KERNELS
+
+    slots = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
+    register_kernels({slots: slot_mapping_kernel, **KERNELS})

@@ -1,20 +1,25 @@
-"""What each layer's memory did, asked of the workers of a running engine."""
+"""What each layer's memory and experts did, asked of the workers of a running engine."""
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
+EXPERTS_METHOD = "pacellm_experts_report"
 
 
-class MemoryReport:
-    """A vLLM worker extension (``--worker-extension-cls``): one method more on every worker."""
+class MemoryReport(BankRecording):
+    """A vLLM worker extension (``--worker-extension-cls``): a few methods more on every worker."""
 
     vllm_config: VllmConfig
+    get_model: Callable[[], nn.Module]
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
@@ -29,13 +34,42 @@ class MemoryReport:
             if isinstance(layer, PaceMemory)
         }
 
+    def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
+        """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""
+        experts = getattr(self.get_model(), "_pace_experts", None)
+        return experts.report() if experts else {}
+
 
 def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One report from all workers'. Tensor parallel ranks decide alike, so any one's counts do."""
+    """One engine's report from its workers'.
+
+    Tensor parallel ranks decide alike, so any one's counts do; pipeline stages have other layers.
+    """
     merged: dict[int, dict[str, Any]] = {}
     for report in reports:
         merged.update({int(layer): counts for layer, counts in report.items()})
     return {str(layer): merged[layer] for layer in sorted(merged)}
+
+
+def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """One report from those of data parallel engines: what they counted together.
+
+    Of ``slots_last`` and ``slots_peak`` the most, of ``share`` the mean over tokens; of what is
+    configured the first, as all agree.
+    """
+    total = {layer: dict(counts) for layer, counts in reports[0].items()}
+    for report in reports[1:]:
+        for layer, counts in report.items():
+            mine = total[layer]
+            for name in mine.keys() & {"high", "mid", "low", "commits"}:
+                mine[name] += counts[name]
+            for name in mine.keys() & {"slots_last", "slots_peak"}:
+                mine[name] = max(mine[name], counts[name])
+            if counts.get("tokens"):
+                computed = mine["tokens"] * (mine["share"] or 0)
+                mine["tokens"] += counts["tokens"]
+                mine["share"] = (computed + counts["tokens"] * counts["share"]) / mine["tokens"]
+    return total
 
 
 def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:

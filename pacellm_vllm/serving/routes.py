@@ -1,4 +1,4 @@
-"""``GET /plugins/pacellm/memory``: what the memory did, as JSON.
+"""``GET /plugins/pacellm/memory``: what the memory, and experts, did, as JSON.
 
 vLLM loads it when VLLM_PLUGINS names ``pacellm_http`` (``pacellm serve`` does so).
 """
@@ -10,10 +10,16 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from pacellm_vllm.compat import api_key_check
+from pacellm_vllm.compat import api_key_check, ask_all_engines
 from pacellm_vllm.models.checks import REPORT_EXTENSION
 from pacellm_vllm.models.table import ARCHITECTURES
-from pacellm_vllm.serving.report import REPORT_METHOD, describe_engine, merge_reports
+from pacellm_vllm.serving.report import (
+    EXPERTS_METHOD,
+    REPORT_METHOD,
+    add_engines,
+    describe_engine,
+    merge_reports,
+)
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
 
@@ -22,9 +28,10 @@ router = APIRouter()
 
 @router.get(MEMORY_ROUTE)
 async def memory(request: Request) -> dict[str, Any]:
-    """``{"active": bool, "config": {...}, "engine": {...}, "layers": {index: counts}}``.
+    """``{"active": bool, "config": {...}, "engine": {...}, "layers": ..., "experts": ...}``.
 
-    401 without the server's API key. ``config`` is None without memory or experts.
+    ``config`` is None without memory or experts; the last two are counts by layer. 401 without the
+    server's API key.
     """
     state = request.app.state.pacellm
     if not state.authorized(request.headers):
@@ -33,15 +40,18 @@ async def memory(request: Request) -> dict[str, Any]:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
     config = state.engine.vllm_config
     if config.model_config.architecture not in ARCHITECTURES:
-        return {"active": False, **describe_engine(config), "layers": {}}
+        return {"active": False, **describe_engine(config), "layers": {}, "experts": {}}
     if config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
         raise HTTPException(
             501,
             "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
             "drop that flag to see the memory.",
         )
-    reports = await state.engine.collective_rpc(REPORT_METHOD)
-    return {"active": True, **describe_engine(config), "layers": merge_reports(reports)}
+    layers, experts = [
+        add_engines([merge_reports(each) for each in await ask_all_engines(state.engine, method)])
+        for method in (REPORT_METHOD, EXPERTS_METHOD)
+    ]
+    return {"active": True, **describe_engine(config), "layers": layers, "experts": experts}
 
 
 class HttpPlugin:

@@ -77,6 +77,25 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another(assignment)
     assert not torch.equal(first.order, cluster(features, 16, 6, assignment=assignment).order)
 
 
+def test_neurons_are_not_held_by_their_own_share_of_the_mean(assignment):
+    """Wide and noisy rows, where that share is as large as what tells kinds apart."""
+    solve = {"flow": assign_flow, "swaps": assign_swaps}[assignment]
+    gains = []
+    for seed in range(6):
+        features = mixture(seed, 240, 512, 24, noise=2.5)
+        rows = module.unit_rows(features)
+        centres = module.first_centres(rows, 12, seed)
+        held = np.inf
+        for _ in range(module.BALANCED_ITERATIONS):
+            centres = module.means(rows, solve(rows @ centres.T), 12)
+            held = min(held, module.balanced_inertia(rows, centres))
+        random = random_inertia(rows, 12)
+        found = cluster(features, 12, seed, assignment=assignment)
+        gains.append((random - found.inertia) / (random - held))
+    assert np.mean(gains) > 1.1
+    assert min(gains) > 0.98
+
+
 def total(scores, labels):
     return float(scores[np.arange(len(labels)), labels].sum(dtype=np.float64))
 

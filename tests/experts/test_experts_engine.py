@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_prompt
-from engines import NAMES, engine, prompt_logprobs
+from engines import architecture, engine, prompt_logprobs
+from transformers import AutoModelForCausalLM
 
 from pacellm_vllm.experts import cache
 from pacellm_vllm.experts.orders import EXPERTS_ORDERS
@@ -27,14 +28,19 @@ def one_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clustered(checkpoint, tmp_path_factory):
-    """``clustered(arch)``: the checkpoint as ``pacellm cluster`` writes it."""
+    """``clustered(arch)``: the checkpoint, in two shards, as ``pacellm cluster`` writes it."""
     made = {}
 
     def get(arch="qwen2"):
         if arch not in made:
             made[arch] = tmp_path_factory.mktemp("clustered") / arch
+            source = tmp_path_factory.mktemp("sharded")
+            model = AutoModelForCausalLM.from_pretrained(checkpoint(arch), dtype=torch.float32)
+            half = sum(p.nbytes for p in model.parameters()) // 2
+            model.save_pretrained(source, max_shard_size=half + half // 8)
+            assert len(list(source.glob("model-*.safetensors"))) == 2
             cluster_checkpoint(
-                checkpoint(arch),
+                source,
                 made[arch],
                 ClusterSettings(K),
                 rename=pace_architecture,
@@ -59,13 +65,13 @@ def run():
     return get
 
 
-def generate(path, arch="qwen2", pace=None, plain=False, **settings):
+def generate(path, pace=None, plain=False, **settings):
     """Greedy tokens, and the log-probabilities of all prompt tokens as one vector."""
     if plain:
-        settings["hf_overrides"] = {"architectures": [f"{NAMES[arch]}ForCausalLM"]}
+        settings["hf_overrides"] = {"architectures": [architecture(path)]}
     prompts = [make_prompt(seed, 90 + 40 * seed) for seed in range(3)]
     settings.setdefault("max_num_batched_tokens", 64)
-    with engine(path, arch, pace, **settings) as running:
+    with engine(path, pace, **settings) as running:
         outputs = running.generate(prompts, 24, prompt_logprobs=0)
         gates = {
             int(name.split(".")[2]): module.weight.clone() for name, module in weights_of(running)
@@ -79,7 +85,7 @@ def weights_of(running):
     if driver is None:  # Several ranks, in processes of their own.
         return []
     modules = driver.worker.model_runner.model.named_modules()
-    return [(n, m) for n, m in modules if n.endswith("mlp.gate_up_proj")]
+    return [(n, m) for n, m in modules if n.endswith(("mlp.gate_up_proj", "mlp.up_proj"))]
 
 
 def assert_same(found, truth):
@@ -87,16 +93,16 @@ def assert_same(found, truth):
     assert float((found[1] - truth[1]).norm() / truth[1].norm()) <= 1e-5
 
 
-def test_i2_experts_in_any_way_leave_the_model_what_it_was(run, checkpoint, clustered):
-    """Clustered before, by stored orders, and while loading; gate and up in one tensor."""
-    arch = "phi3"
-    truth = run(checkpoint(arch), arch)
-    stored = run(clustered(arch), arch)
-    by_path = run(checkpoint(arch), arch, {"experts": {"path": str(clustered(arch))}})
-    by_number = run(checkpoint(arch), arch, {"experts": {"num_experts": K}})
-    for found in (stored, by_path, by_number):
+@pytest.mark.parametrize("arch", ["phi3", "nemotron"])
+def test_i2_experts_in_any_way_leave_the_model_what_it_was(arch, run, checkpoint, clustered):
+    """Clustered before, by stored orders, and while loading; gate and up in one tensor, no gate."""
+    truth = run(checkpoint(arch))
+    stored = run(clustered(arch))
+    ways = [{"num_experts": K}, {"path": str(clustered(arch))}][: 2 if arch == "phi3" else 1]
+    loaded = [run(checkpoint(arch), {"experts": experts}) for experts in ways]
+    for found in (stored, *loaded):
         assert_same(found, truth)
-        # All three are in one order, which is not the original one.
+        # All are in one order, which is not the original one.
         for layer, gate in found[2].items():
             assert not torch.equal(gate, truth[2][layer])
             assert torch.equal(gate, stored[2][layer])
@@ -107,8 +113,7 @@ def test_i2_with_memory_on_as_well(run, checkpoint, clustered):
     truth = run(checkpoint(), pace=MEMORY)
     assert truth[0] != plain[0]
     assert_same(run(clustered(), pace=MEMORY), truth)
-    for experts in ({"path": str(clustered())}, {"num_experts": K}):
-        assert_same(run(checkpoint(), pace={**MEMORY, "experts": experts}), truth)
+    assert_same(run(checkpoint(), pace={**MEMORY, "experts": {"num_experts": K}}), truth)
 
 
 @pytest.mark.parametrize("how", ["stored", "made by one rank, awaited by the other"])
@@ -187,6 +192,16 @@ def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
         ({"num_experts": 8}, {"quantization": "fp8"}, "quantised weights (fp8)"),
         ({"num_experts": 8}, {"enable_lora": True}, "do not work with LoRA: an adapter"),
         ({"num_experts": 8}, {"pipeline_parallel_size": 2}, "with pipeline parallelism: loading"),
+        (
+            {"num_experts": 8},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "do not work with speculative decoding: vLLM checks",
+        ),
+        (
+            {"num_experts": 8},
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "do not work with KV transfer: no connector checks",
+        ),
         (
             {"num_experts": 43},
             {"tensor_parallel_size": 2},

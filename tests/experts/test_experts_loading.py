@@ -45,12 +45,13 @@ def rows(name):
     return {"down_proj.weight": (1, 1)}.get(part, (0, 2 if "gate_up" in part else 1))
 
 
-@pytest.mark.parametrize("arch", ["llama", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "phi3", "nemotron"])
 @pytest.mark.parametrize("seed", range(4))
 def test_tensors_may_come_in_any_order(arch, seed):
     weights = state(arch)
     seen = {}
-    pass_ = Reorder(plan(num_experts=8), lambda i, gate, up: seen.update({i: (gate, up)}))
+    gated = arch != "nemotron"
+    pass_ = Reorder(plan(num_experts=8), lambda i, gate, up: seen.update({i: (gate, up)}), gated)
     found = dict(pass_(iter(shuffled(weights, seed))))
     assert set(found) == set(weights)
     assert sorted(pass_.orders) == sorted(seen) == [0, 1, 2]
@@ -68,6 +69,10 @@ def test_tensors_may_come_in_any_order(arch, seed):
         assert any(name.endswith("up_proj.bias") for name in weights)
         for part, gate in zip(("gate", "up"), seen[1], strict=True):
             assert torch.equal(gate, found[f"model.layers.1.mlp.{part}_proj.weight"])
+    if not gated:
+        assert any(name.endswith("up_proj.bias") for name in weights)
+        assert torch.equal(seen[1][0], found["model.layers.1.mlp.up_proj.weight"])
+        assert seen[1][1] is None
 
 
 def test_a_loader_may_reuse_its_buffer():
@@ -103,6 +108,14 @@ def test_a_layer_that_cannot_be_reordered_is_refused(change, sentence):
     weights = state("llama")
     change(weights)
     with pytest.raises(ExpertsError, match=sentence):
+        list(Reorder(plan(num_experts=8))(weights.items()))
+
+
+def test_a_gate_that_is_not_there_is_missed():
+    """An FFN with a gate is not taken for one without because its gate comes last, or never."""
+    weights = state("llama")
+    weights.pop("model.layers.1.mlp.gate_proj.weight")
+    with pytest.raises(ExpertsError, match="a gate, an up and a down projection are needed"):
         list(Reorder(plan(num_experts=8))(weights.items()))
 
 

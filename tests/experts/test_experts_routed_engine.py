@@ -6,53 +6,71 @@ from checkpoints import make_prompt
 from engines import engine, prompt_logprobs
 from transformers import AutoModelForCausalLM
 
+from pacellm_vllm.experts import fused
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
+from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ClusterSettings
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models import experts as glue
 from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.serving.report import EXPERTS_METHOD
 
 MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
 K, TOP_K = 8, 3
 ROUTED = {"experts": {"top_k": TOP_K}}
 PROMPTS = [make_prompt(seed, 60 + 45 * seed) for seed in range(4)]
+TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def clustered(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clustered")
-    cluster_checkpoint(
-        checkpoint(),
-        folder / "out",
-        ClusterSettings(K),
-        cache=folder / "cache",
-        rename=pace_architecture,
-        progress=False,
-    )
-    return folder / "out"
+    """``clustered(arch)``: the checkpoint as ``pacellm cluster`` writes it."""
+    made = {}
+
+    def get(arch="qwen2"):
+        if arch not in made:
+            folder = tmp_path_factory.mktemp("clustered")
+            made[arch] = folder / "out"
+            cluster_checkpoint(
+                checkpoint(arch),
+                made[arch],
+                ClusterSettings(K),
+                cache=folder / "cache",
+                rename=pace_architecture,
+                progress=False,
+            )
+        return made[arch]
+
+    return get
+
+
+def answers(running):
+    """Tokens and prompt log-probabilities."""
+    outputs = running.generate(PROMPTS, TOKENS, prompt_logprobs=0)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return tokens, torch.tensor([v for o in outputs for v in prompt_logprobs(o)])
 
 
 def run(path, pace, **settings):
     settings.setdefault("max_num_batched_tokens", 64)
     with engine(path, pace=pace, **settings) as running:
-        outputs = running.generate(PROMPTS, 24, prompt_logprobs=0)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return tokens, torch.tensor([v for o in outputs for v in prompt_logprobs(o)])
+        return answers(running)
 
 
 @pytest.fixture(scope="module")
 def truth(clustered):
-    """Tokens and prompt log-probabilities by transformers, FFNs masked by the centre rule."""
-    model = AutoModelForCausalLM.from_pretrained(clustered, dtype=torch.float32).eval()
+    """``truth(arch, top_k)``: by transformers, FFNs masked by the centre rule."""
 
-    def routed(mlp):
-        gate = mlp.gate_proj.weight
+    def routed(mlp, top_k):
+        gated = hasattr(mlp, "gate_proj")
+        gate = (mlp.gate_proj if gated else mlp.up_proj).weight
         centres = gate.unflatten(0, (K, -1)).mean(dim=1)
         size = len(gate) // K
 
         def forward(x):
-            a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-            chosen = (x @ centres.T).topk(TOP_K, dim=-1).indices
+            up = mlp.up_proj(x)
+            a = mlp.act_fn(mlp.gate_proj(x)) * up if gated else mlp.act_fn(up)
+            chosen = (x @ centres.T).topk(top_k, dim=-1).indices
             for token in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
                 for expert in set(range(K)) - set(chosen[tuple(token)].tolist()):
                     a[(*token, slice(expert * size, (expert + 1) * size))] = 0
@@ -60,16 +78,26 @@ def truth(clustered):
 
         return forward
 
-    for layer in model.model.layers:
-        layer.mlp.forward = routed(layer.mlp)
-    tokens, logprobs = [], []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            said = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-            tokens.append(said[0, len(prompt) :].tolist())
-            log = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
-            logprobs.append(log.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0])
-    return tokens, torch.cat(logprobs)
+    made = {}
+
+    def get(arch="qwen2", top_k=TOP_K):
+        if (arch, top_k) in made:
+            return made[arch, top_k]
+        model = AutoModelForCausalLM.from_pretrained(clustered(arch), dtype=torch.float32).eval()
+        for layer in model.model.layers:
+            layer.mlp.forward = routed(layer.mlp, top_k)
+        tokens, logprobs = [], []
+        with torch.no_grad():
+            for prompt in PROMPTS:
+                given = torch.tensor([prompt])
+                said = model.generate(given, max_new_tokens=TOKENS, do_sample=False)
+                tokens.append(said[0, len(prompt) :].tolist())
+                log = model(given).logits[0, :-1].log_softmax(-1)
+                logprobs.append(log.gather(1, given[0, 1:, None])[:, 0])
+        made[arch, top_k] = tokens, torch.cat(logprobs)
+        return made[arch, top_k]
+
+    return get
 
 
 def assert_same(found, truth):
@@ -77,35 +105,48 @@ def assert_same(found, truth):
     assert float((found[1] - truth[1]).norm() / truth[1].norm()) <= 1e-5
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_a_routed_engine_is_the_routed_model(grouped, clustered, truth, monkeypatch):
-    if not grouped:
-        monkeypatch.setattr(glue, "TorchCpuPlatform", type(None))
-        monkeypatch.setattr(glue, "grouped_output", None)
-    found = run(clustered, ROUTED)
-    assert_same(found, truth)
+def emulated_product(x, weights, out, groups, bias, tiles):
+    """What vLLM's kernel does with these arguments (``test_experts_fused.py`` runs that one)."""
+    pairs, of_tile, count = groups
+    rows = out.view(-1, out.shape[-1])
+    for first in range(0, int(count), tiles["BLOCK_SIZE_M"]):
+        expert = of_tile[first // tiles["BLOCK_SIZE_M"]]
+        mine = pairs[first : first + tiles["BLOCK_SIZE_M"]].long()
+        mine = mine[mine < len(rows)]
+        given = x[mine // len(weights)]
+        rows[mine] = torch.nn.functional.linear(
+            given, weights[expert], None if bias is None else bias[expert]
+        )
+
+
+@pytest.mark.parametrize(
+    ("way", "arch"),
+    [("grouped", "qwen2"), ("masked", "qwen2"), ("fused", "qwen2"), ("grouped", "nemotron")],
+)
+def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkeypatch):
+    if way != "grouped":
+        monkeypatch.setattr(glue, "way_of", lambda vllm_config: way)
+    monkeypatch.setattr(fused, "grouped_product", emulated_product)
+    monkeypatch.setattr(fused, "FEW_TOKENS", 0)
+    with engine(clustered(arch), ROUTED, max_num_batched_tokens=64) as running:
+        assert_same(answers(running), truth(arch))
+        [report] = running.llm.collective_rpc(EXPERTS_METHOD)
+    assert list(report) == [0, 1, 2, 3]
+    # The last token of an answer is not read again.
+    tokens = sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
+    for counts in report.values():
+        assert counts == {"num_experts": K, "way": way, "tokens": tokens, "share": TOP_K / K}
 
 
 def test_all_experts_are_the_dense_model(clustered, truth):
-    dense = run(clustered, None)
-    assert dense[0] != truth[0]
-    assert_same(run(clustered, {"experts": {"top_k": K}}), dense)
+    dense = truth(top_k=K)
+    assert dense[0] != truth()[0]
+    assert_same(run(clustered(), {"experts": {"top_k": K}}), dense)
 
 
-@pytest.mark.parametrize("experts", [{"top_k": TOP_K}, {"mass": 0.7}], ids=["top_k", "mass"])
-def test_any_schedule_gives_the_same_tokens_with_memory_on(experts, clustered):
-    pace = {**MEMORY, "experts": experts}
-    schedules = [(17, 2, False), (512, 8, True)][: 2 if "top_k" in experts else 1]
-    with engine(clustered, pace=pace, max_num_seqs=1) as running:
-        alone = running.tokens(PROMPTS)
-    for chunk, seqs, caching in schedules:
-        settings = {"max_num_batched_tokens": chunk, "max_num_seqs": seqs}
-        with engine(clustered, pace=pace, enable_prefix_caching=caching, **settings) as running:
-            assert running.tokens(PROMPTS[::-1])[::-1] == alone
-            assert running.tokens(PROMPTS) == alone
-
-
-def test_memory_sees_zeros_where_experts_were_skipped(clustered, monkeypatch):
+@pytest.fixture(scope="module")
+def alone(clustered):
+    """One request at a time with memory: its answers, and which experts each memory saw zero."""
     seen = []
 
     def forward(self, a):
@@ -113,14 +154,51 @@ def test_memory_sees_zeros_where_experts_were_skipped(clustered, monkeypatch):
         return real(self, a)
 
     real = PaceMemory.forward
-    monkeypatch.setattr(PaceMemory, "forward", forward)
-    with engine(clustered, pace={**MEMORY, **ROUTED}) as running:
-        running.tokens(PROMPTS[:1], 2)
-    active = torch.cat(seen[-6:])
-    assert active.shape[0] > len(PROMPTS[0])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        engine(clustered(), pace={**MEMORY, **ROUTED}, max_num_seqs=1) as running,
+    ):
+        patch.setattr(PaceMemory, "forward", forward)
+        return answers(running), torch.cat(seen)
+
+
+def test_any_schedule_gives_the_same_tokens_with_memory_on(alone, clustered):
+    for chunk, seqs, caching in [(17, 2, False), (512, 8, True)]:
+        settings = {"max_num_batched_tokens": chunk, "max_num_seqs": seqs}
+        settings["enable_prefix_caching"] = caching
+        with engine(clustered(), pace={**MEMORY, **ROUTED}, **settings) as running:
+            assert running.tokens(PROMPTS[::-1], TOKENS)[::-1] == alone[0][0]
+            assert running.tokens(PROMPTS, TOKENS) == alone[0][0]
+
+
+def test_memory_sees_zeros_where_experts_were_skipped(alone):
+    active = alone[1]
+    assert len(active) == 2 * (sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1))
     assert torch.equal(active.sum(-1), torch.full((len(active),), TOP_K))
 
 
-def test_two_ranks_choose_and_compute_what_one_does(clustered):
+def test_two_ranks_choose_and_compute_what_one_does(alone, clustered):
     pace = {**MEMORY, **ROUTED}
-    assert_same(run(clustered, pace, tensor_parallel_size=2), run(clustered, pace))
+    assert_same(run(clustered(), pace, tensor_parallel_size=2), alone[0])
+
+
+def test_mass_in_another_schedule_and_what_the_report_says_of_it(clustered, monkeypatch):
+    pace = {**MEMORY, "experts": {"mass": 0.7}}
+    with engine(clustered(), pace=pace, max_num_seqs=1) as running:
+        alone = running.tokens(PROMPTS)
+    chosen = []
+
+    def choose(self, x):
+        chosen.append(real(self, x))
+        return chosen[-1]
+
+    real = ExpertRouter.choose
+    with engine(clustered(), pace=pace, max_num_batched_tokens=17, max_num_seqs=2) as running:
+        monkeypatch.setattr(ExpertRouter, "choose", choose)
+        assert running.tokens(PROMPTS[::-1])[::-1] == alone
+        [report] = running.llm.collective_rpc(EXPERTS_METHOD)
+    for layer in range(4):
+        mine = torch.cat(chosen[layer::4])
+        assert report[layer]["tokens"] == len(mine)
+        assert report[layer]["share"] == pytest.approx(float(mine.float().mean()))
+        assert 0.2 < report[layer]["share"] < 0.9

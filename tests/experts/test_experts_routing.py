@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pacellm_vllm.experts.ffn import GatedWeights, grouped_activations, grouped_output, masked
+from pacellm_vllm.experts.ffn import FfnWeights, grouped_activations, grouped_output, masked
 from pacellm_vllm.experts.routing import ExpertRouter, choose
 
 
@@ -12,18 +12,24 @@ def act(x):
     return torch.nn.functional.silu(gate) * up
 
 
-def random_ffn(seed, neurons, hidden, dtype=torch.float32, bias=False):
+def plain_act(x):
+    return torch.relu(x).square()
+
+
+def random_ffn(seed, neurons, hidden, dtype=torch.float32, bias=False, gated=True):
     generator = torch.Generator().manual_seed(seed)
+    rows = 2 * neurons if gated else neurons
 
     def rand(*shape):
         return (torch.randn(*shape, generator=generator) / 3).to(dtype)
 
-    biases = (rand(2 * neurons), rand(hidden)) if bias else (None, None)
-    return GatedWeights(rand(2 * neurons, hidden), rand(hidden, neurons), act, *biases)
+    biases = (rand(rows), rand(hidden)) if bias else (None, None)
+    how = act if gated else plain_act
+    return FfnWeights(rand(rows, hidden), rand(hidden, neurons), how, *biases)
 
 
 def dense(x, w):
-    return act(torch.nn.functional.linear(x, w.gate_up, w.bias))
+    return w.act(torch.nn.functional.linear(x, w.inputs, w.bias))
 
 
 def random_choice(seed, tokens, experts, share=0.4):
@@ -34,8 +40,9 @@ def random_choice(seed, tokens, experts, share=0.4):
 @pytest.mark.parametrize(("tokens", "neurons", "experts"), [(1, 12, 4), (37, 33, 11), (64, 96, 1)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_is_the_masked_truth(tokens, neurons, experts, bias, dtype):
-    w = random_ffn(0, neurons, 10, dtype, bias)
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_is_the_masked_truth(tokens, neurons, experts, bias, dtype, gated):
+    w = random_ffn(0, neurons, 10, dtype, bias, gated)
     x = torch.randn(tokens, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
     chosen = random_choice(2, tokens, experts)
     a = masked(dense(x, w), chosen)
@@ -54,7 +61,7 @@ def test_experts_not_chosen_are_never_computed():
     chosen = random_choice(2, 9, 4)
     chosen[:, 2] = False
     truth = grouped_output(x, w, chosen)
-    for weights in (w.gate_up[12:18], w.gate_up[36:42], w.down[:, 12:18]):
+    for weights in (w.inputs[12:18], w.inputs[36:42], w.down[:, 12:18]):
         weights.fill_(torch.nan)
     assert torch.equal(grouped_output(x, w, chosen), truth)
     assert masked(dense(x, w), chosen).isfinite().all()
@@ -62,8 +69,8 @@ def test_experts_not_chosen_are_never_computed():
 
 def router(w, experts, **how):
     neurons = w.down.shape[1]
-    made = ExpertRouter(experts, w.down.shape[0], act, **how)
-    made.fill(*w.gate_up.split(neurons))
+    made = ExpertRouter(experts, w.down.shape[0], w.act, gated=w.blocks == 2, **how)
+    made.fill(*w.inputs.split(neurons))
     return made
 
 
@@ -107,7 +114,7 @@ def clustered_ffn():
     kinds = torch.randn(16, 32, generator=generator)
     gate = kinds.repeat_interleave(12, 0) + 0.3 * torch.randn(192, 32, generator=generator)
     up = torch.randn(192, 32, generator=generator)
-    w = GatedWeights(torch.cat([gate, up]), torch.randn(32, 192, generator=generator), act)
+    w = FfnWeights(torch.cat([gate, up]), torch.randn(32, 192, generator=generator), act)
     return w, torch.randn(200, 32, generator=generator)
 
 
@@ -120,12 +127,17 @@ def test_the_router_finds_the_experts_that_are_active(clustered_ffn):
     assert found > 0.9 * best
 
 
-def test_the_expected_mass_is_near_the_mass(clustered_ffn):
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_expected_mass_is_near_the_mass(clustered_ffn, gated):
     w, x = clustered_ffn
+    if not gated:
+        w = FfnWeights(w.inputs[:192], w.down, plain_act)
     mass = dense(x, w).abs().unflatten(-1, (16, 12)).sum(-1)
     found = router(w, 16, mass=0.5).expected_mass(x)
     shares = [m / m.sum(-1, keepdim=True) for m in (mass, found)]
     assert torch.corrcoef(torch.stack([s.flatten() for s in shares]))[0, 1] > 0.8
     for share in (0.5, 0.9):
         chosen = router(w, 16, mass=share).choose(x)
-        assert (mass * chosen).sum() / mass.sum() == pytest.approx(share, abs=0.08)
+        held = float((mass * chosen).sum() / mass.sum())
+        # One expert more or less is much where few hold most, as without a gate.
+        assert share - 0.08 < held < share + (0.08 if gated else 0.15)

@@ -1,5 +1,6 @@
 """When the CPU platform is chosen, and what it chooses."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import vllm.platforms
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pacellm_vllm.platform import activate
 from pacellm_vllm.platform.attention import TorchAttentionBackend
@@ -90,3 +93,11 @@ def test_default_kv_cache_size(monkeypatch, options, free, want):
     made = config(**options)
     TorchCpuPlatform._set_default_kv_cache_size(made)
     assert made.cache_config.kv_cache_memory_bytes == want
+
+
+def test_later_stages_still_get_their_buffers_in_a_profiling_run_alone():
+    """The reason for ``TorchCpuWorker``."""
+    assert "CompilationMode.NONE" in inspect.getsource(CPUModelRunner.warming_up_model)
+    made = "self.model.make_empty_intermediate_tensors("
+    assert made in inspect.getsource(GPUModelRunner._dummy_run)
+    assert inspect.getsource(GPUModelRunner).count(made) == 1

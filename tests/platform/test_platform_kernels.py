@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from vllm.model_executor.layers.activation import FastGELU, NewGELU, QuickGELU
 
-from pacellm_vllm.platform import kernels
+from pacellm_vllm.platform import activations, kernels  # noqa: F401
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -55,7 +56,7 @@ class Batch:
         self.query = rand(sum(q_lens), heads, dim)
         self.starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
 
-    def run(self, causal=True, window=-1, softcap=0.0, dynamic_causal=None):
+    def run(self, causal=True, window=-1, softcap=0.0, dynamic_causal=None, sinks=None):
         output = torch.full_like(self.query, NAN)
         torch.ops._C.cpu_attention_with_kv_cache(
             self.query,
@@ -71,12 +72,12 @@ class Batch:
             self.block_table,
             softcap,
             torch.empty(0),
-            None,
+            sinks,
             dynamic_causal,
         )
         return output.double()
 
-    def truth(self, causal=True, window=-1, softcap=0.0, dynamic_causal=None):
+    def truth(self, causal=True, window=-1, softcap=0.0, dynamic_causal=None, sinks=None):
         out = []
         for req, (q_len, kv_len) in enumerate(zip(self.q_lens, self.kv_lens, strict=True)):
             is_causal = causal if dynamic_causal is None else bool(dynamic_causal[req])
@@ -95,7 +96,9 @@ class Batch:
                     logits = (k[seen, group] @ q) * 0.3
                     if softcap:
                         logits = softcap * torch.tanh(logits / softcap)
-                    heads.append(logits.softmax(0) @ v[seen, group])
+                    if sinks is not None:
+                        logits = torch.cat([logits, sinks[head : head + 1].double()])
+                    heads.append(logits.softmax(0)[: len(seen)] @ v[seen, group])
                 out.append(torch.stack(heads))
         return torch.stack(out)
 
@@ -105,6 +108,7 @@ class Batch:
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+SINKS = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0, 4.0])
 # Decode of very different lengths, chunked prefill, whole prefill, a request of no token.
 MIXED = {"q_lens": [1, 7, 1, 19, 0, 1, 33], "kv_lens": [5, 40, 33, 19, 9, 1, 33]}
 
@@ -122,6 +126,8 @@ MIXED = {"q_lens": [1, 7, 1, 19, 0, 1, 33], "kv_lens": [5, 40, 33, 19, 9, 1, 33]
         {"softcap": 1.5},
         {"causal": False},
         {"causal": False, "window": 5},
+        {"sinks": SINKS},
+        {"sinks": SINKS, "window": 6, "softcap": 2.0},
     ],
     ids=str,
 )
@@ -184,11 +190,9 @@ def test_decode_gathers_only_its_own_blocks():
     assert allocated < cache.numel()
 
 
-def test_refuses_alibi_and_sinks():
+def test_refuses_alibi():
     batch = Batch(q_lens=[1], kv_lens=[3], layout="LBHNC", dtype=torch.float32)
-    slopes = torch.ones(6)
-
-    def call(alibi, sinks):
+    with pytest.raises(NotImplementedError, match="ALiBi"):
         kernels.attention_with_kv_cache(
             batch.query,
             batch.key_cache,
@@ -198,19 +202,14 @@ def test_refuses_alibi_and_sinks():
             torch.tensor([3]),
             1.0,
             True,
-            alibi,
+            torch.ones(6),
             -1,
             batch.block_table,
             0.0,
             torch.empty(0),
-            sinks,
+            None,
             None,
         )
-
-    with pytest.raises(NotImplementedError, match="ALiBi"):
-        call(slopes, None)
-    with pytest.raises(NotImplementedError, match="sinks"):
-        call(None, slopes)
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
@@ -302,3 +301,13 @@ def test_small_weight_gemm(bias):
     torch.ops._C.weight_packed_linear(output, x, packed, bias, True)
     want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(output.double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("gelu_new", NewGELU), ("gelu_fast", FastGELU), ("gelu_quick", QuickGELU)]
+)
+def test_activations_equal_vllms_own_formula(name, cls):
+    x = 3 * torch.randn(5, 7)
+    out = torch.full_like(x, NAN)
+    getattr(torch.ops._C, name)(out, x)
+    torch.testing.assert_close(out, cls.forward_native(None, x))

@@ -58,6 +58,7 @@ def test_completions_pass_through_the_memory_and_are_counted(server, client):
     after = report(server)
     assert after["active"] is True
     assert list(after["layers"]) == ["1", "3"]
+    assert after["experts"] == {}
     tokens = reply.usage.prompt_tokens + reply.usage.completion_tokens - 1
     for layer, counts in after["layers"].items():
         old = before["layers"][layer]

@@ -8,6 +8,8 @@ import torch
 from servers import PACELLM, VLLM, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pacellm_vllm.serving.command import all_plugins
+
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 PROMPT = "The old farmer carries the basket. The magic number of Rome is 47. The magic number of"
 ENGINE = ["--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)]
@@ -31,7 +33,15 @@ def test_a_clustered_checkpoint_answers_as_the_original(tmp_path):
     said = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0, prompt.shape[1] :]
 
     log = tmp_path / "server.log"
-    with serving([*VLLM, "serve", out, *ENGINE], log) as url:
+    plugins = ["env", f"VLLM_PLUGINS={all_plugins()}"]
+    with serving([*plugins, *VLLM, "serve", out, *ENGINE], log) as url:
         assert complete(url, out).split() == tokenizer.decode(said).split()
+        report = requests.get(f"{url}/plugins/pacellm/memory", timeout=60).json()
+    every = {"num_experts": 16, "way": "all", "tokens": None, "share": 1.0}
+    assert report == {
+        "active": True,
+        "layers": {},
+        "experts": {str(layer): every for layer in range(4)},
+    }
     assert "pacellm: 16 experts in layers 0 to 3" in log.read_text()
     assert "every token computes all of them" in log.read_text()

@@ -1,0 +1,45 @@
+"""The memory's settings as command-line flags."""
+
+import argparse
+from typing import Any
+
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.experts.settings import parse_experts
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of ``PaceConfig``; values are checked by it, not here."""
+    for name, field in PaceConfig.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=_PARSERS.get(name, _number_or_text),
+            help=field.description,
+        )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that were given."""
+    fields = {name: getattr(args, name) for name in PaceConfig.model_fields}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _layers(text: str) -> Any:
+    if text == "auto":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError('a list such as 12,26, or "auto"') from None
+
+
+def _number_or_text(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+_PARSERS = {"layers": _layers, "experts": parse_experts}

@@ -1,0 +1,64 @@
+"""Piece: tokens of one request, in one segment if certain, which a step's batch is cut into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.request import RequestSettings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``begin`` .. ``end - 1`` of the batch: one request's.
+
+    ``position`` is the first one's place in its request, ``pages`` how many of the request's
+    pages the piece can reach, ``rules`` the engine's with what the request has set for itself.
+    ``certain`` tokens lie in one segment; others may be rejected drafts, and are not cut.
+    """
+
+    request: int
+    begin: int
+    end: int
+    position: int
+    pages: int
+    rules: MemoryRules
+    certain: bool = True
+
+
+def cut_pieces(
+    starts: list[int],
+    lengths: list[int],
+    layout: BankLayout,
+    rules: MemoryRules,
+    settings: Sequence[RequestSettings | None] = (),
+    prefilling: Sequence[bool] = (),
+) -> list[Piece]:
+    """Cut a batch at request borders and segment ends.
+
+    ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
+    tokens after this step, ``settings`` what the first of them have set, ``prefilling`` which of
+    the first began the step within their prompt. Requests without tokens give no piece.
+
+    Drafts may be among the tokens of a step that is no longer than the token last sampled and
+    ``layout.drafts`` more, and outside of prompts.
+    """
+    size = layout.segment_size
+    pieces = []
+    for request, length in enumerate(lengths):
+        begin, end = starts[request], starts[request + 1]
+        position = length - (end - begin)
+        own = settings[request] if request < len(settings) else None
+        mine = own.applied_to(rules) if own is not None else rules
+        prompt = request < len(prefilling) and prefilling[request]
+        guessed = 1 < end - begin <= 1 + layout.drafts and not prompt
+        last, end = end, begin + 1 if guessed else end
+        while begin < end:
+            n = min(end - begin, size - position % size)
+            pages = layout.pages_for(position + n)
+            pieces.append(Piece(request, begin, begin + n, position, pages, mine))
+            begin, position = begin + n, position + n
+        if guessed:
+            pages = layout.pages_for(length)
+            pieces.append(Piece(request, begin, last, position, pages, mine, certain=False))
+    return pieces

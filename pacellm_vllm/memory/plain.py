@@ -1,0 +1,137 @@
+"""PlainStep: what the plain PyTorch ops do in one step, worked out once for all memory layers."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pacellm_vllm.memory.drafts import guess, settle
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import Piece
+from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.ops.lookup import Reduce
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.ops.steps import advance_steps
+from pacellm_vllm.ops.update import Progress, advance
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one request; ``pages`` its block ids as far as they reach."""
+
+    tokens: slice
+    position: int
+    pages: list[int]
+    rules: MemoryRules
+
+
+@dataclass(frozen=True)
+class Singles:
+    """One token each of R requests, and each one's position, pages and rules.
+
+    ``tokens`` is a slice where they lie side by side in the batch, else [R] int64.
+    """
+
+    tokens: slice | torch.Tensor
+    positions: list[int]
+    pages: list[list[int]]
+    rules: list[MemoryRules]
+
+
+@dataclass
+class PlainStep:
+    """``idle`` tokens have no bank and pass through, as does padding behind ``num_tokens``.
+
+    ``chunks`` lie in one segment each. With speculative decoding, ``settled`` has every request's
+    first token, before which its bank catches up with what was accepted, and ``guesses`` the
+    tokens that may be rejected.
+    """
+
+    settled: list[Chunk] = field(default_factory=list)
+    guesses: list[Chunk] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    singles: Singles | None = None
+    idle: list[slice] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, block_table: torch.Tensor, pieces: Sequence[Piece], speculative: bool = False
+    ) -> "PlainStep":
+        """``block_table`` [requests, >= pages] int of the pieces' requests, on any device."""
+        step = cls(num_tokens=max((piece.end for piece in pieces), default=0))
+        if not pieces:
+            return step
+        # The one host read of a step.
+        table = block_table[:, : max(piece.pages for piece in pieces)].tolist()
+        pieces_of = Counter(piece.request for piece in pieces)
+        singles = []
+        seen = set()
+        for piece in pieces:
+            tokens = slice(piece.begin, piece.end)
+            pages = table[piece.request][: piece.pages]
+            chunk = Chunk(tokens, piece.position, pages, piece.rules)
+            # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
+            if not all(pages):
+                step.idle.append(tokens)
+                continue
+            if speculative and piece.request not in seen:
+                seen.add(piece.request)
+                step.settled.append(chunk)
+            if not piece.certain:
+                step.guesses.append(chunk)
+            # One token of many requests is a decode step; a piece of a longer chunk has its turn.
+            elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
+                singles.append((piece, pages))
+            else:
+                step.chunks.append(chunk)
+        if singles:
+            rows = [piece.begin for piece, _ in singles]
+            tokens = slice(rows[0], rows[-1] + 1)
+            step.singles = Singles(
+                tokens if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows),
+                [piece.position for piece, _ in singles],
+                [pages for _, pages in singles],
+                [piece.rules for piece, _ in singles],
+            )
+        return step
+
+    def run(
+        self,
+        units: torch.Tensor,
+        layout: BankLayout,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        reduce: Reduce | None,
+    ) -> Iterator[Progress]:
+        """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
+
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written.
+        """
+        out[self.num_tokens :] = a[self.num_tokens :]
+        for tokens in self.idle:
+            out[tokens] = a[tokens]
+        for chunk in self.settled:
+            store = PagedStore(units, chunk.pages, layout)
+            yield from settle(store, chunk.position, chunk.rules, reduce)
+        for chunk in self.chunks:
+            store = PagedStore(units, chunk.pages, layout)
+            tokens = chunk.tokens
+            yield advance(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])[1]
+        for chunk in self.guesses:
+            store = PagedStore(units, chunk.pages, layout)
+            tokens = chunk.tokens
+            guess(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])
+        if self.singles is None:
+            return
+        singles = self.singles
+        stores = [PagedStore(units, pages, layout) for pages in singles.pages]
+        # A slice gives a view of out, which is written in place; an index gives a copy.
+        in_place = out[singles.tokens] if isinstance(singles.tokens, slice) else None
+        o, progresses = advance_steps(
+            stores, a[singles.tokens], singles.positions, singles.rules, reduce, in_place
+        )
+        if in_place is None:
+            out[singles.tokens] = o
+        yield from progresses

@@ -1,0 +1,33 @@
+"""What is said about a setting that is not allowed, wherever settings are read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+
+def not_allowed(name: str, value: Any, allowed: str, where: str = "") -> str:
+    """One sentence: which field, its value, and what it must be; ``where`` it was given."""
+    return f"pacellm: {name} = {value!r} is not allowed{where}; it must be {allowed}."
+
+
+def first_mistake(
+    error: ValidationError,
+    given: Mapping[str, Any],
+    allowed: Mapping[str, str],
+    *,
+    prefix: str = "",
+    where: str = "",
+) -> str:
+    """One sentence about the first thing that pydantic found wrong with ``given``.
+
+    What a validator of ours raised is a sentence already; else ``allowed`` says, by field, what it
+    must be, and ``prefix`` stands before the field's name.
+    """
+    first = error.errors()[0]
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, ValueError) and str(raised).startswith("pacellm: "):
+        return str(raised)
+    name = str(first["loc"][0])
+    value = given.get(name, first.get("input"))
+    return not_allowed(prefix + name, value, allowed[name], where)

@@ -1,0 +1,147 @@
+"""FFNs found by their parts, and memory inside their activations; no engine."""
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.fusion import fused_act_quant
+from vllm.model_executor.layers.linear import LinearBase
+
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
+
+
+class Decoder(nn.Module):
+    """Layers whose FFN hangs at ``place``, or is the layer itself."""
+
+    def __init__(self, *layers, place="mlp"):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for parts in layers:
+            layer = nn.Module()
+            ffn = nn.Module() if place else layer
+            for name, part in parts.items():
+                ffn.add_module(name, part)
+            if place:
+                layer.add_module(place, ffn)
+            layer.add_module("norm", nn.LayerNorm(8))
+            self.layers.append(layer)
+
+
+class Memory(nn.Module):
+    """Stands in for a memory: what passes through it doubles."""
+
+    def forward(self, a):
+        return 2 * a
+
+
+@pytest.fixture(autouse=True)
+def configured():
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+class Linear(LinearBase):
+    """A projection of vLLM's by type and sizes, without weights or ranks."""
+
+    def __init__(self, inputs, outputs):
+        nn.Module.__init__(self)
+        self.input_size, self.output_size = inputs, outputs
+
+
+def gated(act=None):
+    return {
+        "gate_up_proj": Linear(8, 32),
+        "act_fn": act or get_act_and_mul_fn("silu"),
+        "down_proj": Linear(16, 8),
+    }
+
+
+def plain():
+    return {"fc1": Linear(8, 16), "activation_fn": nn.ReLU(), "fc2": Linear(16, 8)}
+
+
+def test_what_fits_is_found_wherever_it_hangs():
+    ffn = find_feed_forward(Decoder(gated(), gated(), place="feed_forward"), 1, "model")
+    assert (ffn.name, ffn.width, ffn.gated) == ("model.layers.1.feed_forward", 16, True)
+    ffn = find_feed_forward(Decoder(plain(), place=None), 0)
+    assert (ffn.name, ffn.width, ffn.gated) == ("layers.0", 16, False)
+    ffn = find_feed_forward(Decoder({**plain(), "dropout": nn.Dropout()}), 0)
+    assert ffn.output is ffn.module.fc2
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (
+            {**plain(), "gate_proj": Linear(8, 16), "norm": nn.LayerNorm(16)},
+            "layer 0 has no FFN that fits (mlp of activation_fn, fc1, fc2, gate_proj, norm)",
+        ),
+        (
+            {"gate_proj": 16, "up_proj": 16, "act_fn": nn.SiLU(), "down_proj": 8},
+            "layer 0 has no FFN that fits (mlp of act_fn, down_proj, gate_proj, up_proj)",
+        ),
+        ({}, "layer 0 has no FFN that fits (none)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_it_is(parts, sentence):
+    parts = {n: Linear(24 - p, p) if isinstance(p, int) else p for n, p in parts.items()}
+    with pytest.raises(PaceConfigError) as refusal:
+        find_feed_forward(Decoder(parts), 0)
+    assert sentence in str(refusal.value)
+
+
+def test_a_gate_outside_of_the_activation_is_refused():
+    """As in GLM's code in transformers: the names are right, the activation sees the gate only."""
+    with pytest.raises(PaceConfigError, match="multiplies gate and up outside of its activation"):
+        find_feed_forward(Decoder(gated(nn.SiLU())), 0)
+
+
+def test_two_ffns_in_a_layer_are_refused():
+    model = Decoder(gated())
+    model.layers[0].other = Decoder(gated()).layers[0].mlp
+    with pytest.raises(PaceConfigError, match="layer 0 has 2 FFNs"):
+        find_feed_forward(model, 0)
+
+
+def test_an_ffn_that_every_rank_holds_whole_is_refused():
+    ffn = find_feed_forward(Decoder(plain()), 0)
+    check_shared_out(ffn, 1)
+    with pytest.raises(PaceConfigError, match="not shared out among tensor parallel ranks"):
+        check_shared_out(ffn, 2)
+
+
+def test_memory_in_one_layer_leaves_the_others_activation_alone():
+    """vLLM's registry hands the same module to every layer."""
+    model = Decoder(gated(), gated())
+    mine, other = (find_feed_forward(model, index) for index in (0, 1))
+    shared = other.activation
+    assert mine.activation is shared
+    x = torch.randn(3, 32)
+    expected = shared(x)
+    remember(mine, Memory())
+    torch.testing.assert_close(mine.activation(x), 2 * expected)
+    torch.testing.assert_close(other.activation(x), expected)
+    assert list(shared.children()) == []
+
+
+def test_parameters_of_an_activation_keep_their_names():
+    ffn = find_feed_forward(Decoder({**plain(), "activation_fn": nn.PReLU()}), 0)
+    (before,) = ffn.activation.named_parameters()
+    remember(ffn, Memory())
+    (after,) = ffn.activation.named_parameters()
+    assert after == before
+
+
+def test_no_fused_kernel_takes_the_place_of_an_activation_with_memory(monkeypatch):
+    act = get_act_and_mul_fn("silu")
+    monkeypatch.setattr(fused_act_quant, "get_input_quant_key", lambda linear: "key")
+    fused = {(type(act), "key"): lambda x, linear: "fused"}
+    monkeypatch.setattr(fused_act_quant, "_FUSED_ACT_QUANT", fused)
+    x = torch.randn(3, 32)
+    assert fused_act_quant.maybe_fused_act_quant(act, x, None) == "fused"
+    ffn = find_feed_forward(Decoder(gated()), 0)
+    remember(ffn, Memory())
+    got = fused_act_quant.maybe_fused_act_quant(ffn.activation, x, None)
+    torch.testing.assert_close(got, 2 * act(x))
