@@ -33,7 +33,7 @@ class Variant:
     ``centre``: activations are compared after the mean of all earlier segments is taken off.
     ``whole``: a middling match is read like a close one, not at half weight. ``gate``: alpha grows
     with the best similarity, from 0 at theta_low to alpha at 1. ``write``: ``low`` as published;
-    ``surprise`` stores the tokens whose next token was least expected, the oldest slots go.
+    ``surprise`` keeps those of all tokens whose next token was least expected.
     ``value``: a token's ``own`` output; that of the ``next`` token; or the ``outcome``, the
     direction of activation that would have raised the next token's logit over what was expected,
     which is added instead of blended (last layer only).
@@ -74,7 +74,10 @@ VARIANTS = {
 
 
 class Bank:
-    """One text's memory in one layer: keys, values [m, D] and usage [m], m at most SLOTS."""
+    """One text's memory in one layer: keys, values [m, D], m at most SLOTS, and usage [m].
+
+    Where surprising tokens are kept, ``usage`` is how surprising they were.
+    """
 
     def __init__(self, variant: Variant, width: int) -> None:
         self.variant = variant
@@ -115,9 +118,11 @@ class Bank:
     def write(self, a: torch.Tensor, value: torch.Tensor, surprise: torch.Tensor) -> None:
         """Commit a segment: a, value [n, D], surprise [n] of the tokens after each."""
         if self.variant.write == "surprise":
-            chosen = surprise.topk(min(INSERTIONS, len(a))).indices.sort().values
-            self.keys = torch.cat([self.keys, a[chosen]])[-SLOTS:]
-            self.values = torch.cat([self.values, value[chosen]])[-SLOTS:]
+            self.usage = torch.cat([self.usage, surprise])
+            kept = self.usage.topk(min(SLOTS, len(self.usage))).indices.sort().values
+            self.keys = torch.cat([self.keys, a])[kept]
+            self.values = torch.cat([self.values, value])[kept]
+            self.usage = self.usage[kept]
         else:
             self._write_published(a, value)
         self.total, self.count = self.total + a.sum(0), self.count + len(a)
