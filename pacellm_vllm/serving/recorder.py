@@ -98,7 +98,9 @@ class BankRecorder:
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         self._run(a, out, metadata)
         step, size = metadata.plain, self.layer.rules.segment_size
-        pieces = [(chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks]
+        pieces: list[tuple[Any, int, list[int]]] = [
+            (chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks
+        ]
         if step.singles is not None:
             one = step.singles
             pieces += [(one.tokens, *at) for at in zip(one.positions, one.pages, strict=True)]
@@ -161,7 +163,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
     return next((named[name] for name in FINAL_NORMS if name in named), None)
 
 
-def decode(model: nn.Module, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
+def decode(model: Any, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
     """The ``count`` tokens that each of ``rows`` [m, D], activations of ``layer``, speaks for most.
 
     Through the layer's output projection, the final norm and the head, as if no other layer had
