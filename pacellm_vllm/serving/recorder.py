@@ -105,7 +105,7 @@ class BankRecorder:
         self._run(a, out, metadata)
         step, size = metadata.plain, self.layer.rules.segment_size
         assert step is not None, "not recorded where kernels run"
-        pieces: list[tuple[slice | torch.Tensor, int, list[int]]] = [
+        pieces: list[tuple[Any, int, list[int]]] = [
             (chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks
         ]
         if step.singles is not None:
