@@ -128,17 +128,19 @@ def resident(field: str) -> int:
     raise SystemExit(f"no {field} in /proc/self/status")
 
 
-def timed(run: Callable[[], Any], repeats: int, device: str) -> float:
+def timed(run: Callable[[], Any], repeats: int, args: argparse.Namespace) -> float:
     """Median seconds."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    device = args.device
     times = []
     for _ in range(repeats):
         if device == "cuda":
             torch.cuda.synchronize()
-        begun = time.perf_counter()
+        begun = clock()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     return statistics.median(times)
 
 
@@ -160,9 +162,9 @@ def ceilings(args: argparse.Namespace) -> dict[str, float]:
     """What this machine does right now: products in FLOP/s, reading in bytes/s."""
     a = torch.randn(args.tokens, args.width, device=args.device, dtype=getattr(torch, args.dtype))
     keys = torch.randn(4 * args.slots, args.width, device=args.device, dtype=a.dtype)
-    product = timed(lambda: a @ keys.t(), 5, args.device)
+    product = timed(lambda: a @ keys.t(), 5, args)
     big = torch.ones(1 << 27, device=args.device)
-    reading = timed(lambda: big.sum(), 5, args.device)
+    reading = timed(lambda: big.sum(), 5, args)
     return {
         "flops": 2 * args.tokens * args.width * len(keys) / product,
         "bytes": big.numel() * 4 / reading,
@@ -176,7 +178,7 @@ def child(case: str, args: argparse.Namespace) -> dict[str, float]:
     scale = 1.0
     if case == "published":
         scale = args.tokens / published_tokens(args)
-    seconds = timed(run, repeats, args.device) * scale
+    seconds = timed(run, repeats, args) * scale
     return {"seconds": seconds, "peak": peak * scale, "scale": scale, **ceilings(args)}
 
 
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--page-kib", type=int, default=448)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of all threads")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--json", type=Path)

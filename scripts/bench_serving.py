@@ -129,7 +129,7 @@ class Worker:
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=600)
 
 
 def work() -> None:

@@ -1,7 +1,8 @@
 """Where a request's bank lives: pages of vLLM's own paged KV cache pool.
 
 ``layout``   BankLayout, which row of a bank lies in which page, and how many pages tokens need
-``store``    PagedStore, one bank read and written through a request's block table row
+``places``   Places, where in its pages each row of a bank lies
+``store``    PagedStore, one bank read and written where it lies in a request's pages
 ``spec``     PagedBankSpec, what the scheduler knows of a bank
 ``manager``  PagedBankManager, which claims, shares and frees banks' pages
 ``drafts``   what speculative decoding asks of a bank
