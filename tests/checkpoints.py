@@ -53,7 +53,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_WIDE,
         **_TIED,
         "num_key_value_heads": 1,
-        "ffn_hidden_size": 344,
+        # vLLM knows no other FFN for it.
+        "ffn_hidden_size": 4 * 128,
         "bias": True,
     },
     "gpt2": {**_WIDE, **_TIED, **_ALL_HEADS, "n_inner": 344},
