@@ -6,10 +6,10 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.plan import bank_spec, page_bytes_beside
+from pacellm_vllm.memory.plan import bank_spec, page_bytes, page_bytes_beside
 
 CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
 LAYERS, BLOCK = 28, 16
@@ -51,3 +51,35 @@ def test_banks_fill_blocks_of_either_precision_and_are_zeroed_after(spec, parts)
     assert with_banks.num_blocks == without.num_blocks
     assert with_banks.needs_kv_cache_zeroing
     assert not without.needs_kv_cache_zeroing
+
+
+def stage_of(layers):
+    """The configuration of one of two stages of ``layers`` decoder layers each."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+        model_config=SimpleNamespace(
+            get_num_layers=lambda parallel: layers,
+            get_total_num_hidden_layers=lambda: 2 * layers,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "share"),
+    [([1, 3], 2), ([0, 1, 3], 1), ([2, 3], 1), ([2], 2)],
+    ids=["one each", "two and one", "none and two", "none and one"],
+)
+def test_all_stages_come_to_the_page_that_fits_the_fullest(memory, share):
+    spec = attention(torch.bfloat16)
+    assert page_bytes(stage_of(2), [spec] * 2, memory) == share * spec.page_size_bytes
+
+
+def test_stages_with_windows_in_some_layers_or_with_shared_caches_are_refused():
+    spec = attention(torch.bfloat16)
+    window = SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=4, head_size=128, dtype=torch.bfloat16, sliding_window=64
+    )
+    for specs, sentence in (([spec, window], "2 of 2 kinds in 2"), ([spec], "1 of 1 kinds in 2")):
+        with pytest.raises(ValueError, match="attention of one kind in each layer") as refusal:
+            page_bytes(stage_of(2), specs, [1])
+        assert sentence in str(refusal.value)

@@ -38,7 +38,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         config,
         layers,
         block_size,
-        _page_bytes(vllm_config, attention, layers),
+        page_bytes(vllm_config, attention, layers),
         width,
         cast(torch.dtype, model.dtype),
         f"layers {', '.join(map(str, layers))} of {model.get_total_num_hidden_layers()}",
@@ -60,7 +60,7 @@ def check_kernels(layout: BankLayout) -> None:
         )
 
 
-def _page_bytes(
+def page_bytes(
     vllm_config: VllmConfig, attention: Sequence[AttentionSpec], layers: Sequence[int]
 ) -> int:
     """The page size that fits every pipeline stage: all ranks must come to the same.
