@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite_swa": {**_WIDE, **_WINDOWS, "attention_multiplier": 32**-0.5},
     "opt": {**_WIDE, **_TIED, **_ALL_HEADS, "ffn_dim": 344, "word_embed_proj_dim": 128},
     "arcee": _WIDE,
-    "cwm": {**_WIDE, **_WINDOWS},
+    "cwm": {**_WIDE, **_WINDOWS, "bos_token_id": 0, "eos_token_id": 0},
     "gpt_bigcode": {**_WIDE, **_TIED, "num_key_value_heads": 1, "n_inner": 344},
     "gpt_neox": {**_WIDE, **_ALL_HEADS},
     "hunyuan_v1_dense": _WIDE,

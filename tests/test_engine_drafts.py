@@ -65,7 +65,8 @@ def accepted_and_rejected(running):
 @pytest.mark.parametrize(
     ("shape", "schedule"),
     [
-        *(("long segments", schedule) for schedule in SCHEDULES),
+        ("long segments", "chunks, cache"),
+        ("long segments", "preempted, cache"),
         ("short segments", "one by one"),
         ("paper", "preempted, cache"),
     ],
