@@ -115,7 +115,7 @@ class RoutedFeedForward:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Models of vLLM's Transformers backend have a batch of one.
-        out = self.experts.output(x.view(-1, x.shape[-1]), self.memory)
+        out = self.experts.output(x.reshape(-1, x.shape[-1]), self.memory)
         return out.view(x.shape)
 
 

@@ -136,8 +136,10 @@ def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkey
         monkeypatch.setattr(glue, "way_of", lambda vllm_config: way)
     monkeypatch.setattr(fused, "grouped_product", emulated_product)
     monkeypatch.setattr(fused, "FEW_TOKENS", 0)
+    # Before the engine: vLLM's Transformers backend changes classes of transformers.
+    expected = truth(arch)
     with engine(clustered(arch), ROUTED, max_num_batched_tokens=64) as running:
-        assert_same(answers(running), truth(arch))
+        assert_same(answers(running), expected)
         [report] = running.llm.collective_rpc(EXPERTS_METHOD)
     assert list(report) == [0, 1, 2, 3]
     # The last token of an answer is not read again.
