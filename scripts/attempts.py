@@ -20,7 +20,7 @@ from pacellm_vllm.evals.bootstrap import paired_difference
 from pacellm_vllm.evals.niah import Grid, make_items
 from pacellm_vllm.evals.text import sentences
 
-SEGMENT, SLOTS, INSERTIONS, MOMENTUM = 64, 100, 16, 0.5
+SEGMENT, SLOTS, INSERTIONS = 64, 100, 16
 RANGES = ((0, 320), (320, 1280), (1280, 2560))
 LENGTHS = (1280, 2560)
 BATCH = 12
@@ -33,7 +33,7 @@ class Variant:
     ``centre``: activations are compared after the mean of all earlier segments is taken off.
     ``whole``: a middling match is read like a close one, not at half weight. ``gate``: alpha grows
     with the best similarity, from 0 at theta_low to alpha at 1. ``write``: ``low`` as published;
-    ``surprise`` stores the tokens whose next token was least expected, the oldest slots go.
+    ``surprise`` keeps those of all tokens whose next token was least expected.
     ``value``: a token's ``own`` output; that of the ``next`` token; or the ``outcome``, the
     direction of activation that would have raised the next token's logit over what was expected,
     which is added instead of blended (last layer only).
@@ -47,6 +47,7 @@ class Variant:
     negative_k: int = 2
     noise: float = 0.1
     self_weight: float = 0.0
+    momentum: float = 0.5
     paper: bool = False
     centre: bool = False
     whole: bool = False
@@ -61,6 +62,8 @@ VARIANTS = {
     "official": Variant(),
     "paper": Variant(**PAPER),
     "no noise": Variant(noise=0.0),
+    "no merging": Variant(momentum=1.0),
+    "no merging, no noise, one slot": Variant(momentum=1.0, noise=0.0, top_k=1),
     "centred": Variant(centre=True),
     "whole": Variant(whole=True, noise=0.0),
     "gated": Variant(gate=True, noise=0.0),
@@ -74,7 +77,10 @@ VARIANTS = {
 
 
 class Bank:
-    """One text's memory in one layer: keys, values [m, D] and usage [m], m at most SLOTS."""
+    """One text's memory in one layer: keys, values [m, D], m at most SLOTS, and usage [m].
+
+    Where surprising tokens are kept, ``usage`` is how surprising they were.
+    """
 
     def __init__(self, variant: Variant, width: int) -> None:
         self.variant = variant
@@ -115,15 +121,17 @@ class Bank:
     def write(self, a: torch.Tensor, value: torch.Tensor, surprise: torch.Tensor) -> None:
         """Commit a segment: a, value [n, D], surprise [n] of the tokens after each."""
         if self.variant.write == "surprise":
-            chosen = surprise.topk(min(INSERTIONS, len(a))).indices.sort().values
-            self.keys = torch.cat([self.keys, a[chosen]])[-SLOTS:]
-            self.values = torch.cat([self.values, value[chosen]])[-SLOTS:]
+            self.usage = torch.cat([self.usage, surprise])
+            kept = self.usage.topk(min(SLOTS, len(self.usage))).indices.sort().values
+            self.keys = torch.cat([self.keys, a])[kept]
+            self.values = torch.cat([self.values, value])[kept]
+            self.usage = self.usage[kept]
         else:
             self._write_published(a, value)
         self.total, self.count = self.total + a.sum(0), self.count + len(a)
 
     def _write_published(self, a: torch.Tensor, value: torch.Tensor) -> None:
-        v, m = self.variant, len(self.keys)
+        v, m, p = self.variant, len(self.keys), self.variant.momentum
         low = torch.ones(len(a), dtype=torch.bool)
         if m:
             best, top = self.similarities(a).topk(min(v.top_k, m))
@@ -133,8 +141,8 @@ class Bank:
             if mid.any():
                 slots = top[mid].unique()
                 key, new = (a, a) if v.paper else (a[mid], value[mid])
-                self.keys[slots] = MOMENTUM * self.keys[slots] + (1 - MOMENTUM) * key.mean(0)
-                self.values[slots] = MOMENTUM * self.values[slots] + (1 - MOMENTUM) * new.mean(0)
+                self.keys[slots] = p * self.keys[slots] + (1 - p) * key.mean(0)
+                self.values[slots] = p * self.values[slots] + (1 - p) * new.mean(0)
                 self.usage[slots] += 1
             if v.paper:
                 hits = top[high].flatten()

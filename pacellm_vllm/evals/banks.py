@@ -1,5 +1,6 @@
 """LayerBanks: what one layer's recorded banks say, as numbers and as a table."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -83,26 +84,30 @@ def read_banks(recorded: Mapping[int, Mapping[str, Any]], tokenizer: Any) -> dic
 
 
 def table(layers: Mapping[int, LayerBanks], title: str) -> Table:
-    """One row a layer: rates, slots, how often used, how alike, and what the most used say."""
+    """One row a layer: rates, slots, median and largest usage, mean cosine of two slots after the
+    first and the last segment, and the tokens that most slots speak for, by how many do.
+    """
     made = Table(title=title)
-    for name in ("layer", "high / mid / low", "segments", "slots", "merged", "replaced"):
+    for name in ("layer", "high/mid/low %", "segments", "slots", "merged", "replaced"):
         made.add_column(name, justify="right")
-    made.add_column("usage: median, most", justify="right")
-    made.add_column("cosine of two slots: first, last", justify="right")
-    made.add_column("the most used slots speak for")
+    made.add_column("usage", justify="right")
+    made.add_column("cosine", justify="right")
+    made.add_column("slots speak for")
     for index, layer in layers.items():
-        rates, last = layer.rates(), layer.commits[-1]
-        shares = [f"{100 * r:.0f} %" if r is not None else "-" for r in rates.values()]
+        last = layer.commits[-1]
+        shares = [
+            f"{100 * rate:.0f}" if rate is not None else "-" for rate in layer.rates().values()
+        ]
         cosines = [c["cosine"] for c in layer.commits if c["cosine"] is not None] or [float("nan")]
-        order = sorted(range(last["valid"]), key=lambda slot: -layer.usage[slot])
+        words = Counter(words[0] for words in layer.slot_words).most_common(4)
         made.add_row(
             str(index),
-            " / ".join(shares),
+            "/".join(shares),
             str(len(layer.commits)),
             str(last["valid"]),
             *(str(sum(c[name] for c in layer.commits)) for name in ("merged", "replaced")),
-            f"{median(layer.usage):g}, {max(layer.usage)}",
-            f"{cosines[0]:.2f}, {cosines[-1]:.2f}",
-            ", ".join(repr(layer.slot_words[slot][0]) for slot in order[:5]),
+            f"{median(layer.usage):g} ({max(layer.usage)})",
+            f"{cosines[0]:.2f} to {cosines[-1]:.2f}",
+            ", ".join(f"{word.strip()} x {count}" for word, count in words),
         )
     return made

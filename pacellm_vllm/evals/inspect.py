@@ -126,6 +126,8 @@ def _record(
     # One request, a segment a step: the recorder reads every bank before the next one.
     ours = {
         "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "speculative_config": None,
         "max_num_seqs": 1,
         "max_num_batched_tokens": config.segment_size,
         "max_model_len": len(tokens) + 1,

@@ -1,5 +1,6 @@
 """Pictures of results, as PNG files."""
 
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,8 @@ def memory_map(
 ) -> None:
     """Per layer: slots as dots coloured by usage, current tokens as crosses, in two dimensions.
 
+    Slots that speak for one token are named once, with their number.
+
     ``layers`` maps an index to (slots [m, 2], usage [m], current [n, 2], the slots' tokens).
     """
     figure = _new(5.6 * len(layers), 4.8)
@@ -76,10 +79,16 @@ def memory_map(
     for axes, (index, (slots, usage, current, words)) in zip(panels, layers.items(), strict=True):
         axes.scatter(current[:, 0], current[:, 1], marker="x", s=14, c="0.6", label="current")
         dots = axes.scatter(slots[:, 0], slots[:, 1], s=26, c=usage, cmap="viridis", label="stored")
-        for (x, y), word in zip(slots, words, strict=True):
-            axes.annotate(word.strip() or repr(word), (x, y), fontsize=6, alpha=0.8)
+        for word, count in Counter(words).items():
+            said = word.strip() or repr(word)
+            axes.annotate(
+                f"{said} x {count}" if count > 1 else said,
+                slots[words.index(word)],
+                fontsize=7,
+                alpha=0.8,
+            )
         axes.set_title(f"layer {index}", fontsize=10)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper right")
         figure.colorbar(dots, label="usage")
     figure.savefig(path, dpi=90)
 
@@ -97,7 +106,8 @@ def slot_history(path: Path, layers: dict[int, Sequence[dict[str, Any]]]) -> Non
             upper.plot(segments, [commit[name] for commit in commits], label=name)
         upper.set_title(f"layer {index}", fontsize=10)
         upper.set_ylabel("slots (dropped: tokens)")
-        upper.legend(fontsize=7, loc="center left")
+        upper.legend(fontsize=7, ncols=2, loc="lower right", framealpha=0.6)
+        upper.xaxis.get_major_locator().set_params(integer=True)
         alike = upper.twinx()
         cosines = [float("nan") if c["cosine"] is None else c["cosine"] for c in commits]
         alike.plot(segments, cosines, color="0.4", linestyle=":")
@@ -117,6 +127,7 @@ def slot_history(path: Path, layers: dict[int, Sequence[dict[str, Any]]]) -> Non
             interpolation="nearest",
             extent=(segments[0] - 0.5, segments[-1] + 0.5, height - 0.5, -0.5),
         )
+        lower.xaxis.get_major_locator().set_params(integer=True)
         lower.set_xlabel("segment")
         lower.set_ylabel("slot")
         figure.colorbar(image, label="usage")

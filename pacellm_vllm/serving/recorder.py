@@ -39,12 +39,18 @@ class BankRecording:
     def pacellm_memory_record(self) -> str | None:
         """Record the next request, which must run alone, in every layer with memory.
 
-        Returns a sentence, and records nothing, where there is no memory or no known final norm.
+        Returns a sentence, and records nothing, where there is no memory, no known final norm, or
+        where memory runs as kernels.
         """
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         memories = [layer for layer in layers if isinstance(layer, PaceMemory)]
         if not memories:
             return "pacellm: no layer carries memory; name some with --layers."
+        if memories[0].runs_kernels:
+            return (
+                "pacellm: banks are recorded on the CPU platform only, where a step is worked out "
+                "on the host; inspect the model there."
+            )
         model = self.get_model()
         if final_norm(model) is None:
             return (
@@ -98,7 +104,10 @@ class BankRecorder:
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         self._run(a, out, metadata)
         step, size = metadata.plain, self.layer.rules.segment_size
-        pieces = [(chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks]
+        assert step is not None, "not recorded where kernels run"
+        pieces: list[tuple[Any, int, list[int]]] = [
+            (chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks
+        ]
         if step.singles is not None:
             one = step.singles
             pieces += [(one.tokens, *at) for at in zip(one.positions, one.pages, strict=True)]
@@ -161,7 +170,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
     return next((named[name] for name in FINAL_NORMS if name in named), None)
 
 
-def decode(model: nn.Module, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
+def decode(model: Any, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
     """The ``count`` tokens that each of ``rows`` [m, D], activations of ``layer``, speaks for most.
 
     Through the layer's output projection, the final norm and the head, as if no other layer had
