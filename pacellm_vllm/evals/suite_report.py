@@ -125,7 +125,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
             cells += [_difference(row["differences"][name]) for name in others]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    lines += _how(settings, report["tasks"])
+    room = min(engine["engine"]["max_model_len"] for engine in engines.values())
+    lines += _how(settings, report["tasks"], room)
     lines += ["## Engines", ""]
     for name in names:
         memory = settings["configs"][name]
@@ -139,7 +140,14 @@ def _difference(found: Mapping[str, Any]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] {found['verdict']}"
 
 
-def _how(settings: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[str]:
+def _at_most(max_length: int | None, room: int) -> str:
+    """The limit of a prompt's text, and the engine's where that is what cuts."""
+    if max_length is None:
+        return f"the model's {room}"
+    return str(max_length) if max_length < room else f"{max_length}, but the model has {room}"
+
+
+def _how(settings: Mapping[str, Any], tasks: Mapping[str, Any], room: int) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in settings["versions"].items())
     lines = [
         "## How it was measured",
@@ -161,7 +169,7 @@ def _how(settings: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[str]:
             ask["lm_eval_version"],
             "the task's" if ask["fewshot"] is None else ask["fewshot"],
             "yes" if ask["chat"] else "no",
-            ask["max_length"] or "the model's",
+            _at_most(ask["max_length"], room),
             row["tokens"]["median"],
             row["tokens"]["most"],
             f"{row['cut']} of {row['items']}",

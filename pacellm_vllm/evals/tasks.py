@@ -4,6 +4,7 @@ import difflib
 import io
 import logging
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -133,7 +134,9 @@ class Library:
         else:
             spec = {"group": "pacellm", "task": [spec]}
         try:
-            with redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                # A package that one metric uses would be faster with another.
+                warnings.filterwarnings("ignore", "Using slow pure-python")
                 task = self._manager.load(spec)["tasks"][name]
         except ImportError as error:
             raise EvalError(f"pacellm: lm-eval's {name} cannot be loaded: {error}") from None

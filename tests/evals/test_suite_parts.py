@@ -16,7 +16,7 @@ from pacellm_vllm.evals.prompts import Fitter, middle_cut
 from pacellm_vllm.evals.protocol import PAPER, Ask, plan
 from pacellm_vllm.evals.records import EvalError, Records
 from pacellm_vllm.evals.settings import parse_settings
-from pacellm_vllm.evals.suite_report import _same_prompts
+from pacellm_vllm.evals.suite_report import _at_most, _same_prompts
 from pacellm_vllm.evals.tasks import Library, Messages, build_items, metric_of, score
 
 
@@ -246,6 +246,12 @@ def test_wrong_data_says_which_file_what_it_holds_and_whence(data, tmp_path):
     assert "qasper.jsonl is empty" in says("longbench_qasper")
     with pytest.raises(EvalError, match="is not a directory"):
         DataDirectory(tmp_path / "nowhere")
+
+
+def test_a_model_with_less_room_than_the_protocol_is_named():
+    assert _at_most(31_500, 32_768) == "31500"
+    assert _at_most(31_500, 8192) == "31500, but the model has 8192"
+    assert _at_most(None, 8192) == "the model's 8192"
 
 
 def test_other_prompts_are_not_compared():
