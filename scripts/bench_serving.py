@@ -12,7 +12,8 @@ loads, a checkpoint written for the run. Prompts draw on a few token ids, so tha
 and every regime of the memory occurs; the counts are printed. All variants' engines are alive at
 once and take turns, a few steps each, so that they share whatever else the machine does; what
 is compared is each round's ratio to ``installed``, and the median over rounds. On a GPU, give
-``--kv-gib`` so that all variants fit, or ``--alone`` to start and stop them one after another.
+``--kv-gib`` so that all variants fit, or ``--alone`` to start and stop them one after another. On a
+CPU that is busy with other work, ``--cpu-time`` measures the engine's processor time instead.
 """
 
 import argparse
@@ -112,7 +113,7 @@ class Worker:
             text=True,
             env=env,
         )
-        self.facts = self.ask("start", **self.settings)
+        self.facts = self.ask("start", cpu_time=args.cpu_time, **self.settings)
         self.facts["start_s"] = time.perf_counter() - started
 
     def ask(self, what: str, **details: Any) -> Any:
@@ -136,6 +137,7 @@ def work() -> None:
     begun = time.perf_counter()
     start = json.loads(sys.stdin.readline())
     start.pop("what")
+    clock = time.process_time if start.pop("cpu_time") else time.perf_counter
     import torch
     from vllm import LLM, SamplingParams
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
@@ -182,11 +184,11 @@ def work() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         if task["what"] == "prefill":
-            begun = time.perf_counter()
+            begun = clock()
             add(task["prompts"], 1)
             while engine.has_unfinished_requests():
                 engine.step()
-            answer(time.perf_counter() - begun)
+            answer(clock() - begun)
         elif task["what"] == "open":
             add(task["prompts"], task["max_tokens"])
             waiting = len(task["prompts"])
@@ -196,9 +198,9 @@ def work() -> None:
         elif task["what"] == "decode":
             times = []
             for _ in range(task["steps"]):
-                begun = time.perf_counter()
+                begun = clock()
                 engine.step()
-                times.append(time.perf_counter() - begun)
+                times.append(clock() - begun)
             answer(times)
         elif task["what"] == "close":
             engine.abort_request([str(i + 1) for i in range(serial)], internal=False)
@@ -324,6 +326,7 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=float, default=0.5, help="0: vLLM decides")
     parser.add_argument("--pace", default="{}", help="further pacellm settings, as JSON")
     parser.add_argument("--experts", default='{"num_experts": 64}', help="of pa2ce, as JSON")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not wall time")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--alone", action="store_true", help="one engine at a time")
     parser.add_argument("--json", type=Path)

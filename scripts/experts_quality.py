@@ -1,6 +1,8 @@
 """Loss of a model on a text when each token computes a share of its experts; CPU, transformers.
 
-    python scripts/experts_quality.py MODEL TEXT [--experts 64] [--tokens 6144]
+    python scripts/experts_quality.py MODEL [TEXT] [--experts 64] [--tokens 6144]
+
+Without TEXT it reads the built-in haystack with needles, which ``scripts/tiny`` was trained on.
 
 Three rows: the router of this package; experts at random; and the experts that are in fact the
 most active, which would need the dense FFN to know. Each on clustered experts and on a random
@@ -8,13 +10,16 @@ split of the same size. MODEL is a local checkpoint of the Llama kind (gate_proj
 """
 
 import argparse
+import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pacellm_vllm.evals.text import KEYS, NEEDLE, sentences
 from pacellm_vllm.experts.cluster import cluster
 from pacellm_vllm.experts.ffn import masked
 from pacellm_vllm.experts.routing import ExpertRouter, choose
@@ -24,6 +29,20 @@ MASSES = (0.95, 0.9, 0.75, 0.5)
 WINDOW = 256
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def haystack() -> str:
+    """30 texts with three numbers in each, which are said again at its end."""
+    rng = random.Random(12345)
+    texts = []
+    for _ in range(30):
+        text = list(islice(sentences(rng), 36))
+        for key in rng.sample(KEYS, 3):
+            needle = NEEDLE.format(key=key, value=rng.randrange(10, 100))
+            text.insert(rng.randrange(30), needle)
+            text.append(needle)
+        texts.append(" ".join(text))
+    return "\n".join(texts)
 
 
 class Routed:
@@ -73,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokens = torch.tensor(tokenizer(args.text.read_text())["input_ids"][: args.tokens])
+    text = args.text.read_text() if args.text else haystack()
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: args.tokens])
     batches = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW).split(4)
     for split in ("clustered", "random split"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -115,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("text", metavar="TEXT", type=Path)
+    parser.add_argument("text", metavar="TEXT", type=Path, nargs="?")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--threads", type=int, default=1)

@@ -22,7 +22,7 @@ SCHEDULES = {
     "preempted, cache": {
         "max_num_batched_tokens": 80,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 40,
+        "num_gpu_blocks_override": 32,
         "max_model_len": 256,
     },
     "one by one": {"max_num_seqs": 1, "enable_prefix_caching": False},
@@ -65,7 +65,8 @@ def accepted_and_rejected(running):
 @pytest.mark.parametrize(
     ("shape", "schedule"),
     [
-        *(("long segments", schedule) for schedule in SCHEDULES),
+        ("long segments", "chunks, cache"),
+        ("long segments", "preempted, cache"),
         ("short segments", "one by one"),
         ("paper", "preempted, cache"),
     ],

@@ -36,9 +36,9 @@ def oracle_logprobs(path, pace):
     return torch.tensor([v for prompt in PROMPTS for v in oracle.generate(prompt, 1)[1]])
 
 
-def test_fp8_weights_and_activations_stay_near_an_oracle_of_the_same_rounding(checkpoint):
+def engine_logprobs(path, pace):
     settings = {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
-    with engine(checkpoint(), PACE, max_num_batched_tokens=80, **settings) as running:
+    with engine(path, pace, max_num_batched_tokens=80, **settings) as running:
         outputs = running.generate(PROMPTS, 8, prompt_logprobs=0)
         (down,) = (
             module
@@ -47,8 +47,16 @@ def test_fp8_weights_and_activations_stay_near_an_oracle_of_the_same_rounding(ch
         )
         assert down.weight.dtype == torch.float8_e4m3fn
         assert running.all_blocks_are_back()
-    got = torch.tensor([v for output in outputs for v in prompt_logprobs(output)])
-    error = (got - oracle_logprobs(checkpoint(), PACE)).abs().mean()
-    without = (got - oracle_logprobs(checkpoint(), {})).abs().mean()
-    assert error < 0.2
-    assert without > 3 * error
+    return torch.tensor([v for output in outputs for v in prompt_logprobs(output)])
+
+
+def distance(got, truth):
+    return float((got - truth).abs().mean())
+
+
+def test_memory_adds_no_error_to_that_of_fp8_weights_and_activations(checkpoint):
+    """Roundings to bf16 fall either way in fp8, so even without memory the two are only near."""
+    plain, truth = (oracle_logprobs(checkpoint(), pace) for pace in ({}, PACE))
+    got = engine_logprobs(checkpoint(), PACE)
+    assert distance(got, truth) < 1.3 * distance(engine_logprobs(checkpoint(), None), plain)
+    assert distance(got, plain) > 1.4 * distance(got, truth)

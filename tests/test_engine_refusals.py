@@ -11,9 +11,11 @@ from transformers import Gemma3Config, MixtralConfig, Qwen2MoeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.models import checks
 from pacellm_vllm.models.checks import check_engine, check_not_configured
 
 PACE_GEMMA = "PaceGemma3ForCausalLM"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 PACE = {"layers": [1, 3], "segment_size": 32}
 
 
@@ -39,16 +41,9 @@ def test_bad_settings(pace, sentence, checkpoint):
     ("settings", "sentence"),
     [
         (
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-            "memory does not work with speculative decoding: rejected draft tokens",
+            {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
+            "speculative decoding like this: drafts have not been tested across stages",
         ),
-        ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "does not work with KV transfer: tokens computed elsewhere carry no memory",
@@ -150,6 +145,35 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
         assert list(running.memories()) == [2]
 
 
+def engine_config(path, **settings):
+    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
+    settings |= {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
+    return EngineArgs(str(path), hf_overrides=overrides, **settings).create_engine_config()
+
+
+def test_other_drafts_on_a_gpu_or_with_asynchronous_scheduling_are_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint(), speculative_config=NGRAM)
+    check_engine(config)
+    config.scheduler_config.async_scheduling = True
+    with pytest.raises(PaceConfigError, match="pass --no-async-scheduling"):
+        check_engine(config)
+    config.scheduler_config.async_scheduling = False
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(PaceConfigError, match="drafts have been tested on the CPU only"):
+        check_engine(config)
+    config.speculative_config = SimpleNamespace(method="eagle")
+    with pytest.raises(PaceConfigError, match="only n-gram drafts have been tested, not eagle"):
+        check_engine(config)
+
+
+def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint(), pipeline_parallel_size=2)
+    check_engine(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(PaceConfigError, match="pipeline parallelism on model runner V2"):
+        check_engine(config)
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value", "sentence"),
     [
@@ -160,10 +184,7 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
     ],
 )
 def test_features_this_machine_cannot_start(part, field, value, sentence, checkpoint):
-    settings = {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
-    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
-    args = EngineArgs(str(checkpoint()), hf_overrides=overrides, **settings)
-    config = args.create_engine_config()
+    config = engine_config(checkpoint())
     check_engine(config)
     setattr(getattr(config, f"{part}_config"), field, value)
     with pytest.raises(PaceConfigError) as refusal:

@@ -22,21 +22,21 @@ SEGMENT = 64
 ATTENTION, BANK = 0, 1
 
 
-def bank_spec(page_bytes=4096):
+def bank_spec(page_bytes=4096, drafts=0):
     rules = PaceConfig.from_sources({"bank_size": 23, "segment_size": SEGMENT}).rules()
     return PagedBankSpec(
         block_size=BLOCK,
         num_kv_heads=1,
         head_size=page_bytes // 2,
         dtype=torch.uint8,
-        layout=BankLayout.plan(rules, 344, torch.float32, page_bytes),
+        layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
         num_layers=2,
         max_model_len=2048,
         summary="layers 1, 3 of 4, preset official",
     )
 
 
-def make_manager(blocks, caching):
+def make_manager(blocks, caching, drafts=0):
     kv_cache_utils.init_none_hash(sha256)
     attention = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
@@ -46,7 +46,9 @@ def make_manager(blocks, caching):
         kv_cache_tensors=[],
         kv_cache_groups=[
             KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn" for i in range(4)], attention),
-            KVCacheGroupSpec([f"model.layers.{i}.mlp.memory" for i in (1, 3)], bank_spec()),
+            KVCacheGroupSpec(
+                [f"model.layers.{i}.mlp.memory" for i in (1, 3)], bank_spec(drafts=drafts)
+            ),
         ],
     )
     return KVCacheManager(
@@ -119,6 +121,31 @@ def test_a_request_that_does_not_fit_takes_nothing():
     assert held(manager, second, BANK) == []
     manager.free(first)
     assert manager.allocate_slots(second, SEGMENT) is not None
+
+
+@pytest.mark.parametrize(
+    ("drafts", "prompt", "computed", "hit"),
+    [
+        (0, 100, 2 * SEGMENT, 2 * SEGMENT),
+        # The last three of these tokens may be drafts, which the bank does not hold yet.
+        (3, 100, 2 * SEGMENT, 0),
+        (3, 100, 2 * SEGMENT + 2, 0),
+        (3, 100, 2 * SEGMENT + 3, 2 * SEGMENT),
+        (3, 100, 3 * SEGMENT - 1, 2 * SEGMENT),
+        (3, 2 * SEGMENT, 2 * SEGMENT, 2 * SEGMENT),
+    ],
+)
+def test_a_bank_that_drafts_may_be_missing_from_is_no_snapshot(drafts, prompt, computed, hit):
+    manager = make_manager(400, True, drafts)
+    tokens = list(range(4 * SEGMENT))
+    request = make_request("first", tokens[:prompt], True, max_tokens=200)
+    for length in sorted({prompt, computed}):
+        request.append_output_token_ids(tokens[request.num_tokens : length + 1])
+        manager.allocate_slots(request, length - request.num_computed_tokens)
+        request.num_computed_tokens = length
+    manager.free(request)
+    again = make_request("again", tokens, True, max_tokens=200)
+    assert manager.get_computed_blocks(again)[1] == hit
 
 
 def test_a_snapshot_published_in_this_step_is_copied_from_its_source():

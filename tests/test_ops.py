@@ -7,7 +7,8 @@ from dense_store import DenseStore
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.store import PagedStore, unit_view
-from pacellm_vllm.ops.lookup import look_up
+from pacellm_vllm.ops import lookup
+from pacellm_vllm.ops.lookup import largest, look_up
 from pacellm_vllm.ops.sums import TILE, running_sum, tile_turns
 from pacellm_vllm.ops.update import advance
 
@@ -170,6 +171,27 @@ def test_ties_go_to_the_lower_slot_and_unlike_tokens_pass_through():
     want = 0.8 * a[0] + 0.2 * (values[1] + 0.1 * values[0])
     torch.testing.assert_close(found.output[0], want)
     assert torch.equal(found.output[1], a[1])
+
+
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_largest_ranks_as_a_stable_sort_does(k):
+    rows = torch.randint(-3, 4, (50, 23), generator=torch.Generator().manual_seed(0)) / 3
+    rows[:, ::2] *= -1  # zeros of both signs
+    want = rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(largest(rows, k), want)
+    assert torch.equal(largest(-rows, k), rows.sort(dim=1, stable=True).indices[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widening_a_few_tokens_at_a_time_is_widening_all(dtype, monkeypatch):
+    r = rules(theta_low=-1.0, theta_high=0.5)
+    a, keys, values = (activations(n, 62, n).to(dtype) for n in (50, 7, 8))
+    whole = look_up(a, keys, values[:7], r)
+    monkeypatch.setattr(lookup, "_WIDENED_ELEMENTS", 62 * 3)
+    some = look_up(a, keys, values[:7], r)
+    assert torch.equal(some.top, whole.top)
+    torch.testing.assert_close(some.output, whole.output)
+    torch.testing.assert_close(some.mean_top, whole.mean_top)
 
 
 def test_layouts_split_rows_that_a_page_cannot_hold():

@@ -56,6 +56,7 @@ class Records:
                 f"pacellm: {self.path} is not a results file; name another output directory."
             ) from None
         if not self.done:
+            self.engines.clear()
             return 0
         self._compare(before, settings)
         return whole

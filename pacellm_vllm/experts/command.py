@@ -8,7 +8,7 @@ from typing import Any
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import ClusterSettings
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import experts_architecture
 
 # Repeated here: torch and scikit-learn take seconds to import, not for --help or a typo.
 FEATURES = ("gate", "gate_up", "activations")
@@ -90,7 +90,7 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
             layers=args.layers,
             activations=args.activations,
             cache=args.cache,
-            rename=pace_architecture,
+            rename=experts_architecture,
             progress=not args.quiet,
         )
     except ExpertsError as error:

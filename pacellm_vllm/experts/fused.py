@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from pacellm_vllm.compat import grouped_product, grouped_product_tiles, register_custom_op
-from pacellm_vllm.experts.ffn import FfnWeights
+from pacellm_vllm.experts.ffn import FfnWeights, masked
 
 # Up to here the output reads the chosen experts' columns only. With more tokens some token chose
 # almost every expert, and a sum over experts of [tokens, K, H] costs what it saves.
@@ -22,8 +22,9 @@ def fused_activations(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> t
     before = x.new_zeros(x.shape[0], w.inputs.shape[0])
     size = w.down.shape[1] // chosen.shape[1]
     torch.ops.vllm.pacellm_expert_inputs(x, w.inputs, w.bias, chosen, size, before)
-    # Zeros stay zeros: up is zero in a gated FFN, and plain ones have act(0) = 0.
-    return w.act(before)
+    a = w.act(before)
+    # With a gate zeros stay zeros, because up is zero.
+    return a if w.blocks == 2 else masked(a, chosen)
 
 
 def fused_output(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@
 ``batch``    BatchSettings, what the requests of a worker's batch have set for themselves
 ``pieces``   Piece, tokens of one request in one segment, which a batch is cut into
 ``plain``    PlainStep, what the plain PyTorch ops do in one step
+``device``   DeviceStep, what the kernels do in one step, and its tables on the device
 ``backend``  the metadata that a step's memory layers share
 ``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op
 ``stage``    StageWithoutMemory, what a pipeline stage has that has no memory layer

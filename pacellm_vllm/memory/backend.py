@@ -1,8 +1,10 @@
 """What the memory layers of one step share: whose tokens they are and in which segments."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -10,6 +12,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.memory.batch import BatchSettings
@@ -18,19 +21,25 @@ from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.spec import PagedBankSpec
 from pacellm_vllm.ops.rules import MemoryRules
 
+if TYPE_CHECKING:
+    # It imports Triton, which a machine without a GPU need not have.
+    from pacellm_vllm.memory.device import DeviceStep, DeviceTables
+
 
 @dataclass
 class BankMetadata:
-    """One step, for all memory layers; ``plain`` is what the plain PyTorch ops do in it."""
+    """One step, for all memory layers: what the plain PyTorch ops do in it, or the kernels."""
 
-    plain: PlainStep
+    plain: PlainStep | None = None
+    device: "DeviceStep | None" = None
+
+
+def takes_kernels(device_type: str) -> bool:
+    """Whether memory on such a device runs as kernels; elsewhere the plain PyTorch ops do."""
+    return device_type == "cuda"
 
 
 class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
-    # The op loops over requests on the host, so no CUDA graph may hold it: vLLM then captures
-    # the pieces between the splitting ops.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
-
     kv_cache_spec: PagedBankSpec
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,6 +47,26 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         self._settings = BatchSettings.of_engine(self.vllm_config)
         layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
         self._rules: MemoryRules = layers[self.layer_names[0]].rules
+        self._tables = self._new_tables() if takes_kernels(self.device.type) else None
+
+    def _new_tables(self) -> "DeviceTables":
+        from pacellm_vllm.memory.device import DeviceTables
+
+        requests = most_requests(self.vllm_config)
+        tokens = max(self.vllm_config.scheduler_config.max_num_batched_tokens, requests)
+        layout = self.kv_cache_spec.layout
+        return DeviceTables(layout, self._rules, requests, tokens, self.device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        # The kernels of a decode step have fixed shapes and read only buffers that stay in place.
+        # Other steps differ in their number of rounds, and the plain ops loop on the host: vLLM
+        # then captures the pieces between the splitting ops.
+        if takes_kernels(vllm_config.device_config.device_type):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self,
@@ -51,23 +80,57 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         if lengths is None:
             lengths = common.seq_lens.cpu()
         requests = common.num_reqs
+        starts = common.query_start_loc_cpu[: requests + 1]
         # Model runner V2 says where in its request table each row is (padding is nowhere); in V1
         # the batch itself is the table.
         rows = range(requests) if common.req_idx is None else common.req_idx.tolist()
+        settings = [self._settings.get(row) for row in rows]
+        tables = self._tables
+        if (
+            tables is not None
+            and common.max_query_len == 1
+            and requests == common.num_actual_tokens
+        ):
+            counts = starts.diff().numpy()
+            own = {row: mine.applied_to(self._rules) for row, mine in enumerate(settings) if mine}
+            step = tables.of_singles(
+                common.block_table_tensor, lengths[:requests].numpy() * counts, own
+            )
+            return BankMetadata(device=step)
         layout = self.kv_cache_spec.layout
         prefilling: list[bool] = []
         if layout.drafts:
             assert common.is_prefilling is not None
             prefilling = common.is_prefilling[:requests].tolist()
         pieces = cut_pieces(
-            common.query_start_loc_cpu[: requests + 1].tolist(),
+            starts.tolist(),
             lengths[:requests].tolist(),
             layout,
             self._rules,
-            [self._settings.get(row) for row in rows],
+            settings,
             prefilling,
         )
-        return BankMetadata(PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0))
+        if tables is not None:
+            return BankMetadata(device=tables.of_pieces(common.block_table_tensor, pieces))
+        plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0)
+        return BankMetadata(plain=plain)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> BankMetadata:
+        # Also runs for the dummy steps that replay a captured graph: nobody's bank may change,
+        # whatever the block table still holds.
+        requests = common_attn_metadata.num_reqs
+        nobody = np.zeros(requests, dtype=np.int32)
+        assert self._tables is not None, "only decode steps of the kernels are captured whole"
+        table = common_attn_metadata.block_table_tensor
+        return BankMetadata(device=self._tables.of_singles(table, nobody, {}))
+
+
+def most_requests(vllm_config: VllmConfig) -> int:
+    """Of one step, padding included."""
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, graphs)
 
 
 class BankBackend(AttentionBackend):

@@ -24,10 +24,11 @@ def settle(
     """Write what the tail holds of the tokens before ``position``, and empty it.
 
     ``position`` is the next token's. A restored bank's tail begins there or later, as its donor's
-    bank had caught up with the prefix; a request's first token finds what its pages held before.
+    bank had caught up with the prefix. A request's first token finds whatever its pages held, and
+    there is nothing before it.
     """
-    first = store.read_tail_position() if position else _NOTHING
-    if first == _NOTHING and position:
+    first = store.read_tail_position()
+    if first == _NOTHING:
         return
     if 0 <= first < position:
         a = store.read_tail(position - first)

@@ -14,7 +14,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from pacellm_vllm.compat import add_splitting_op, eager_in_graphs, register_custom_op
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.backend import BankBackend, BankMetadata
+from pacellm_vllm.memory.backend import (
+    BankBackend,
+    BankMetadata,
+    most_requests,
+    takes_kernels,
+)
 from pacellm_vllm.memory.counts import MemoryCounts
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import unit_view
@@ -45,7 +50,13 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         self.config = config
         self.rules = config.rules()
         self.width = width
-        self.counts = MemoryCounts()
+        self._plain_counts = MemoryCounts()
+        self._tally: torch.Tensor | None = None
+        if takes_kernels(vllm_config.device_config.device_type):
+            from pacellm_vllm.memory.device import new_tally
+
+            device = torch.device(vllm_config.device_config.device_type)
+            self._tally = new_tally(most_requests(vllm_config), device)
         self.kv_cache = torch.tensor([])
         self._reduce = (
             tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
@@ -70,9 +81,30 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         """Advance every request's bank by its tokens of this step."""
         # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
         layout = self.spec.layout
-        units = unit_view(self.kv_cache, layout, self.config.stored_dtype(a.dtype))
+        stored = self.config.stored_dtype(a.dtype)
+        if metadata.device is not None:
+            assert self._tally is not None
+            metadata.device.run(
+                self.kv_cache, layout, stored, self.rules, a, out, self._tally, self._reduce
+            )
+            return
+        assert metadata.plain is not None
+        units = unit_view(self.kv_cache, layout, stored)
         for progress in metadata.plain.run(units, layout, a, out, self._reduce):
-            self.counts.add(progress)
+            self._plain_counts.add(progress)
+
+    @property
+    def runs_kernels(self) -> bool:
+        return self._tally is not None
+
+    @property
+    def counts(self) -> MemoryCounts:
+        """What the memory did so far; with kernels, reading it waits for the device."""
+        if self._tally is None:
+            return self._plain_counts
+        from pacellm_vllm.memory.device import counts_of
+
+        return counts_of(self._tally)
 
 
 @eager_in_graphs

@@ -11,6 +11,7 @@ from pacellm_vllm.ops.update import Header
 _FP32_BYTES = 4
 _NUM_SUMS = 4
 _MAX_PARTS = 64
+_UNIT_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class BankLayout:
     ) -> "BankLayout":
         """The layout with the fewest pages of at most ``page_bytes``, then the fewest parts.
 
+        Units are whole multiples of 16 bytes where rows are, which GPUs read at once.
         Raises ``ValueError`` when even the narrowest unit does not fit a page.
         """
         layouts = [
@@ -66,20 +68,25 @@ class BankLayout:
             for parts in range(1, _MAX_PARTS + 1)
             if width % parts == 0 and width // parts * dtype.itemsize <= page_bytes
         ]
+        aligned = [layout for layout in layouts if layout.unit_bytes % _UNIT_ALIGNMENT == 0]
         if not layouts:
             raise ValueError(
                 f"pacellm: a KV cache page of {page_bytes} bytes is too small for rows of {width} "
                 f"x {dtype.itemsize} bytes; raise --block-size or choose fewer layers."
             )
-        return min(layouts, key=lambda layout: (layout.num_pages, layout.parts))
+        return min(aligned or layouts, key=lambda layout: (layout.num_pages, layout.parts))
 
     @property
     def unit_elements(self) -> int:
         return self.width // self.parts
 
     @property
+    def unit_bytes(self) -> int:
+        return self.unit_elements * self.itemsize
+
+    @property
     def units_per_page(self) -> int:
-        return self.page_bytes // (self.unit_elements * self.itemsize)
+        return self.page_bytes // self.unit_bytes
 
     @property
     def header_rows(self) -> int:

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.backend import BankBackend
+from pacellm_vllm.memory.backend import BankBackend, takes_kernels
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankSpec
 
@@ -34,7 +34,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         )
     model = vllm_config.model_config
     layers = config.resolve_layers(model.get_total_num_hidden_layers())
-    return bank_spec(
+    spec = bank_spec(
         config,
         layers,
         block_size,
@@ -45,6 +45,19 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         model.max_model_len,
         vllm_config.num_speculative_tokens,
     )
+    if takes_kernels(vllm_config.device_config.device_type):
+        check_kernels(spec.layout)
+    return spec
+
+
+def check_kernels(layout: BankLayout) -> None:
+    """Refuse rows that the GPU kernels cannot address; ``ValueError``."""
+    if layout.unit_bytes % 4:
+        raise ValueError(
+            f"pacellm: on a GPU a rank's share of the FFN must be whole words of 4 bytes, not "
+            f"{layout.width} x {layout.itemsize} bytes; set bank_dtype to float32, or choose "
+            "another --tensor-parallel-size."
+        )
 
 
 def _page_bytes(

@@ -1,7 +1,8 @@
 """The registered architectures: any vLLM decoder whose FFNs fit, with memory in chosen layers.
 
-``table``   which ``Pace*`` architecture stands on which vLLM class
-``pacify``  the subclass itself: swaps the class of chosen FFNs and attaches their memory
+``table``   which ``Pace*`` architecture stands on which vLLM class, and why others have none
+``pacify``  the subclass itself: gives memory, experts or both to chosen FFNs
+``ffn``     what an FFN is made of, and memory inside its activation
 ``experts`` weights in expert order while they load
 ``routed``  FFNs of which each token computes some experts
 ``settings`` where the configuration is read from

@@ -1,6 +1,7 @@
 """Experts in a vLLM decoder: weights in expert order as they load, and which FFNs are routed."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     get_tp_group,
 )
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from pacellm_vllm.compat import plugin_logger
 from pacellm_vllm.experts.errors import ExpertsError
@@ -21,8 +23,9 @@ from pacellm_vllm.models.routed import RoutedExperts, way_of
 
 logger = plugin_logger()
 
-# What FFNs with experts are made of, in vLLM's models.
-_KINDS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
+# What FFNs with experts are made of, and where they hang: those that the loader knows by name.
+_KINDS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("c_fc", "c_proj"))
+_PLACE = re.compile(r"(?:^|\.)layers\.\d+\.mlp$")
 
 # Fields of a Hugging Face configuration that say how many experts a mixture has.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -39,12 +42,13 @@ _SAID = {
 
 def check_ffn(ffn: FeedForward) -> None:
     """Raise ``ExpertsError`` unless neurons of ``ffn`` can be moved and routed."""
-    if (ffn.input_name, ffn.output_name) not in _KINDS or not ffn.input.return_bias:
-        known = " or ".join("/".join(kind) for kind in _KINDS)
+    known = (ffn.input_name, ffn.output_name) in _KINDS and _PLACE.search(ffn.name)
+    if not known or not isinstance(ffn.output, RowParallelLinear):
+        kinds = ", ".join("/".join(kind) for kind in _KINDS)
         raise ExpertsError(
             f"pacellm: {ffn.name} ({type(ffn.module).__name__}) is not an FFN for experts (it has "
-            f"{ffn.input_name}/{ffn.output_name}); it must be one of vLLM's own with {known}: "
-            "choose other layers or serve the model without experts."
+            f"{ffn.input_name}/{ffn.output_name}); it must have one of {kinds} in layers.<i>.mlp, "
+            "shared out among ranks: serve the model without experts."
         )
 
 
@@ -135,7 +139,7 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
         ),
         "speculative decoding": (
             vllm_config.speculative_config is not None,
-            "vLLM checks no request's settings with it; drop --speculative-config",
+            "drafts have not been tested with experts; drop --speculative-config",
         ),
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,

@@ -78,8 +78,7 @@ class RoutedExperts(nn.Module):
         """This rank's activations [tokens, D / ranks], zero in experts that were not chosen."""
         chosen = self._choose(x)
         if self.way == "masked":
-            before, _ = self._ffn.input(x)
-            return masked(self._ffn.activation(before), chosen)
+            return masked(self._ffn.activation(_project(self._ffn.input, x)), chosen)
         compute, _ = _COMPUTE[self.way]
         return compute(x, _weights(self._ffn), chosen)
 
@@ -88,8 +87,7 @@ class RoutedExperts(nn.Module):
         down = self._ffn.output
         if memory is not None or self.way == "masked":
             a = self.activations(x)
-            out, _ = down(a if memory is None else memory(a))
-            return out
+            return _project(down, a if memory is None else memory(a))
         _, compute = _COMPUTE[self.way]
         out = compute(x, _weights(self._ffn), self._choose(x))
         if down.reduce_results and down.tp_size > 1:
@@ -116,7 +114,9 @@ class RoutedFeedForward:
     memory: PaceMemory | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts.output(x, self.memory)
+        # Models of vLLM's Transformers backend have a batch of one.
+        out = self.experts.output(x.view(-1, x.shape[-1]), self.memory)
+        return out.view(x.shape)
 
 
 def route(ffn: FeedForward, experts: RoutedExperts, memory: PaceMemory | None) -> None:
@@ -124,6 +124,12 @@ def route(ffn: FeedForward, experts: RoutedExperts, memory: PaceMemory | None) -
     base = type(ffn.module)
     ffn.module.__class__ = type(f"Routed{base.__name__}", (RoutedFeedForward, base), {})
     ffn.module.experts, ffn.module.memory = experts, memory
+
+
+def _project(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer of vLLM's makes of ``x``; some return a bias beside it."""
+    out = linear(x)
+    return out[0] if linear.return_bias else out
 
 
 def _weights(ffn: FeedForward) -> FfnWeights:

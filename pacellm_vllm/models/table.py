@@ -72,6 +72,17 @@ _BASES = (
 
 ARCHITECTURES = {f"Pace{base.architecture}": base for base in _BASES}
 
+# Theirs are not the FFNs whose neurons can be moved (``experts.check_ffn``).
+_WITHOUT_EXPERTS = (
+    "FalconForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTBigCodeForCausalLM",
+    "GPTJForCausalLM",
+    "GPTNeoXForCausalLM",
+    "OPTForCausalLM",
+    "PhiForCausalLM",
+)
+
 # vLLM's other text generation architectures.
 _NOT_SERVED = {
     "its FFNs are a mixture of experts, with no single activation to remember": """
@@ -126,3 +137,9 @@ def pace_architecture(architecture: str) -> str | None:
         return architecture
     name = f"Pace{architecture}"
     return name if name in ARCHITECTURES else None
+
+
+def experts_architecture(architecture: str) -> str | None:
+    """As :func:`pace_architecture`, where that one can serve experts, else None."""
+    name = pace_architecture(architecture)
+    return name if name and name.removeprefix("Pace") not in _WITHOUT_EXPERTS else None

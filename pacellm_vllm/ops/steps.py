@@ -69,20 +69,21 @@ def _find(
         return [_Found([], [], float("-inf")) for _ in valid]
     size = rules[0].bank_size
     a32 = a.float()
-    # What no one may read is kept finite for the sums over ranks, as in look_up.
+    # A bank's products, its keys' squared norms, and its token's: what ranks sum up, as in look_up.
     parts = a32.new_zeros(len(valid), 2 * size + 1)
     for store, row, token, header, count in zip(stores, parts, a32, words, valid, strict=True):
         if count:
             store.products(token, row[:count])
             row[size : size + count] = Header.squares_of(header)[:count]
-    torch.linalg.vecdot(a32, a32, out=parts[:, -1])
+            torch.dot(token, token, out=row[-1])
     if reduce is not None:
         parts = reduce(parts)
-    norms = parts[:, size:].sqrt_().clamp_min_(NORM_FLOOR)
-    sims = (parts[:, :size] / (norms[:, -1:] * norms[:, :-1])).tolist()
     found = []
-    for similar, count, own in zip(sims, valid, rules, strict=True):
-        row = similar[:count]
+    parts[:, size:].sqrt_().clamp_min_(NORM_FLOOR)
+    for numbers, count, own in zip(parts.tolist(), valid, rules, strict=True):
+        norm = numbers[-1]
+        norms = numbers[size : size + count]
+        row = [dot / (norm * key) for dot, key in zip(numbers[:count], norms, strict=True)]
         # Both keep the lower slot first among equals, as sorted() would.
         top = nlargest(own.top_k, range(count), key=row.__getitem__)
         mean = sum(row[slot] for slot in top) / len(top) if top else float("-inf")

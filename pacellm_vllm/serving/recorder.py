@@ -39,12 +39,18 @@ class BankRecording:
     def pacellm_memory_record(self) -> str | None:
         """Record the next request, which must run alone, in every layer with memory.
 
-        Returns a sentence, and records nothing, where there is no memory or no known final norm.
+        Returns a sentence, and records nothing, where there is no memory, no known final norm, or
+        where memory runs as kernels.
         """
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         memories = [layer for layer in layers if isinstance(layer, PaceMemory)]
         if not memories:
             return "pacellm: no layer carries memory; name some with --layers."
+        if memories[0].runs_kernels:
+            return (
+                "pacellm: banks are recorded on the CPU platform only, where a step is worked out "
+                "on the host; inspect the model there."
+            )
         model = self.get_model()
         if final_norm(model) is None:
             return (
@@ -98,6 +104,7 @@ class BankRecorder:
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         self._run(a, out, metadata)
         step, size = metadata.plain, self.layer.rules.segment_size
+        assert step is not None, "not recorded where kernels run"
         pieces: list[tuple[Any, int, list[int]]] = [
             (chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks
         ]

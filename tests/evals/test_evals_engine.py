@@ -34,39 +34,6 @@ def test_needles_with_and_without_memory_and_again_after_an_interruption(tiny, t
     assert again == lines
 
 
-def test_a_server_says_what_the_engine_in_this_process_says(tiny, tiny_server, tmp_path, capsys):
-    words = ["--lengths", "128", "--configs", "official"]
-    engine = {**ENGINE, "max_model_len": 512}
-    status, here = niah(tiny, tmp_path / "here", *words, "--engine", json.dumps(engine))
-    assert status == 0
-    url = ["--base-url", tiny_server, "--served-model-name", "tiny"]
-    status, there = niah(tiny, tmp_path / "there", *words, *url)
-    assert status == 0
-    assert there["configs"] == here["configs"]
-    checked = there["engines"]["official"]
-    assert checked["checked"] is True
-    assert checked["config"] == here["engines"]["official"]["config"]
-    assert checked["config"]["layers"] == [1, 3]
-    assert "was not checked" not in (tmp_path / "there" / "report.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("configs", "wrong"),
-    [
-        ("paper", "its preset is 'official', not 'paper'"),
-        ("off", "it runs with memory"),
-        ('{"mine": {"layers": [0], "segment_size": 64}}', r"its layers is [1, 3], not [0]"),
-    ],
-)
-def test_a_server_of_another_configuration_is_refused(
-    tiny, tiny_server, tmp_path, capsys, configs, wrong
-):
-    words = ["--lengths", "128", "--configs", configs, "--base-url", tiny_server]
-    words = [*GRID, *words, "--served-model-name", "tiny"]
-    assert main(["eval", "niah", tiny, "--out", str(tmp_path), *words]) == 2
-    assert wrong in capsys.readouterr().err
-
-
 def test_a_sweep_ends_in_a_file_to_serve(tiny, tmp_path, capsys):
     words = ["--lengths", "128", "--try", '{"alpha": [0.1]}', "--engine", json.dumps(ENGINE)]
     assert main(["eval", "sweep", tiny, "--out", str(tmp_path), *GRID, *words]) == 0

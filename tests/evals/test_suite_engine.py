@@ -5,12 +5,8 @@ import socket
 
 import benchmark_files
 import pytest
-import torch
 
 from pacellm_vllm.cli import main
-from pacellm_vllm.evals.answers import Offline, offline_engine
-from pacellm_vllm.evals.arguments import read_tokenizer
-from pacellm_vllm.evals.server import Server
 
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
 TASKS = "longbench_triviaqa,longbench_lcc,infinitebench_passkey,niah_single_1,mmlu_anatomy"
@@ -120,53 +116,3 @@ def test_other_data_is_another_measurement(tiny, in_process, tmp_path, capsys):
     engine = json.dumps({**ENGINE, "max_model_len": 640})
     assert main([*command, "--configs", CONFIGS, "--engine", engine]) == 2
     assert "was measured with tasks = " in capsys.readouterr().err
-
-
-def test_a_server_says_what_the_engine_in_this_process_says(
-    tiny, tiny_server, in_process, data, tmp_path
-):
-    out, report, _ = in_process
-    server = ["--configs", "official", "--base-url", tiny_server, "--served-model-name", "tiny"]
-    there = suite(tiny, tmp_path / "ids", data, *server)
-    for name, task in there["tasks"].items():
-        assert task["scores"]["official"] == report["tasks"][name]["scores"]["official"], name
-    here, said = results(out), results(tmp_path / "ids")
-    for key, row in said.items():
-        if row["id"].startswith("mmlu"):
-            assert_near(row.pop("output"), here[key].pop("output"))
-        assert row == here[key]
-
-    generated = ["--tasks", "infinitebench_passkey,niah_single_1,longbench_lcc"]
-    messages = suite(tiny, tmp_path / "chat", data, *server, *generated, "--route", "chat")
-    asked = {name: task["chat"] for name, task in messages["settings"]["tasks"].items()}
-    assert asked == {"infinitebench_passkey": True, "niah_single_1": True, "longbench_lcc": False}
-    assert messages["tasks"]["infinitebench_passkey"]["scores"]["official"] == 1
-    assert messages["tasks"]["niah_single_1@256"]["scores"]["official"] == 1
-
-
-def assert_near(a, b):
-    assert [greedy for _, greedy in a] == [greedy for _, greedy in b]
-    assert [value for value, _ in a] == pytest.approx([value for value, _ in b], abs=1e-3)
-
-
-def test_a_loglikelihood_is_that_of_transformers(tiny, tiny_server):
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = read_tokenizer(tiny)
-    text, question, answer = benchmark_files.needle("loglikelihood", 2)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    prompts, expected = [], []
-    for continuation in (f" {answer}", f" {answer}. The", " farmer the"):
-        ids = tokenizer(f"{text} {question}{continuation}").input_ids
-        n = len(ids) - len(tokenizer(f"{text} {question}").input_ids)
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
-        last = torch.tensor(ids[-n:])
-        value = logits.gather(1, last[:, None]).sum().item()
-        prompts.append((ids, n))
-        expected.append((value, bool((logits.argmax(-1) == last).all())))
-    assert len(prompts[0][0]) < 64  # Memory acts after a segment.
-    assert [greedy for _, greedy in expected] == [True, True, False]
-    with offline_engine(tiny, None, {**ENGINE, "max_model_len": 128}) as llm:
-        assert_near(Offline(llm).loglikelihood(prompts), expected)
-    assert_near(Server(tiny_server, "tiny", "none").loglikelihood(prompts), expected)

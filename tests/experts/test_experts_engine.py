@@ -12,7 +12,7 @@ from pacellm_vllm.experts import cache
 from pacellm_vllm.experts.orders import EXPERTS_ORDERS
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import experts_architecture
 
 MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
 K = 8
@@ -43,7 +43,7 @@ def clustered(checkpoint, tmp_path_factory):
                 source,
                 made[arch],
                 ClusterSettings(K),
-                rename=pace_architecture,
+                rename=experts_architecture,
                 progress=False,
             )
         return made[arch]
@@ -195,7 +195,7 @@ def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
         (
             {"num_experts": 8},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "do not work with speculative decoding: vLLM checks",
+            "do not work with speculative decoding: drafts have",
         ),
         (
             {"num_experts": 8},

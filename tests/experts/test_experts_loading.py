@@ -10,7 +10,7 @@ from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings, ExpertsConfig, check_ranks
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import experts_architecture
 
 LAYERS = 3
 
@@ -137,6 +137,7 @@ def test_only_some_layers():
             {"layers": [1], "experts": {"path": ".", "top_k": 3}},
         ),
         ("OtherForCausalLM", None, None),
+        ("OPTForCausalLM", None, None),
     ],
 )
 def test_the_result_names_its_experts(named, ours, served, tmp_path):
@@ -146,7 +147,7 @@ def test_the_result_names_its_experts(named, ours, served, tmp_path):
     before |= {} if ours is None else {"pacellm": ours}
     path.write_text(json.dumps(before))
     cluster_checkpoint(
-        tmp_path / "model", tmp_path / "out", ClusterSettings(8), rename=pace_architecture,
+        tmp_path / "model", tmp_path / "out", ClusterSettings(8), rename=experts_architecture,
         progress=False,
     )  # fmt: skip
     after = json.loads((tmp_path / "out" / "config.json").read_text())

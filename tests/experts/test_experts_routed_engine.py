@@ -12,7 +12,7 @@ from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ClusterSettings
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models import experts as glue
-from pacellm_vllm.models.table import pace_architecture
+from pacellm_vllm.models.table import experts_architecture
 from pacellm_vllm.serving.report import EXPERTS_METHOD
 
 MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
@@ -36,7 +36,7 @@ def clustered(checkpoint, tmp_path_factory):
                 made[arch],
                 ClusterSettings(K),
                 cache=folder / "cache",
-                rename=pace_architecture,
+                rename=experts_architecture,
                 progress=False,
             )
         return made[arch]
@@ -63,18 +63,20 @@ def truth(clustered):
 
     def routed(mlp, top_k):
         gated = hasattr(mlp, "gate_proj")
-        gate = (mlp.gate_proj if gated else mlp.up_proj).weight
+        plain = hasattr(mlp, "c_fc")
+        first, last = (mlp.c_fc, mlp.c_proj) if plain else (mlp.up_proj, mlp.down_proj)
+        act = mlp.act if plain else mlp.act_fn
+        gate = (mlp.gate_proj if gated else first).weight
         centres = gate.unflatten(0, (K, -1)).mean(dim=1)
         size = len(gate) // K
 
         def forward(x):
-            up = mlp.up_proj(x)
-            a = mlp.act_fn(mlp.gate_proj(x)) * up if gated else mlp.act_fn(up)
+            a = act(mlp.gate_proj(x)) * first(x) if gated else act(first(x))
             chosen = (x @ centres.T).topk(top_k, dim=-1).indices
             for token in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
                 for expert in set(range(K)) - set(chosen[tuple(token)].tolist()):
                     a[(*token, slice(expert * size, (expert + 1) * size))] = 0
-            return mlp.down_proj(a)
+            return last(a)
 
         return forward
 
@@ -121,7 +123,13 @@ def emulated_product(x, weights, out, groups, bias, tiles):
 
 @pytest.mark.parametrize(
     ("way", "arch"),
-    [("grouped", "qwen2"), ("masked", "qwen2"), ("fused", "qwen2"), ("grouped", "nemotron")],
+    [
+        ("grouped", "qwen2"),
+        ("masked", "qwen2"),
+        ("fused", "qwen2"),
+        ("grouped", "nemotron"),
+        ("grouped", "starcoder2"),
+    ],
 )
 def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkeypatch):
     if way != "grouped":

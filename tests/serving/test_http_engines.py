@@ -15,7 +15,8 @@ TOKENS = 12
 
 def test_two_engines_answer_as_one_and_report_together(tmp_path):
     prompts = [TEXT[100 * i : 100 * i + 400] for i in range(4)]
-    command = [*PACELLM, "serve", str(TINY), *ENGINE, *MEMORY, "--data-parallel-size", "2"]
+    parallel = ["--data-parallel-size", "2", "--distributed-executor-backend", "uni"]
+    command = [*PACELLM, "serve", str(TINY), *ENGINE, *MEMORY, *parallel, "--api-server-count", "1"]
     log = tmp_path / "server.log"
     with serving(command, log) as url:
 

@@ -1,0 +1,179 @@
+"""DeviceStep: what the kernels do in one step, its tables copied once for all memory layers.
+
+Imports Triton, so only what runs on a device that has it may import this.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pacellm_vllm.memory.counts import MemoryCounts
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import Piece
+from pacellm_vllm.memory.store import unit_view
+from pacellm_vllm.ops.kernels.bank import DeviceBanks
+from pacellm_vllm.ops.kernels.batch import (
+    COLUMNS,
+    TILE,
+    TILE_COLUMNS,
+    DeviceRound,
+    Tables,
+    numbers_of,
+    rounds_of,
+    single_tables,
+    tables_of,
+)
+from pacellm_vllm.ops.kernels.book import TALLY
+from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.lookup import Reduce
+from pacellm_vllm.ops.rules import MemoryRules
+
+
+@dataclass
+class DeviceStep:
+    """``rounds`` (see ``ops/kernels/batch.py``) over the step's first ``num_tokens`` tokens."""
+
+    rounds: list[DeviceRound]
+    num_tokens: int
+
+    def run(
+        self,
+        kv_cache: torch.Tensor,
+        layout: BankLayout,
+        dtype: torch.dtype,
+        rules: MemoryRules,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        tally: torch.Tensor,
+        reduce: Reduce | None,
+    ) -> None:
+        """Advance every request's bank in one layer's ``kv_cache``, of rows stored as ``dtype``.
+
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. The host waits for
+        nothing, and a CUDA graph may hold a decode step.
+        """
+
+        cells = unit_view(kv_cache, layout, dtype).flatten(1)
+        banks = DeviceBanks(
+            cells=cells,
+            words=cells.view(torch.int32),
+            width=layout.width,
+            slots_start=layout.slots_start,
+            sums_start=layout.sums_start,
+            staged_start=layout.staged_start,
+        )
+        advance_batch(a.contiguous(), out, banks, self.rounds, rules, tally, reduce)
+        if self.num_tokens < len(a):
+            out[self.num_tokens :] = a[self.num_tokens :]
+
+
+class DeviceTables:
+    """A step's tables in buffers that stay where they are, as CUDA graphs need.
+
+    ``max_requests`` and ``max_tokens`` bound a step. Copies do not wait: what they read is pinned
+    and not written again, and what runs before on the stream has read what they overwrite.
+    """
+
+    def __init__(
+        self,
+        layout: BankLayout,
+        rules: MemoryRules,
+        max_requests: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        assert not layout.drafts, "drafts are refused at start-up where kernels run"
+        # A request's tokens touch one segment, or one tile, more than they would fill.
+        most = min(max_tokens, max_tokens // layout.segment_size + 2 * max_requests)
+        tiles = min(max_tokens, max_tokens // TILE.value + 2 * most)
+        self._pieces = torch.zeros(most, COLUMNS.value, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(tiles, TILE_COLUMNS.value, dtype=torch.int32, device=device)
+        self._layout = layout
+        self._rules = rules
+        self._numbers = numbers_of(rules)
+        self._pages = np.array(
+            [layout.pages_for(n) for n in range(min(layout.bank_size, layout.segment_size) + 1)]
+        )
+        self._stamp = 0
+
+    def of_singles(
+        self, table: torch.Tensor, lengths: np.ndarray, own: Mapping[int, MemoryRules]
+    ) -> DeviceStep:
+        """A decode step: token i is row i's only one, ``lengths`` [R] with it counted.
+
+        Rows of length 0 are padding. ``own`` holds the rules of rows that have some of their own.
+        """
+        layout = self._layout
+        few = np.minimum(lengths, len(self._pages) - 1)
+        pages = np.where(lengths > layout.segment_size, layout.num_pages, self._pages[few])
+        pages = np.where(lengths > 0, pages, 0)
+        numbers = np.broadcast_to(self._numbers, (len(lengths), len(self._numbers)))
+        if own:
+            numbers = numbers.copy()
+            for row, rules in own.items():
+                numbers[row] = numbers_of(rules)
+        self._stamp += 1
+        positions = np.maximum(lengths - 1, 0)
+        tables = single_tables(positions, pages, numbers, self._stamp)
+        return DeviceStep(self._copied([tables], table), len(lengths))
+
+    def of_pieces(self, table: torch.Tensor, pieces: Sequence[Piece]) -> DeviceStep:
+        """Any step; ``table`` [requests, >= pages] int32 block ids of the pieces' requests."""
+        rounds = []
+        for some in rounds_of(pieces):
+            self._stamp += 1
+            rounds.append(tables_of(some, self._stamp))
+        num_tokens = max((piece.end for piece in pieces), default=0)
+        return DeviceStep(self._copied(rounds, table), num_tokens)
+
+    def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
+        """The rounds with their tables on the device."""
+        pieces = _copy([rows for rows, _ in rounds], self._pieces)
+        tiles = _copy([tiles for _, tiles in rounds], self._tiles)
+        return [
+            DeviceRound(
+                pieces=pieces_now,
+                tiles=tiles_now,
+                table=table,
+                longest=int(tiles_here[:, 2].max()),
+                several=len(tiles_here) > len(rows),
+            )
+            for (rows, tiles_here), pieces_now, tiles_now in zip(rounds, pieces, tiles, strict=True)
+        ]
+
+
+def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of ``buffer`` that hold the ``tables``, one after the other."""
+    counts = [len(table) for table in tables]
+    assert sum(counts) <= len(buffer), (counts, buffer.shape)
+    if not tables:
+        return ()
+    host = torch.from_numpy(np.concatenate(tables))
+    if buffer.device.type == "cuda":
+        host = host.pin_memory()
+    held = buffer[: sum(counts)]
+    held.copy_(host, non_blocking=True)
+    return held.split(counts)
+
+
+def new_tally(requests: int, device: torch.device) -> torch.Tensor:
+    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/book.py``."""
+    return torch.zeros(requests, TALLY.value, dtype=torch.int64, device=device)
+
+
+def counts_of(tally: torch.Tensor) -> MemoryCounts:
+    """The counts so far; waits for the device."""
+    rows = tally.tolist()
+    high, mid, low, commits = (sum(row[i] for row in rows) for i in range(4))
+    # Of commits in one round the last request's counts, as it does in a batch on the plain path.
+    last = max(range(len(rows)), key=lambda i: (rows[i][6], i))
+    return MemoryCounts(
+        high=high,
+        mid=mid,
+        low=low,
+        commits=commits,
+        slots_last=rows[last][5],
+        slots_peak=max(row[4] for row in rows),
+    )

@@ -1,0 +1,252 @@
+"""What needs D, token by token: outputs, low tokens' rows, and the running sums."""
+
+import torch
+import triton
+import triton.language as tl
+
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.book import Plans
+from pacellm_vllm.ops.kernels.close import (
+    BLOCK,
+    TILE_A,
+    TILE_O,
+    TOTAL_A,
+    TOTAL_O,
+    close,
+    close_block,
+    constants_of,
+    load_sum,
+)
+from pacellm_vllm.ops.kernels.rank import FACTS, MID, SHARES, Findings
+from pacellm_vllm.ops.rules import MemoryRules
+
+# Longer lists of slots are walked in a loop instead of being unrolled.
+UNROLLED = 16
+
+
+@triton.jit
+def add_value(
+    acc,
+    cells,
+    table,
+    at,
+    is_read,
+    share,
+    grain,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+):
+    """``acc`` + ``share`` x the value of the slot named at ``at``, if ``is_read``."""
+    row = SLOTS + 2 * tl.load(at, mask=is_read, other=0) + 1
+    inside = grain < tl.where(is_read, WIDTH, 0)
+    where = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    value = tl.load(where, mask=inside[:, None], other=0.0).to(tl.float32)
+    return tl.where(is_read, tl.fma(value, tl.broadcast_to(share, value.shape), acc), acc)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def apply_kernel(
+    a,
+    out,
+    pieces,
+    tiles,
+    table,
+    table_stride,
+    cells,
+    words,
+    facts,
+    shares,
+    lists,
+    plan_slots,
+    plan_sizes,
+    tile_sums,
+    SIZE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
+    WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    STAGED: tl.constexpr,
+    PAPER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Program (tile, block of D): the tile's tokens in order, and the piece's end if it is all.
+
+    A piece of several tiles leaves its sums in ``tile_sums``, for ``close_kernel`` to end it.
+    """
+    tile = tiles + tl.program_id(0) * TILE_COLUMNS
+    piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    at = pieces + piece * COLUMNS
+    piece_begin, position, num_tiles = tl.load(at), tl.load(at + 2), tl.load(at + 6)
+    table += tl.load(at + 3).to(tl.int64) * table_stride
+    grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
+    is_column = grain < WIDTH
+    column = grain[:, None] + tl.arange(0, GRAIN)[None, :]
+    inside = is_column[:, None]
+    if not is_bank(table, tl.load(at + 4)):
+        for i in range(length):
+            row = (begin + i).to(tl.int64) * WIDTH + column
+            tl.store(out + row, tl.load(a + row, mask=inside), mask=inside)
+        return
+
+    later = position >= SEGMENT
+    offset = position % SEGMENT + begin - piece_begin
+    ends_tile = (offset + length) % TILE == 0
+    commits = offset + length == SEGMENT
+    lane = tl.arange(0, TILE)
+    kinds = tl.load(facts + (begin + lane).to(tl.int64) * FACTS, mask=lane < length, other=-1)
+    adds = later
+    if not PAPER:
+        adds = later & (tl.sum((kinds == MID).to(tl.int32), axis=0) > 0)
+
+    sum_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    sum_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    if later & (offset % TILE > 0) & (adds | ends_tile | commits):
+        sum_a = load_sum(words, table, TILE_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        if not PAPER:
+            sum_o = load_sum(
+                words, table, TILE_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
+
+    for i in range(length):
+        token = (begin + i).to(tl.int64)
+        row = token * WIDTH + column
+        own = tl.load(a + row, mask=inside, other=0.0)
+        fact = facts + token * FACTS
+        kind, target = tl.load(fact), tl.load(fact + 3)
+        num_top, num_bottom = tl.load(fact + 1), tl.load(fact + 2)
+        share = shares + token * SHARES
+        top_share, bottom_share = tl.load(share + 1), tl.load(share + 2)
+        slots = lists + token * (TOP + BOTTOM)
+        acc = own.to(tl.float32) * tl.load(share)
+        if UNROLL:
+            for j in tl.static_range(TOP):
+                acc = add_value(
+                    acc, cells, table, slots + j, num_top > j, top_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                )  # fmt: skip
+            for j in tl.static_range(BOTTOM):
+                acc = add_value(
+                    acc, cells, table, slots + TOP + j, num_bottom > j, bottom_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                )  # fmt: skip
+        else:
+            for j in range(num_top):
+                acc = add_value(
+                    acc, cells, table, slots + j, num_top > j, top_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                )  # fmt: skip
+            for j in range(num_bottom):
+                acc = add_value(
+                    acc, cells, table, slots + TOP + j, num_bottom > j, bottom_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                )  # fmt: skip
+        o = acc.to(out.dtype.element_ty)
+        tl.store(out + row, o, mask=inside)
+        if target >= 0:
+            into = tl.where(target < SIZE, SLOTS + 2 * target, STAGED + 2 * (target - SIZE))
+            where = cells + row_at(table, into * WIDTH, grain, is_column, PAGE, STRIDE, GRAIN)
+            tl.store(where, own.to(cells.dtype.element_ty), mask=inside)
+            start = into * WIDTH + WIDTH
+            where = cells + row_at(table, start, grain, is_column, PAGE, STRIDE, GRAIN)
+            tl.store(where, o.to(cells.dtype.element_ty), mask=inside)
+        if PAPER:
+            sum_a += own.to(tl.float32)
+        else:
+            if kind == MID:
+                sum_a += own.to(tl.float32)
+                sum_o += o.to(tl.float32)
+
+    if not later:
+        return
+    if num_tiles > 1:
+        sums = tile_sums + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
+        tl.store(sums, sum_a, mask=inside)
+        tl.store(sums + WIDTH, sum_o, mask=inside)
+        return
+
+    # Other threads' loads of values and stores of staging rows must come before the commit's.
+    tl.debug_barrier()
+    total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    if (offset >= TILE) & (ends_tile | commits):
+        total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        if not PAPER:
+            total_o = load_sum(
+                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
+    if ends_tile:
+        total_a += sum_a
+        total_o += sum_o
+        sum_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+        sum_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    keeps_tile = (not ends_tile) & (adds | (offset % TILE == 0))
+    close_block(
+        cells, words, table, plan_slots + piece * SIZE, plan_sizes + piece * 2,
+        total_a, total_o, sum_a, sum_o, ends_tile, keeps_tile, commits, grain,
+        SEGMENT, SLOTS, SUMS, STAGED, PAPER, MOMENTUM,
+        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE, GRAIN,
+    )  # fmt: skip
+
+
+def apply(
+    a: torch.Tensor,
+    out: torch.Tensor,
+    banks: DeviceBanks,
+    now: DeviceRound,
+    rules: MemoryRules,
+    findings: Findings,
+    plans: Plans,
+) -> None:
+    """The round's outputs into ``out``, both like ``a`` [tokens, width], and their banks' rows.
+
+    Tokens without a bank pass through.
+    """
+    for tensor in (a, out):
+        assert tensor.is_contiguous(), tensor.stride()
+        assert tensor.shape[1] == banks.width, (tensor.shape, banks.width)
+    assert a.shape == out.shape, (a.shape, out.shape)
+    assert a.dtype == out.dtype, (a.dtype, out.dtype)
+    size = rules.bank_size
+    top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
+    tile_sums = torch.empty(
+        (len(now.tiles), 2, banks.width) if now.several else (1, 2, 1),
+        dtype=torch.float32,
+        device=a.device,
+    )
+    apply_kernel[(len(now.tiles), triton.cdiv(banks.width, BLOCK))](
+        a,
+        out,
+        now.pieces,
+        now.tiles,
+        now.table,
+        now.table.stride(0),
+        banks.cells,
+        banks.words,
+        findings.facts,
+        findings.shares,
+        findings.slots,
+        plans.slots,
+        plans.sizes,
+        tile_sums,
+        **constants_of(banks, rules),
+        TOP=top,
+        BOTTOM=bottom,
+        UNROLL=top + bottom <= UNROLLED,
+        num_warps=4,
+        **OPTIONS,
+    )
+    if now.several:
+        close(banks, now, rules, plans, tile_sums)

@@ -1,0 +1,185 @@
+"""The bookkeeping of a piece: who is stored where, and what a commit will do."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, word_at
+from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.rank import FACTS, HIGH, LOW, MID, Findings
+from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
+
+# A low token's target is a slot, or SIZE + a staging row, or NOWHERE.
+NOWHERE = tl.constexpr(-1)
+# What a commit does to a slot, unless it takes a staging row (0 or more).
+KEEP, MERGE = tl.constexpr(-2), tl.constexpr(-1)
+
+# int64 columns of the counts: tokens by kind, commits, most slots valid after a commit, slots valid
+# after the last one, and that one's stamp.
+TALLY = tl.constexpr(7)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Of each piece, for its commit: ``slots`` [pieces, M] int32, KEEP, MERGE or a staging row, of
+    the slots valid before it, and ``sizes`` [pieces, 2] int32, how many those are and the mid
+    tokens of its segment so far. Pieces that commit nothing leave ``slots`` undefined.
+    """
+
+    slots: torch.Tensor
+    sizes: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def book_kernel(
+    pieces,
+    table,
+    table_stride,
+    words,
+    facts,
+    members,
+    plan_slots,
+    plan_sizes,
+    tally,
+    SIZE: tl.constexpr,
+    SLOTS_AT_ONCE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
+    WORD_STRIDE: tl.constexpr,
+    INSERTIONS: tl.constexpr,
+    PAPER: tl.constexpr,
+    TOKENS_AT_ONCE: tl.constexpr,
+):
+    """Program (piece): its tokens in order, then the header."""
+    piece = tl.program_id(0)
+    at = pieces + piece * COLUMNS
+    begin, length, position = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    table += tl.load(at + 3).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + 4)):
+        return
+
+    slot = tl.arange(0, SLOTS_AT_ONCE)
+    in_size = slot < SIZE
+    counters = words + counter_at(table, WORD_STRIDE)
+    usage_at = words + word_at(table, 3 + slot, in_size, WORD_PAGE, WORD_STRIDE)
+    merge_at = words + word_at(table, 3 + SIZE + slot, in_size, WORD_PAGE, WORD_STRIDE)
+    confirm_at = words + word_at(table, 3 + 2 * SIZE + slot, in_size, WORD_PAGE, WORD_STRIDE)
+
+    # What a segment's, or a request's, first token finds in the header is somebody else's.
+    offset = position % SEGMENT
+    running = offset > 0
+    valid = tl.load(counters, mask=position >= SEGMENT, other=0)
+    mids = tl.load(counters + 1, mask=running, other=0)
+    lows = tl.load(counters + 2, mask=running, other=0)
+    usage = tl.load(usage_at, mask=slot < tl.where(position > 0, SIZE, 0), other=0)
+    is_running = slot < tl.where(running, SIZE, 0)
+    merge = tl.load(merge_at, mask=is_running, other=0)
+    confirm = tl.load(confirm_at, mask=is_running, other=0)
+
+    free = SIZE - valid
+    room = free + tl.minimum(valid, INSERTIONS)
+    mids_before, lows_before = mids, lows
+    for start in range(0, length, TOKENS_AT_ONCE):
+        i = start + tl.arange(0, TOKENS_AT_ONCE)
+        token = (begin + i).to(tl.int64)
+        kind = tl.load(facts + token * FACTS, mask=i < length, other=-1)
+        is_low = (kind == LOW).to(tl.int32)
+        place = lows + tl.cumsum(is_low, axis=0) - is_low
+        target = tl.where(place < free, valid + place, SIZE + place - free)
+        target = tl.where((is_low == 1) & (place < room), target, NOWHERE)
+        tl.store(facts + token * FACTS + 3, target, mask=i < length)
+        found = tl.load(
+            members + token[:, None] * SIZE + slot[None, :],
+            mask=(kind > LOW)[:, None] & in_size[None, :],
+            other=0,
+        ).to(tl.int32)
+        merge = tl.maximum(merge, tl.max(tl.where((kind == MID)[:, None], found, 0), axis=0))
+        if PAPER:
+            confirm += tl.sum(tl.where((kind == HIGH)[:, None], found, 0), axis=0)
+        mids += tl.sum((kind == MID).to(tl.int32), axis=0)
+        lows += tl.sum(is_low, axis=0)
+
+    tl.store(plan_sizes + piece * 2, valid)
+    tl.store(plan_sizes + piece * 2 + 1, mids)
+    tally += piece * TALLY
+    was_low, was_mid = lows - lows_before, mids - mids_before
+    tl.store(tally, tl.load(tally) + length - was_low - was_mid)
+    tl.store(tally + 1, tl.load(tally + 1) + was_mid)
+    tl.store(tally + 2, tl.load(tally + 2) + was_low)
+
+    if offset + length == SEGMENT:
+        exists = slot < valid
+        usage += tl.where(exists, confirm + merge, 0)
+        plan = tl.where(merge > 0, MERGE, KEEP)
+        taken = tl.minimum(lows, free)
+        replaced = tl.minimum(tl.minimum(lows - taken, INSERTIONS), valid)
+        left = exists
+        used = usage
+        for row in range(replaced):
+            least = tl.min(tl.where(left, used, 0x7FFFFFFF), axis=0)
+            pick = tl.min(tl.where(left & (used == least), slot, SLOTS_AT_ONCE), axis=0)
+            plan = tl.where(slot == pick, row, plan)
+            usage = tl.where(slot == pick, 1, usage)
+            left = left & (slot != pick)
+        usage = tl.where((slot >= valid) & (slot < valid + taken), 1, usage)
+        valid += taken
+        tl.store(plan_slots + piece * SIZE + slot, plan, mask=in_size)
+        tl.store(tally + 3, tl.load(tally + 3) + 1)
+        tl.store(tally + 4, tl.maximum(tl.load(tally + 4), valid.to(tl.int64)))
+        tl.store(tally + 5, valid.to(tl.int64))
+        tl.store(tally + 6, tl.load(at + 7).to(tl.int64))
+
+    tl.store(counters, valid)
+    tl.store(counters + 1, mids)
+    tl.store(counters + 2, lows)
+    tl.store(usage_at, usage, mask=in_size)
+    tl.store(merge_at, merge, mask=in_size)
+    tl.store(confirm_at, confirm, mask=in_size)
+
+
+def book(
+    findings: Findings,
+    banks: DeviceBanks,
+    now: DeviceRound,
+    rules: MemoryRules,
+    tally: torch.Tensor,
+) -> Plans:
+    """Headers brought up to date, low tokens told their targets, commits planned.
+
+    ``tally`` [at least pieces, TALLY] int64 counts on, one row a piece, without atomics.
+    """
+    assert tally.dtype == torch.int64, tally.dtype
+    assert tally.is_contiguous(), tally.stride()
+    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
+    size = rules.bank_size
+    device = tally.device
+    plans = Plans(
+        torch.empty(len(now.pieces), size, dtype=torch.int32, device=device),
+        torch.empty(len(now.pieces), 2, dtype=torch.int32, device=device),
+    )
+    constants = banks.constants(rules)
+    at_once = triton.next_power_of_2(size)
+    book_kernel[(len(now.pieces),)](
+        now.pieces,
+        now.table,
+        now.table.stride(0),
+        banks.words,
+        findings.facts,
+        findings.members,
+        plans.slots,
+        plans.sizes,
+        tally,
+        SIZE=size,
+        SLOTS_AT_ONCE=at_once,
+        SEGMENT=rules.segment_size,
+        WORD_PAGE=constants["WORD_PAGE"],
+        WORD_STRIDE=constants["WORD_STRIDE"],
+        INSERTIONS=rules.max_insertions,
+        PAPER=rules.update is UpdateRule.PAPER,
+        TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)),
+        num_warps=4,
+        **OPTIONS,
+    )
+    return plans

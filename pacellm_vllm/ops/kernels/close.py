@@ -1,0 +1,268 @@
+"""The end of a piece, for a block of D: running sums kept, or the commit of keys and values."""
+
+import torch
+import triton
+import triton.language as tl
+
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
+from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
+from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
+
+# Columns of D that a program takes.
+BLOCK = 512
+# The running sums: totals of finished tiles, then the unfinished tile's.
+TOTAL_A, TOTAL_O = tl.constexpr(0), tl.constexpr(1)
+TILE_A, TILE_O = tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def load_sum(
+    words,
+    table,
+    which,
+    grain,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+):
+    """fp32 [n, GRAIN]: columns from ``grain`` [n] on of running sum ``which``."""
+    inside = grain < WIDTH
+    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    return tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_sum(
+    words,
+    table,
+    which,
+    grain,
+    numbers,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+):
+    inside = grain < WIDTH
+    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    tl.store(at, numbers.to(tl.int32, bitcast=True), mask=inside[:, None])
+
+
+@triton.jit
+def commit_block(
+    cells,
+    table,
+    plan,
+    valid,
+    mean_a,
+    mean_o,
+    grain,
+    SLOTS: tl.constexpr,
+    STAGED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+):
+    """Merge and replace slots by ``plan`` [valid], see ``book``."""
+    inside = grain < WIDTH
+    stored = cells.dtype.element_ty
+    for slot in range(valid):
+        todo = tl.load(plan + slot)
+        if todo != KEEP:
+            row = SLOTS + 2 * slot
+            source = tl.where(todo == MERGE, row, STAGED + 2 * todo)
+            at = cells + row_at(table, source * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            key = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+            at = cells + row_at(table, source * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            value = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+            if todo == MERGE:
+                key = tl.fma(mean_a, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), key * MOMENTUM)
+                value = tl.fma(
+                    mean_o, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), value * MOMENTUM
+                )
+            at = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            tl.store(at, key.to(stored), mask=inside[:, None])
+            at = cells + row_at(table, row * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+            tl.store(at, value.to(stored), mask=inside[:, None])
+
+
+@triton.jit
+def close_block(
+    cells,
+    words,
+    table,
+    plan,
+    sizes,
+    total_a,
+    total_o,
+    tile_a,
+    tile_o,
+    keeps_total,
+    keeps_tile,
+    commits,
+    grain,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    STAGED: tl.constexpr,
+    PAPER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
+    WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+):
+    """Commit if the piece ends its segment, else keep what the segment's next token needs.
+
+    ``total_*`` [n] are sums of finished tiles, ``tile_*`` of the unfinished one. In the `paper`
+    rule only sums of a exist.
+    """
+    if commits:
+        sum_a, sum_o = total_a + tile_a, total_o + tile_o
+        if PAPER:
+            mean_a = tl.div_rn(sum_a, tl.full(sum_a.shape, SEGMENT, tl.float32))
+            mean_o = mean_a
+        else:
+            mids = tl.maximum(tl.load(sizes + 1), 1).to(tl.float32)
+            mean_a = tl.div_rn(sum_a, tl.broadcast_to(mids, sum_a.shape))
+            mean_o = tl.div_rn(sum_o, tl.broadcast_to(mids, sum_o.shape))
+        valid = tl.load(sizes)
+        commit_block(
+            cells, table, plan, valid, mean_a, mean_o, grain,
+            SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
+        )  # fmt: skip
+    else:
+        if keeps_total:
+            store_sum(
+                words, table, TOTAL_A, grain, total_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
+            if not PAPER:
+                store_sum(
+                    words, table, TOTAL_O, grain, total_o,
+                    SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+                )  # fmt: skip
+        if keeps_tile:
+            store_sum(
+                words, table, TILE_A, grain, tile_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
+            if not PAPER:
+                store_sum(
+                    words, table, TILE_O, grain, tile_o, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+                )
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def close_kernel(
+    pieces,
+    tiles,
+    table,
+    table_stride,
+    cells,
+    words,
+    plan_slots,
+    plan_sizes,
+    tile_sums,
+    SIZE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
+    WORD_STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    STAGED: tl.constexpr,
+    PAPER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (piece, block of D): the end of a piece of several tiles, from ``tile_sums``."""
+    piece = tl.program_id(0)
+    at = pieces + piece * COLUMNS
+    length, position, first_tile, num_tiles = (
+        tl.load(at + 1),
+        tl.load(at + 2),
+        tl.load(at + 5),
+        tl.load(at + 6),
+    )
+    table += tl.load(at + 3).to(tl.int64) * table_stride
+    if (num_tiles == 1) | (position < SEGMENT) | (not is_bank(table, tl.load(at + 4))):
+        return
+    grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
+    inside = (grain < WIDTH)[:, None]
+    offset = position % SEGMENT
+    end = offset + length
+
+    total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
+    if offset >= TILE:
+        total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        if not PAPER:
+            total_o = load_sum(
+                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+            )
+    sums = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
+    sums = sums + grain[:, None] + tl.arange(0, GRAIN)[None, :]
+    finished = num_tiles
+    if end % TILE != 0:
+        finished = num_tiles - 1
+    for _j in range(finished):
+        total_a += tl.load(sums, mask=inside, other=0.0)
+        total_o += tl.load(sums + WIDTH, mask=inside, other=0.0)
+        sums += 2 * WIDTH
+    is_part = (grain < tl.where(end % TILE != 0, WIDTH, 0))[:, None]
+    tile_a = tl.load(sums, mask=is_part, other=0.0)
+    tile_o = tl.load(sums + WIDTH, mask=is_part, other=0.0)
+    close_block(
+        cells, words, table, plan_slots + piece * SIZE, plan_sizes + piece * 2,
+        total_a, total_o, tile_a, tile_o, True, end % TILE != 0, end == SEGMENT, grain,
+        SEGMENT, SLOTS, SUMS, STAGED, PAPER, MOMENTUM,
+        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE, GRAIN,
+    )  # fmt: skip
+
+
+def constants_of(banks: DeviceBanks, rules: MemoryRules) -> dict[str, object]:
+    """What ``apply_kernel`` and ``close_kernel`` are compiled for."""
+    return {
+        **banks.constants(rules),
+        "SLOTS": banks.slots_start,
+        "SUMS": banks.sums_word,
+        "STAGED": banks.staged_start,
+        "PAPER": rules.update is UpdateRule.PAPER,
+        "MOMENTUM": rules.momentum,
+        "BLOCK": BLOCK,
+    }
+
+
+def close(
+    banks: DeviceBanks,
+    now: DeviceRound,
+    rules: MemoryRules,
+    plans: Plans,
+    tile_sums: torch.Tensor,
+) -> None:
+    """End the round's pieces of several tiles; ``tile_sums`` [tiles, 2, width] fp32."""
+    assert tile_sums.is_contiguous(), tile_sums.stride()
+    close_kernel[(len(now.pieces), triton.cdiv(banks.width, BLOCK))](
+        now.pieces,
+        now.tiles,
+        now.table,
+        now.table.stride(0),
+        banks.cells,
+        banks.words,
+        plans.slots,
+        plans.sizes,
+        tile_sums,
+        **constants_of(banks, rules),
+        num_warps=4,
+        **OPTIONS,
+    )

@@ -1,0 +1,178 @@
+"""What each token finds in its bank: the slots it reads, with what weight, and its kind."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
+from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.products import Products
+from pacellm_vllm.ops.lookup import NORM_FLOOR
+from pacellm_vllm.ops.rules import MemoryRules
+
+FLOOR = tl.constexpr(NORM_FLOOR)
+HIGH_WEIGHT = tl.constexpr(MemoryRules.high_weight)
+MID_WEIGHT = tl.constexpr(MemoryRules.mid_weight)
+
+LOW, MID, HIGH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# int32 columns of a token's facts: kind, how many slots of its list are read from the top and from
+# the bottom, and where a low token is stored (see ``book``).
+FACTS = tl.constexpr(4)
+# fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
+SHARES = tl.constexpr(3)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of each token: ``facts`` [tokens, FACTS] int32, ``shares`` [tokens, SHARES] fp32,
+    ``slots`` [tokens, k + k'] int32, its most similar slots first, then its least similar ones,
+    and ``members`` [tokens, M] int8, 1 for its most similar slots. What is not listed is undefined.
+    """
+
+    facts: torch.Tensor
+    shares: torch.Tensor
+    slots: torch.Tensor
+    members: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["table_stride", "groups"])
+def rank_kernel(
+    pieces,
+    tiles,
+    table,
+    table_stride,
+    words,
+    products,
+    squares,
+    groups,
+    facts,
+    shares,
+    slots,
+    members,
+    SIZE: tl.constexpr,
+    SLOTS_AT_ONCE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WORD_STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    MID_SELF: tl.constexpr,
+):
+    """Program (tile, i): token i of the tile. Ties go to the lower slot."""
+    tile = tiles + tl.program_id(0) * TILE_COLUMNS
+    piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if tl.program_id(1) >= length:
+        return
+    at = pieces + piece * COLUMNS
+    table += tl.load(at + 3).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + 4)):
+        return
+    token = (begin + tl.program_id(1)).to(tl.int64)
+    facts += token * FACTS
+    shares += token * SHARES
+    slots += token * (TOP + BOTTOM)
+    valid = 0
+    if tl.load(at + 2) >= SEGMENT:
+        valid = tl.load(words + counter_at(table, WORD_STRIDE))
+    if valid == 0:
+        tl.store(facts, LOW)
+        tl.store(facts + 1, 0)
+        tl.store(facts + 2, 0)
+        tl.store(shares, 1.0)
+        tl.store(shares + 1, 0.0)
+        tl.store(shares + 2, 0.0)
+        return
+    alpha = tl.load(at + 8).to(tl.float32, bitcast=True)
+    noise = tl.load(at + 9).to(tl.float32, bitcast=True)
+    theta_high = tl.load(at + 10).to(tl.float32, bitcast=True)
+    theta_low = tl.load(at + 11).to(tl.float32, bitcast=True)
+
+    slot = tl.arange(0, SLOTS_AT_ONCE)
+    exists = slot < valid
+    dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
+    key_squares = tl.zeros([SLOTS_AT_ONCE], tl.float32)
+    token_square = 0.0
+    for group in range(groups):
+        row = products + (token * groups + group) * (SIZE + 1)
+        dots += tl.load(row + slot, mask=exists, other=0.0)
+        token_square += tl.load(row + SIZE)
+        row = squares + (piece * groups + group).to(tl.int64) * SIZE
+        key_squares += tl.load(row + slot, mask=exists, other=0.0)
+    norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
+    cosines = tl.div_rn(dots, norms)
+    # What is not a number is as unlike everything as can be.
+    cosines = tl.where(cosines == cosines, cosines, float("-inf"))
+
+    count = tl.minimum(valid, TOP)
+    best = tl.max(tl.where(exists, cosines, float("-inf")), axis=0)
+    total = 0.0
+    left = exists
+    for j in range(count):
+        nearest = tl.max(tl.where(left, cosines, float("-inf")), axis=0)
+        pick = tl.min(tl.where(left & (cosines == nearest), slot, SLOTS_AT_ONCE), axis=0)
+        tl.store(slots + j, pick)
+        total += nearest
+        left = left & (slot != pick)
+    tl.store(members + token * SIZE + slot, (exists & (left == 0)).to(tl.int8), mask=slot < SIZE)
+    mean = tl.div_rn(total, count.to(tl.float32))
+    kind = tl.where(mean > theta_high, HIGH, tl.where(mean <= theta_low, LOW, MID))
+
+    is_high = best > theta_high
+    reads = best > theta_low
+    num_bottom = tl.minimum(valid, BOTTOM)
+    if (noise == 0.0) | (alpha == 0.0):
+        num_bottom = num_bottom * 0
+    left = exists
+    for j in range(num_bottom):
+        furthest = tl.min(tl.where(left, cosines, float("inf")), axis=0)
+        pick = tl.min(tl.where(left & (cosines == furthest), slot, SLOTS_AT_ONCE), axis=0)
+        tl.store(slots + TOP + j, pick)
+        left = left & (slot != pick)
+
+    tl.store(facts, kind)
+    tl.store(facts + 1, tl.where(reads & (alpha != 0.0), count, 0))
+    tl.store(facts + 2, tl.where(reads, num_bottom, 0))
+    own = (1.0 - alpha) + alpha * tl.where(is_high, 0.0, MID_SELF)
+    share = tl.div_rn(alpha, count.to(tl.float32)) * tl.where(is_high, HIGH_WEIGHT, MID_WEIGHT)
+    tl.store(shares, tl.where(reads, own, 1.0))
+    tl.store(shares + 1, share)
+    tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
+
+
+def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules) -> Findings:
+    """The round's tokens ranked, ``facts`` but for its last column."""
+    tokens, size = found.of_tokens.shape[0], rules.bank_size
+    top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
+    device = found.of_tokens.device
+    findings = Findings(
+        torch.empty(tokens, FACTS.value, dtype=torch.int32, device=device),
+        torch.empty(tokens, SHARES.value, dtype=torch.float32, device=device),
+        torch.empty(tokens, top + bottom, dtype=torch.int32, device=device),
+        torch.empty(tokens, size, dtype=torch.int8, device=device),
+    )
+    constants = banks.constants(rules)
+    rank_kernel[(len(now.tiles), now.longest)](
+        now.pieces,
+        now.tiles,
+        now.table,
+        now.table.stride(0),
+        banks.words,
+        found.of_tokens,
+        found.of_keys,
+        found.groups,
+        findings.facts,
+        findings.shares,
+        findings.slots,
+        findings.members,
+        SIZE=size,
+        SLOTS_AT_ONCE=triton.next_power_of_2(size),
+        SEGMENT=rules.segment_size,
+        WORD_STRIDE=constants["WORD_STRIDE"],
+        TOP=top,
+        BOTTOM=bottom,
+        MID_SELF=rules.mid_self_weight,
+        num_warps=1,
+        **OPTIONS,
+    )
+    return findings

@@ -1,0 +1,39 @@
+"""advance_batch: what ``ops/update.py: advance`` does, for all requests of a step on a device."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pacellm_vllm.ops.kernels.apply import apply
+from pacellm_vllm.ops.kernels.bank import DeviceBanks
+from pacellm_vllm.ops.kernels.batch import DeviceRound
+from pacellm_vllm.ops.kernels.book import book
+from pacellm_vllm.ops.kernels.products import products_of
+from pacellm_vllm.ops.kernels.rank import rank
+from pacellm_vllm.ops.lookup import Reduce
+from pacellm_vllm.ops.rules import MemoryRules
+
+
+def advance_batch(
+    a: torch.Tensor,
+    out: torch.Tensor,
+    banks: DeviceBanks,
+    rounds: Sequence[DeviceRound],
+    rules: MemoryRules,
+    tally: torch.Tensor,
+    reduce: Reduce | None = None,
+) -> None:
+    """Run a step's tokens through their banks, committing where a segment ends.
+
+    ``a`` and ``out`` [tokens, width], contiguous, of one float dtype; tokens in no round are left
+    as they are in ``out``. ``rules`` are the engine's, of which ``alpha``, ``noise`` and the
+    thresholds are taken from each piece instead. ``tally`` counts, see ``book``. ``reduce`` sums a
+    buffer over tensor parallel ranks. Waits for nothing.
+    """
+    for now in rounds:
+        found = products_of(a, banks, now, rules)
+        if reduce is not None:
+            found = found.reduced(reduce)
+        findings = rank(found, banks, now, rules)
+        plans = book(findings, banks, now, rules, tally)
+        apply(a, out, banks, now, rules, findings, plans)

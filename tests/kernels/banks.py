@@ -1,0 +1,82 @@
+"""Banks of several requests in one poisoned pool, driven by the kernels."""
+
+from dataclasses import replace
+
+import torch
+
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import cut_pieces
+from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.ops.kernels.bank import DeviceBanks
+from pacellm_vllm.ops.kernels.batch import DeviceRound, rounds_of, tables_of
+from pacellm_vllm.ops.kernels.book import TALLY
+from pacellm_vllm.ops.kernels.step import advance_batch
+
+
+class Pool:
+    """``requests`` banks of one layer scattered over a pool of NaN bytes; row 0 of ``table`` on.
+
+    The block table has two rows more than requests: a null one, and a last one of invalid ids.
+    """
+
+    def __init__(self, rules, width, dtype, requests, page_bytes=2048, bank_dtype=None, seed=0):
+        self.rules, self.requests = rules, requests
+        self.layout = layout = BankLayout.plan(rules, width, bank_dtype or dtype, page_bytes)
+        blocks, stride = 2 * requests * layout.num_pages + 1, page_bytes + 512
+        self.bytes = torch.full((blocks, stride), 0xFF, dtype=torch.uint8)
+        view = self.bytes[:, None, None, 256 : 256 + page_bytes]
+        self.units = unit_view(view, layout, bank_dtype or dtype)
+        ids = 1 + torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(seed))
+        held = ids[: requests * layout.num_pages].view(requests, -1)
+        self.table = torch.full((requests + 2, layout.num_pages + 3), 1 << 30, dtype=torch.int32)
+        self.table[:requests, : layout.num_pages] = held
+        self.table[requests] = 0
+        cells = self.units.flatten(1)
+        self.banks = DeviceBanks(
+            cells,
+            cells.view(torch.int32),
+            width,
+            layout.slots_start,
+            layout.sums_start,
+            layout.staged_start,
+        )
+        self.tally = torch.zeros(64, TALLY.value, dtype=torch.int64)
+        self.stamp = 0
+
+    def bank(self, request):
+        """The plain path's view of one bank."""
+        pages = self.table[request, : self.layout.num_pages].tolist()
+        return PagedStore(self.units, pages, self.layout)
+
+    def pieces(self, positions, counts, mine=None):
+        """One step's pieces: ``counts`` [i] tokens of request i, the first at ``positions`` [i]."""
+        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        lengths = [p + n for p, n in zip(positions, counts, strict=True)]
+        pieces = cut_pieces(starts, lengths, self.layout, self.rules)
+        return [replace(p, rules=mine[p.request]) for p in pieces] if mine else pieces
+
+    def rounds(self, pieces):
+        found = []
+        for some in rounds_of(pieces):
+            self.stamp += 1
+            rows, tiles = (torch.from_numpy(table) for table in tables_of(some, self.stamp))
+            longest, several = int(tiles[:, 2].max()), len(tiles) > len(rows)
+            found.append(DeviceRound(rows, tiles, self.table, longest, several))
+        return found
+
+    def run(self, a, pieces, reduce=None):
+        """Outputs of one step; what no piece wrote is NaN."""
+        out = torch.full_like(a, float("nan"))
+        advance_batch(a, out, self.banks, self.rounds(pieces), self.rules, self.tally, reduce)
+        return out
+
+    def drive(self, streams, steps, mine=None):
+        """Run each request's ``streams`` [i]; ``steps`` has a list of token counts a step."""
+        at, outputs = [0] * len(streams), [[] for _ in streams]
+        for counts in steps:
+            a = torch.cat([s[p : p + n] for s, p, n in zip(streams, at, counts, strict=True)])
+            out = self.run(a, self.pieces(at, counts, mine))
+            for i, part in enumerate(out.split(counts)):
+                outputs[i].append(part)
+            at = [p + n for p, n in zip(at, counts, strict=True)]
+        return [torch.cat(parts) for parts in outputs]

@@ -1,0 +1,53 @@
+"""A real engine whose memory runs as kernels, interpreted, against one on the plain ops."""
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine, prompt_logprobs
+from vllm import SamplingParams
+
+from pacellm_vllm.memory import backend, layer
+
+PACE = {"layers": [1, 3], "bank_size": 7, "segment_size": 16, "max_insertions": 3}
+# Chunks that cross segment ends, several requests a step, one that takes no memory, and decode
+# steps that cross a segment end.
+PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 37), (2, 30), (3, 5))]
+OWN = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
+SAMPLING = {
+    "temperature": 0,
+    "max_tokens": 4,
+    "ignore_eos": True,
+    "detokenize": False,
+    "prompt_logprobs": 0,
+}
+
+
+def answers(path):
+    with engine(path, pace=PACE, max_num_batched_tokens=40) as running:
+        outputs = running.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            [SamplingParams(extra_args=own, **SAMPLING) for own in OWN],
+            use_tqdm=False,
+        )
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        counts = {i: memory.counts.as_dict() for i, memory in running.memories().items()}
+        kernels = all(memory.runs_kernels for memory in running.memories().values())
+        if kernels:
+            assert running.llm.collective_rpc("pacellm_memory_record")[0].startswith(
+                "pacellm: banks"
+            )
+        assert running.all_blocks_are_back()
+    return tokens, [prompt_logprobs(output) for output in outputs], counts, kernels
+
+
+def test_an_engine_with_kernels_says_what_one_with_plain_ops_says(checkpoint, monkeypatch):
+    tokens, logprobs, counts, kernels = answers(checkpoint())
+    assert not kernels
+    for module in (backend, layer):
+        monkeypatch.setattr(module, "takes_kernels", lambda device_type: True)
+    got_tokens, got_logprobs, got_counts, kernels = answers(checkpoint())
+    assert kernels
+    assert got_tokens == tokens
+    for got, want in zip(got_logprobs, logprobs, strict=True):
+        assert got == pytest.approx(want, abs=1e-4)
+    assert got_counts == counts
+    assert min(counts[1][kind] for kind in ("high", "mid", "low", "commits")) > 0

@@ -1,0 +1,143 @@
+"""The kernels against the plain ops, in Triton's interpreter, over poisoned pages and outputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from banks import Pool
+from dense_store import DenseStore
+from test_ops import activations, drive, rules
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Prefill over segment ends, chunks that end within tiles of sums, decode steps, both in one batch.
+LONG_LISTS = {"top_k": 8, "negative_k": 40, "theta_high": 0.5, "theta_low": 0.3}
+STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "bank_dtype", "preset", "page_bytes", "settings"),
+    [
+        (62, torch.float32, None, "official", 2048, {}),
+        (1100, torch.bfloat16, torch.float32, "paper", 3300, {}),
+        (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
+        (72, torch.float16, None, "paper", 1500, LONG_LISTS),
+    ],
+)
+def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_bytes, settings):
+    r = rules(**{"preset": preset, "bank_size": 23, "max_insertions": 5, **settings})
+    mine = [r, replace(r, alpha=0.7, noise=0.0, theta_high=0.6)]
+    pool = Pool(r, width, dtype, 2, page_bytes, bank_dtype)
+    streams = [
+        activations(sum(n), width, i).to(dtype) for i, n in enumerate(zip(*STEPS, strict=True))
+    ]
+    before = pool.bytes.clone()
+    outputs = pool.drive(streams, STEPS, mine)
+    kinds = torch.zeros(3)
+    for i, (stream, got) in enumerate(zip(streams, outputs, strict=True)):
+        truth = DenseStore(r, width, bank_dtype or dtype)
+        want, steps = drive(truth, stream, mine[i])
+        near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+        torch.testing.assert_close(got, want, **near)
+        words, true_words = pool.bank(i).read_words(), truth.read_words()
+        ints = 3 + 3 * r.bank_size
+        valid = int(true_words[0])
+        assert torch.equal(words[:3], true_words[:3])
+        for begin in range(3, ints, r.bank_size):
+            assert torch.equal(words[begin : begin + valid], true_words[begin : begin + valid])
+        for mine_rows, true_rows in zip(
+            (pool.bank(i).read_keys(valid), pool.bank(i).read_values(valid)),
+            (truth.read_keys(valid), truth.read_values(valid)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine_rows, true_rows, **near)
+        kinds += torch.tensor([[s.high, s.mid, s.low] for s in steps]).sum(0)
+    assert kinds.min() > 9
+    assert torch.equal(pool.tally[:, :3].sum(0).float(), kinds)
+    assert int(pool.tally[:, 3].sum()) == sum(len(s) // r.segment_size for s in streams)
+    untouched = torch.ones(len(pool.bytes), dtype=torch.bool)
+    untouched[pool.table[:2, : pool.layout.num_pages].flatten().long()] = False
+    assert torch.equal(pool.bytes[untouched], before[untouched])
+    beside = pool.bytes[:, :256], pool.bytes[:, 256 + page_bytes :]
+    assert all((part == 0xFF).all() for part in beside)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preset", "tokens"),
+    [(torch.bfloat16, "official", 72), (torch.float32, "paper", 70)],
+)
+def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
+    """Whole, cut oddly, and token by token from the second segment on."""
+    r = rules(preset=preset, bank_size=7, segment_size=35)
+    stream = activations(tokens, 62).to(dtype)
+    cuts = [
+        [[tokens]],
+        [[33], [5], [25], [1], [tokens - 64]],
+        [[35], *[[1]] * (tokens - 35)],
+    ]
+    results = []
+    for steps in cuts:
+        pool = Pool(r, 62, dtype, 1)
+        (out,) = pool.drive([stream], steps)
+        bank = pool.bank(0)
+        words = bank.read_words()[: 3 + 3 * r.bank_size]
+        rows = [bank.read_keys(int(words[0])), bank.read_values(int(words[0]))]
+        results.append([part.contiguous().view(torch.uint8) for part in (out, words, *rows)])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_padding_and_requests_without_a_bank_pass_through():
+    r = rules(bank_size=7, segment_size=20)
+    pool = Pool(r, 62, torch.float32, 2)
+    streams = [activations(n, 62, n) for n in (3, 21)]
+    pool.drive(streams, [[0, 20]])
+    before = pool.bytes.clone()
+    a = torch.cat([streams[0][:3], streams[1][20:21]])
+    # Row 2 of the table is null, row 3 has block ids that do not exist.
+    pieces = pool.pieces([0, 0, 5, 20], [1, 0, 1, 1])
+    null, padding = (replace(pieces[1], request=2, position=41), replace(pieces[1], begin=2, end=3))
+    padding = replace(padding, request=3, position=41, pages=0)
+    real = replace(pieces[2], request=1, position=20, begin=3, end=4)
+    a[2] = float("nan")
+    out = pool.run(a, [replace(null, begin=1, end=2), padding, real])
+    assert out[0].isnan().all()
+    assert torch.equal(out[1], a[1])
+    assert out[2].isnan().all()
+    assert torch.isfinite(out[3]).all()
+    changed = (pool.bytes != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed
+    assert set(changed) <= set(pool.table[1, : pool.layout.num_pages].tolist())
+
+
+def test_two_ranks_shares_of_d_give_what_one_rank_gives():
+    r = rules(bank_size=7, segment_size=20)
+    stream = activations(45, 124)
+    (whole,) = Pool(r, 124, torch.float32, 1).drive([stream], [[45]])
+    shares = [stream[:, :62].contiguous(), stream[:, 62:].contiguous()]
+    pools = [Pool(r, 62, torch.float32, 1) for _ in shares]
+    got = [[], []]
+    for begin, end in ((0, 20), (20, 40), (40, 45)):
+        # What the ranks would exchange is learnt from a run on copies of their banks.
+        buffers = [
+            parts_of(pool, a[begin:end], begin) for pool, a in zip(pools, shares, strict=True)
+        ]
+        total = sum(buffer.nan_to_num() for buffer in buffers)
+        for rank, pool in enumerate(pools):
+            pieces = pool.pieces([begin], [end - begin])
+            got[rank].append(pool.run(shares[rank][begin:end], pieces, lambda _, sums=total: sums))
+    halves = [torch.cat(parts) for parts in got]
+    torch.testing.assert_close(torch.cat(halves, dim=1), whole, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(whole, stream)
+
+
+def parts_of(pool, a, position):
+    """The buffer that one rank would have summed over ranks; the pool is left as it was."""
+    before, seen = pool.bytes.clone(), []
+
+    def note(buffer):
+        seen.append(buffer.clone())
+        return buffer
+
+    pool.run(a, pool.pieces([position], [len(a)]), note)
+    pool.bytes.copy_(before)
+    return seen[0]

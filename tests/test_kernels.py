@@ -1,0 +1,159 @@
+"""The GPU path without a GPU: interpreted, compiled, and never waited for by the host."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.pieces import cut_pieces
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **env):
+    """A Python process in the repository; its output, shown when it fails."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def test_kernels_equal_the_plain_ops_in_the_interpreter():
+    """``tests/kernels``: Triton decides when it is imported whether it interprets."""
+    found = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", TRITON_INTERPRET="1"
+    )
+    assert " passed" in found
+    assert "skipped" not in found
+
+
+def test_every_kernel_compiles_for_hopper():
+    """At 7B shapes, from the launches of an engine; sm_90 is compiled as sm_90a."""
+    found = run("scripts/compile_kernels.py", "--arch", "90")
+    rows = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")][1:]
+    kernels = {row[0].strip() for row in rows}
+    assert kernels == {
+        f"{name}_kernel" for name in ("products", "add_groups", "rank", "book", "apply", "close")
+    }
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert {row[0].strip() for row in rows if row[1].strip() == dtype} == kernels
+    # What an H100 program may have, and no array that fell out of registers.
+    assert max(int(row[6].split()[0]) for row in rows) <= 227 * 1024
+    assert max(int(row[5].split()[0]) for row in rows) <= 64
+
+
+# Decode with padding and a request's own settings; prefill over two segment ends, mixed in.
+BATCHES = {"decode": ([0, 1, 2, 2], [5, 60, 0]), "mixed": ([0, 1, 101, 101], [50, 130, 0])}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_host_waits_for_nothing(batch, monkeypatch):
+    """On meta tensors, which cannot be read: metadata, copies and launches of a step."""
+    from triton.runtime.jit import JITFunction
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from pacellm_vllm.config import PaceConfig
+    from pacellm_vllm.memory.backend import BankMetadataBuilder
+    from pacellm_vllm.memory.device import DeviceTables, new_tally
+    from pacellm_vllm.request import RequestSettings
+
+    launched = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: launched.append(self))
+    rules = PaceConfig.from_sources({"segment_size": 48, "bank_size": 7}).rules()
+    layout = BankLayout.plan(rules, 64, torch.float32, 2048)
+    meta = torch.device("meta")
+    builder = object.__new__(BankMetadataBuilder)
+    builder._rules = rules
+    builder._settings = {0: RequestSettings(alpha=0.5)}
+    builder._tables = DeviceTables(layout, rules, 8, 256, meta)
+    builder.kv_cache_spec = SimpleNamespace(layout=layout)
+    starts, lengths = BATCHES[batch]
+    counts = np.diff(starts)
+    requests = len(lengths)
+    padded = requests if batch == "decode" else starts[-1]
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.empty(requests + 1, dtype=torch.int32, device=meta),
+        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.empty(requests, dtype=torch.int32, device=meta),
+        num_reqs=requests,
+        num_actual_tokens=padded,
+        max_query_len=int(counts.max()),
+        max_seq_len=1024,
+        block_table_tensor=torch.empty(requests, 40, dtype=torch.int32, device=meta),
+        slot_mapping=torch.empty(padded, dtype=torch.int64, device=meta),
+        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+    )
+    step = builder.build(0, common).device
+    a = torch.empty(padded + 3, 64, device=meta)
+    kv_cache = torch.empty(90, 1, 1, 2048, dtype=torch.uint8, device=meta)
+    for reduce in (None, lambda buffer: buffer):
+        step.run(
+            kv_cache,
+            layout,
+            torch.float32,
+            rules,
+            a,
+            torch.empty_like(a),
+            new_tally(8, meta),
+            reduce,
+        )
+    names = [kernel.fn.__name__ for kernel in launched]
+    assert names.count("book_kernel") == 2 * len(step.rounds)
+    assert len(step.rounds) == (1 if batch == "decode" else 3)
+    assert ("close_kernel" in names) == (batch == "mixed")
+
+
+def test_decode_tables_are_those_of_any_other_step():
+    """The form that graphs capture, built without a loop over requests, and the general one."""
+    from pacellm_vllm.config import PaceConfig
+    from pacellm_vllm.memory.device import DeviceTables
+
+    rules = PaceConfig.from_sources({"segment_size": 48, "bank_size": 60}).rules()
+    own = PaceConfig.from_sources({"segment_size": 48, "bank_size": 60, "alpha": 0.9}).rules()
+    layout = BankLayout.plan(rules, 64, torch.float32, 2048)
+    lengths = [1, 20, 47, 48, 49, 97, 1000]
+    starts = list(range(len(lengths) + 1))
+    table = torch.zeros(len(lengths) + 1, 90, dtype=torch.int32)
+    pieces = cut_pieces(starts, lengths, layout, rules)
+    pieces[2] = type(pieces[2])(**{**vars(pieces[2]), "rules": own})
+    tables = [DeviceTables(layout, rules, 8, 64, torch.device("cpu")) for _ in range(2)]
+    want = tables[0].of_pieces(table, pieces).rounds[0]
+    padded = np.array([*lengths, 0])
+    got = tables[1].of_singles(table, padded, {2: own}).rounds[0]
+    assert torch.equal(got.pieces[:-1], want.pieces)
+    assert torch.equal(got.tiles[:-1], want.tiles)
+    assert (got.longest, got.several) == (want.longest, want.several) == (1, False)
+    # The row that pads: token 7 of row 7, which has no pages.
+    assert got.pieces[-1, :5].tolist() == [7, 1, 0, 7, 0]
+    # Where graphs read the tables does not move.
+    again = tables[1].of_singles(table, padded, {}).rounds[0]
+    assert again.pieces.data_ptr() == got.pieces.data_ptr()
+    assert again.tiles.data_ptr() == got.tiles.data_ptr()
+
+
+def test_a_captured_step_touches_nobody():
+    """Dummy steps replay captured graphs while the block table still holds somebody's blocks."""
+    from pacellm_vllm.config import PaceConfig
+    from pacellm_vllm.memory.backend import BankMetadataBuilder
+    from pacellm_vllm.memory.device import DeviceTables
+
+    rules = PaceConfig.from_sources({"segment_size": 48}).rules()
+    layout = BankLayout.plan(rules, 64, torch.float32, 8192)
+    builder = object.__new__(BankMetadataBuilder)
+    builder._tables = DeviceTables(layout, rules, 8, 64, torch.device("cpu"))
+    common = SimpleNamespace(num_reqs=5, block_table_tensor=torch.ones(5, 40, dtype=torch.int32))
+    (now,) = builder.build_for_cudagraph_capture(common).device.rounds
+    assert now.pieces[:, 4].tolist() == [0] * 5
+    assert now.tiles.tolist() == [[i, i, 1, 0] for i in range(5)]
