@@ -104,9 +104,9 @@ def slot_history(path: Path, layers: dict[int, Sequence[dict[str, Any]]]) -> Non
         segments = [commit["segment"] for commit in commits]
         for name in ("valid", "merged", "replaced", "dropped"):
             upper.plot(segments, [commit[name] for commit in commits], label=name)
-        upper.set_title(f"layer {index}", fontsize=10)
+        upper.set_title(f"layer {index}", fontsize=10, pad=20)
         upper.set_ylabel("slots (dropped: tokens)")
-        upper.legend(fontsize=7, ncols=2, loc="lower right", framealpha=0.6)
+        upper.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
         upper.xaxis.get_major_locator().set_params(integer=True)
         alike = upper.twinx()
         cosines = [float("nan") if c["cosine"] is None else c["cosine"] for c in commits]
