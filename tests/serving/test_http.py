@@ -1,5 +1,6 @@
 """A real server on the quick start's model: completions, chat, streams, batches, the report."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "LICENSE").read_text()
 KEY = "secret"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-ENGINE = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20)]
+# In float32: rounding of bfloat16 differs by how many tokens a step has, with and without memory.
+ENGINE = ["--dtype", "float32", "--max-model-len", "4096"]
+ENGINE += ["--kv-cache-memory-bytes", str(64 << 20)]
 CHAT = [{"role": "user", "content": TEXT[:3000]}]
 MAX_TOKENS = 24
 
@@ -80,7 +83,7 @@ def test_chat_streams_say_what_chat_says_and_what_the_engine_says_offline(client
     program = """
 import json, sys
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], max_model_len=4096, kv_cache_memory_bytes=64 << 20,
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=4096, kv_cache_memory_bytes=64 << 20,
           additional_config={"pacellm": {"bank_size": 50}})
 params = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]))
 print("SAID", json.dumps(llm.chat(json.loads(sys.argv[2]), params)[0].outputs[0].text))
@@ -103,11 +106,9 @@ def ask(server, **body):
 
 def test_a_request_sets_its_own_memory(server):
     said = {
-        name: tuple(
-            ask(server, vllm_xargs=settings, logprobs=0).json()["choices"][0]["logprobs"][
-                "token_logprobs"
-            ]
-        )
+        name: ask(server, vllm_xargs=settings, logprobs=0).json()["choices"][0]["logprobs"][
+            "token_logprobs"
+        ]
         for name, settings in {
             "engine's": {},
             "the same, said": {"pacellm_alpha": 0.2},
@@ -116,9 +117,10 @@ def test_a_request_sets_its_own_memory(server):
             "off, as text": {"pacellm_enabled": "false"},
         }.items()
     }
-    assert said["engine's"] == said["the same, said"]
-    assert said["off"] == said["off, as text"]
-    assert len(set(said.values())) == 3
+    assert said["engine's"] == pytest.approx(said["the same, said"], abs=1e-4)
+    assert said["off"] == pytest.approx(said["off, as text"], abs=1e-4)
+    for one, other in itertools.combinations(("engine's", "strong", "off"), 2):
+        assert said[one] != pytest.approx(said[other], abs=1e-2)
 
 
 def test_bad_request_settings_are_a_400_with_a_sentence(server):
@@ -161,7 +163,8 @@ def test_a_client_that_hangs_up_frees_its_blocks(server):
         stream=True,
         timeout=60,
     ) as stream:
-        assert next(stream.iter_lines())
+        lines = stream.iter_lines()  # the connection closes when this is collected
+        assert next(lines)
         deadline = time.monotonic() + 90
         while not used_blocks(server):
             assert time.monotonic() < deadline
@@ -210,7 +213,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 text, schedule = sys.argv[2], json.loads(sys.argv[3])
-llm = LLM(sys.argv[1], max_model_len=4096, kv_cache_memory_bytes=64 << 20, block_size=32,
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=4096, block_size=32,
+          kv_cache_memory_bytes=64 << 20,
           structured_outputs_config={"backend": "xgrammar"}, **schedule)
 digits = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{5}")
 params = SamplingParams(temperature=0, max_tokens=32, structured_outputs=digits)
