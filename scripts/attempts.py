@@ -1,6 +1,6 @@
 """Changes to the memory that might make it help, tried beside the package on transformers.
 
-    python scripts/attempts.py MODEL [--names "centred;gated"] [--texts 8] [--items 36]
+    python scripts/attempts.py MODEL [--names "centred;gated"] [--texts 8] [--items 36] [--seed 0]
 
 Each row of VARIANTS is one change to what is stored, what is read back or when it is written.
 Prints text loss by position and needles found beyond the training length, with differences to no
@@ -224,21 +224,23 @@ class Reader:
         return normalize(wanted @ down, dim=-1) * a.norm(dim=-1, keepdim=True)
 
 
-def texts_of(tokenizer: object, count: int, tokens: int) -> torch.Tensor:
-    """The texts of scripts/loss_by_position.py, [count, tokens]."""
+def texts_of(tokenizer: object, count: int, tokens: int, seed: int) -> torch.Tensor:
+    """[count, tokens]: with seed 0, the texts of scripts/loss_by_position.py."""
     rows = []
-    for seed in range(count):
-        source = sentences(random.Random(seed))
+    for number in range(count):
+        source = sentences(random.Random(1000 * seed + number))
         words = " ".join(next(source) for _ in range(tokens // 8))
         rows.append(tokenizer(words).input_ids[:tokens])
     return torch.tensor(rows)
 
 
-def needles_of(tokenizer: object, length: int, items: int) -> list[tuple[torch.Tensor, list[int]]]:
+def needles_of(
+    tokenizer: object, length: int, items: int, seed: int
+) -> list[tuple[torch.Tensor, list[int]]]:
     """Batches of prompts [B, L] of about ``length`` tokens, their oldest cut off to be of one
     length, and the tokens of the answers."""
     depths = (10, 30, 50, 70, 90)
-    grid = Grid((length,), depths, samples=-(-items // len(depths)), needles=3, digits=2)
+    grid = Grid((length,), depths, samples=-(-items // len(depths)), needles=3, digits=2, seed=seed)
     made = list(make_items(grid, tokenizer))[:items]
     batches = []
     for begin in range(0, len(made), BATCH):
@@ -253,8 +255,8 @@ def needles_of(tokenizer: object, length: int, items: int) -> list[tuple[torch.T
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tokenizer, reader = AutoTokenizer.from_pretrained(args.model), Reader(args.model)
-    texts = texts_of(tokenizer, args.texts, RANGES[-1][1])
-    needles = {length: needles_of(tokenizer, length, args.items) for length in LENGTHS}
+    texts = texts_of(tokenizer, args.texts, RANGES[-1][1], args.seed)
+    needles = {length: needles_of(tokenizer, length, args.items, args.seed) for length in LENGTHS}
     names = args.names.split(";") if args.names else list(VARIANTS)
     print("| | " + " | ".join(f"loss, {a} to {b}" for a, b in RANGES), end=" | ")
     print(" | ".join(f"found in {length}" for length in LENGTHS) + " |")
@@ -282,4 +284,5 @@ if __name__ == "__main__":
     parser.add_argument("--names", help="rows of VARIANTS with ; between (all)")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--items", type=int, default=36)
+    parser.add_argument("--seed", type=int, default=0, help="of texts and items")
     main(parser.parse_args())

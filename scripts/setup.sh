@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with everything the CPU quick start and the tests need (4.9 GB: the GPU packages of
+# Makes .venv with everything the CPU quick start and the tests need (4.2 GB: the GPU packages of
 # vLLM are left out). Needs Python 3.11 or later with pip. Runs again only when a list changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ stamp=$(cat "${lists[@]}" scripts/setup.sh | cksum)
 if [ "$(cat "$venv/pacellm-installed" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
-echo "pacellm: setting up $venv (4.9 GB, a few minutes)" >&2
+echo "pacellm: setting up $venv (4.2 GB, a few minutes)" >&2
 "${PYTHON:-python3}" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0
