@@ -11,12 +11,15 @@ Weights are random: vLLM's own (``load_format="dummy"``), or with ``pa2ce``, whi
 loads, a checkpoint written for the run. Prompts draw on a few token ids, so that tokens recur
 and every regime of the memory occurs; the counts are printed. All variants' engines are alive at
 once and take turns, a few steps each, so that they share whatever else the machine does; what
-is compared is each round's ratio to ``installed``, and the median over rounds. On a GPU, give
-``--kv-gib`` so that all variants fit, or ``--alone`` to start and stop them one after another. On a
-CPU that is busy with other work, ``--cpu-time`` measures the engine's processor time instead.
+is compared is each round's ratio to ``installed``, and the median over rounds. Two processes of
+one variant can differ by some percent for as long as they live: ``--starts`` begins again with new
+ones and pools the rounds. On a GPU, give ``--kv-gib`` so that all variants fit, or ``--alone`` to
+start and stop them one after another. On a CPU that is busy with other work, ``--cpu-time``
+measures the engine's processor time instead.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -303,7 +306,8 @@ def report(
     ):
         cells = [pattern.format(facts[variant][key]) for variant in variants]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Ratios are to `{base}`, round by round: median (quartiles) of {args.rounds}."]
+    rounds = f"{args.rounds}" + (f" in each of {args.starts} starts" if args.starts > 1 else "")
+    lines += ["", f"Ratios are to `{base}`, round by round: median (quartiles) of {rounds}."]
     for variant in variants:
         for layer, counts in facts[variant].get("counts", {}).items():
             lines.append(f"{variant}, layer {layer}: {counts}")
@@ -314,11 +318,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--batch", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
+    parser.add_argument(
+        "--batch", type=lambda s: [int(x) for x in s.split(",") if x], default=[1, 8]
+    )
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a timed prefill")
     parser.add_argument("--context", type=int, default=1100, help="tokens before decoding")
     parser.add_argument("--steps", type=int, default=8, help="decode steps a turn")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--starts", type=int, default=1, help="new engines, all of it again")
     parser.add_argument("--chunk", type=int, default=512, help="max_num_batched_tokens")
     parser.add_argument("--segment", type=int, default=1024)
     parser.add_argument("--max-len", type=int, default=4096)
@@ -349,10 +356,12 @@ def main() -> None:
         shape = SHAPES[args.shape]
         write_checkpoint(Path(directory), shape, args.max_len, args.dtype, args.weights)
         groups = [[v] for v in variants] if args.alone else [variants]
-        for group in groups:
+        for number, group in itertools.product(range(args.starts), groups):
+            print(f"start {number + 1} of {args.starts}: {', '.join(group)}", file=sys.stderr)
             workers = [Worker(variant, args, Path(directory)) for variant in group]
             for metric, by_variant in measure(workers, args).items():
-                seconds.setdefault(metric, {}).update(by_variant)
+                for variant, values in by_variant.items():
+                    seconds.setdefault(metric, {}).setdefault(variant, []).extend(values)
             for worker in workers:
                 facts[worker.variant] = {**worker.facts, "counts": worker.ask("counts")}
                 device = worker.ask("device")
