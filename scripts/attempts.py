@@ -71,6 +71,7 @@ VARIANTS = {
     "surprising tokens": Variant(write="surprise", noise=0.0),
     "next token's value": Variant(value="next", noise=0.0),
     "outcome": Variant(**OUTCOME, alpha=0.5),
+    "outcome, less": Variant(**OUTCOME, alpha=0.25),
     "outcome, one slot": Variant(**OUTCOME, alpha=0.5, top_k=1),
     "outcome, one slot, centred": Variant(**OUTCOME, alpha=0.5, top_k=1, centre=True),
 }
