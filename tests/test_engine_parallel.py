@@ -39,6 +39,24 @@ def test_two_stages_equal_the_oracle(layers, checkpoint):
         assert running.all_blocks_are_back()
 
 
+def test_two_stages_preempt_and_hit_like_one(checkpoint):
+    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    lengths = [33, 90, 121, 150, 200, 260]
+    cases = clear_cases(checkpoint(), pace, lengths, max_tokens=60)
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
+    settings = {"pipeline_parallel_size": 2, "max_model_len": 512, "max_num_batched_tokens": 64}
+    with engine(checkpoint(), pace, num_gpu_blocks_override=64, **settings) as running:
+        assert running.tokens(prompts, 60) == truth
+        assert running.metric("vllm:num_preemptions") > 0
+        assert running.all_blocks_are_back()
+    with engine(checkpoint(), pace, **settings) as running:
+        assert running.tokens(prompts, 60) == truth
+        warm = running.generate(prompts, 60)
+        assert [list(output.outputs[0].token_ids) for output in warm] == truth
+        assert sum(output.num_cached_tokens for output in warm) > 300
+        assert running.all_blocks_are_back()
+
+
 def test_two_ranks_follow_requests_own_settings(checkpoint):
     pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
     prompts = [make_prompt(seed, 150) for seed in range(3)]
