@@ -80,7 +80,7 @@ def test_a_model_without_memory_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["serve", str(tmp_path), "--layers", "1"]) == 2
     said = capsys.readouterr().err
-    assert "is a Qwen2MoeForCausalLM, which carries no memory; it must be one of " in said
+    assert "is a Qwen2MoeForCausalLM, which carries no memory; it must be one of Apertus" in said
     assert said.count("\n") == 1
 
 

@@ -39,6 +39,14 @@ def test_two_stages_equal_the_oracle(layers, checkpoint):
         assert running.all_blocks_are_back()
 
 
+def test_stages_with_windows_in_some_layers_are_refused(checkpoint):
+    with (
+        pytest.raises(RuntimeError, match="attention of one kind in each layer"),
+        engine(checkpoint("gemma2"), {"layers": [1]}, pipeline_parallel_size=2),
+    ):
+        pass
+
+
 def test_two_stages_preempt_and_hit_like_one(checkpoint):
     pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
     lengths = [33, 90, 121, 150, 200, 260]

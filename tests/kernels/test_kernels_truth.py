@@ -19,7 +19,7 @@ STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
     ("width", "dtype", "bank_dtype", "preset", "page_bytes", "settings"),
     [
         (62, torch.float32, None, "official", 2048, {}),
-        (600, torch.bfloat16, torch.float32, "paper", 1800, {}),
+        (604, torch.bfloat16, torch.float32, "paper", 1812, {}),
         (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
         (72, torch.float16, None, "paper", 1500, LONG_LISTS),
     ],
@@ -52,7 +52,7 @@ def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_byte
         ):
             torch.testing.assert_close(mine_rows, true_rows, **near)
         kinds += torch.tensor([[s.high, s.mid, s.low] for s in steps]).sum(0)
-    assert kinds.min() >= 9
+    assert kinds.min() > 9
     assert torch.equal(pool.tally[:, :3].sum(0).float(), kinds)
     assert int(pool.tally[:, 3].sum()) == sum(len(s) // r.segment_size for s in streams)
     untouched = torch.ones(len(pool.bytes), dtype=torch.bool)
@@ -67,14 +67,14 @@ def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_byte
     [(torch.bfloat16, "official", 72), (torch.float32, "paper", 70)],
 )
 def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
-    """Whole, cut oddly, and for one dtype token by token from the second segment on."""
+    """Whole, cut oddly, and token by token from the second segment on."""
     r = rules(preset=preset, bank_size=7, segment_size=35)
     stream = activations(tokens, 62).to(dtype)
     cuts = [
         [[tokens]],
         [[33], [5], [25], [1], [tokens - 64]],
         [[35], *[[1]] * (tokens - 35)],
-    ][: 3 if dtype == torch.bfloat16 else 2]
+    ]
     results = []
     for steps in cuts:
         pool = Pool(r, 62, dtype, 1)

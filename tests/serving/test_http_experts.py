@@ -38,8 +38,13 @@ def test_a_clustered_checkpoint_answers_as_the_original(tmp_path):
         assert complete(url, out).split() == tokenizer.decode(said).split()
         report = requests.get(f"{url}/plugins/pacellm/memory", timeout=60).json()
     every = {"num_experts": 16, "way": "all", "tokens": None, "share": 1.0}
-    assert report["active"] is True
-    assert report["layers"] == {}
-    assert report["experts"] == {str(layer): every for layer in range(4)}
+    assert (report["config"]["layers"], report["config"]["experts"]["path"]) == ([], out)
+    assert report["engine"]["dtype"] == "float32"
+    del report["config"], report["engine"]
+    assert report == {
+        "active": True,
+        "layers": {},
+        "experts": {str(layer): every for layer in range(4)},
+    }
     assert "pacellm: 16 experts in layers 0 to 3" in log.read_text()
     assert "every token computes all of them" in log.read_text()
