@@ -4,12 +4,13 @@ That wheel ships the Python half of vLLM's CPU backend (``CpuPlatform``, ``CPUWo
 ``CPUModelRunner``, ``CPUAttentionBackend``) but not its native kernels. This folder supplies
 what is missing and leaves the rest alone:
 
-``torch_cpu``    ``TorchCpuPlatform``: configuration defaults and kernel registration
-``attention``    ``TorchAttentionBackend``: paged attention on any KV cache layout torch can view
-``worker``       ``TorchCpuWorker``: a worker that can be a later pipeline stage
-``rejection``    which draft tokens of speculative decoding are kept
-``kernels``      the ``torch.ops._C`` operators the CPU backend calls, written in PyTorch
-``activations``  further operators, which vLLM's activation classes look up
+``torch_cpu``        ``TorchCpuPlatform``: configuration defaults and kernel registration
+``attention``        ``TorchAttentionBackend``: attention on any KV cache layout torch can view
+``worker``           ``TorchCpuWorker``: a worker that can be a later pipeline stage
+``rejection``        which draft tokens of speculative decoding are kept
+``kernels``          the ``torch.ops._C`` operators the CPU backend calls, written in PyTorch
+``paged_attention``  the arithmetic of the attention operator among them
+``activations``      further operators, which vLLM's activation classes look up
 
 It is meant for development, tests and small models; a GPU, or a vLLM built for the CPU, is faster.
 vLLM finds it through the ``vllm.platform_plugins`` entry point, which names ``activate``.

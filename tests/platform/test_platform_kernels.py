@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.activation import FastGELU, NewGELU, QuickGELU
 
-from pacellm_vllm.platform import activations, kernels  # noqa: F401
+from pacellm_vllm.platform import activations, kernels, paged_attention  # noqa: F401
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -154,8 +154,8 @@ def test_attention_takes_any_block_and_head_size(block_size, heads, kv_heads, di
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("options", [{}, {"window": 11}, {"causal": False, "window": 4}], ids=str)
 def test_attention_in_small_tiles_and_batches(monkeypatch, softcap, options):
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 200)
-    monkeypatch.setattr(kernels, "_GATHER_ELEMENTS", 100)
+    monkeypatch.setattr(paged_attention, "_TILE_ELEMENTS", 200)
+    monkeypatch.setattr(paged_attention, "_GATHER_ELEMENTS", 100)
     batch = Batch(
         q_lens=[23, 1, 1, 30], kv_lens=[23, 70, 64, 50], layout="BLHNC", dtype=torch.float32
     )
@@ -182,10 +182,10 @@ def test_pages_left_behind_by_the_window_are_not_read(window):
 def test_decode_gathers_only_its_own_blocks():
     """The whole cache is never copied: a gather costs what the requests hold."""
     cache = torch.empty(4096, 2, 64, 8)[:, :, :32]
-    index_ops = kernels._blocks_of(cache, torch.tensor([3, 1]))
+    index_ops = paged_attention._blocks_of(cache, torch.tensor([3, 1]))
     assert index_ops.shape == (2, 2, 32, 8)
     with torch.profiler.profile(profile_memory=True) as profile:
-        kernels._blocks_of(cache, torch.tensor([3, 1]))
+        paged_attention._blocks_of(cache, torch.tensor([3, 1]))
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert allocated < cache.numel()
 
