@@ -135,6 +135,19 @@ class Worker:
         self.process.wait(timeout=600)
 
 
+def raise_norms(engine: Any) -> None:
+    """Set the norms of dummy weights to 1.
+
+    They are 1e-3 at most, which would leave activations of next to nothing; with 1 the same tokens
+    give like activations and others unlike ones.
+    """
+    core = engine.engine_core.engine_core
+    model = core.model_executor.driver_worker.worker.model_runner.model
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+
+
 def work() -> None:
     """The child: answer one JSON line per request line until stdin ends."""
     begun = time.perf_counter()
@@ -153,13 +166,8 @@ def work() -> None:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     config = core.vllm_config
-    # Dummy weights are 1e-3 at most, the norms' too, which would leave activations of next to
-    # nothing; with norms of 1 the same tokens give like activations and others unlike ones.
     if start["load_format"] == "dummy":
-        model = core.model_executor.driver_worker.worker.model_runner.model
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.data.fill_(1)
+        raise_norms(engine)
     serial = 0
 
     def add(prompts: list[list[int]], max_tokens: int) -> None:

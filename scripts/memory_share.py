@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_serving import SHAPES, make_prompts, memory_layers, write_checkpoint
+from bench_serving import SHAPES, make_prompts, memory_layers, raise_norms, write_checkpoint
 
 CHUNK = 512
 inside = 0.0
@@ -57,10 +57,7 @@ def main() -> None:
             hf_overrides={"architectures": ["PaceQwen2ForCausalLM"]},
             additional_config={"pacellm": {"layers": memory_layers(shape["layers"], 2)}},
         ).llm_engine
-    model = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # as in bench_serving.py
-            parameter.data.fill_(1)
+    raise_norms(engine)
     watch(PaceMemory, "forward")
     watch(BankMetadataBuilder, "build")
 
