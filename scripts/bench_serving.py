@@ -148,6 +148,17 @@ def raise_norms(engine: Any) -> None:
             parameter.data.fill_(1)
 
 
+def memory_counts(engine: Any) -> dict[int, dict[str, int]]:
+    """What the memory of each layer did so far; empty without memory."""
+    config = engine.engine_core.engine_core.vllm_config
+    layers = config.compilation_config.static_forward_context
+    return {
+        layer.index: layer.counts.as_dict()
+        for name, layer in layers.items()
+        if name.endswith(".memory")
+    }
+
+
 def work() -> None:
     """The child: answer one JSON line per request line until stdin ends."""
     begun = time.perf_counter()
@@ -219,14 +230,7 @@ def work() -> None:
                 engine.step()
             answer(None)
         elif task["what"] == "counts":
-            layers = config.compilation_config.static_forward_context
-            answer(
-                {
-                    layer.index: layer.counts.as_dict()
-                    for name, layer in layers.items()
-                    if name.endswith(".memory")
-                }
-            )
+            answer(memory_counts(engine))
         elif task["what"] == "device":
             answer(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
 

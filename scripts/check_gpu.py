@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_serving import make_prompts, memory_layers, write_checkpoint
+from bench_serving import make_prompts, memory_counts, memory_layers, write_checkpoint
 
 # The FFN is no power of two, and its rows cross pages.
 SHAPE = {"hidden": 512, "ffn": 5004, "layers": 4, "heads": 8, "kv": 2, "vocab": 512}
@@ -63,7 +63,7 @@ def cases(device: str, backends: list[str]) -> list[Case]:
             ("chunks of 96", {"max_num_batched_tokens": 96}),
             ("one request at a time", {"max_num_seqs": 1}),
         ]
-        return [Case("fp32", name, "float32", {**more}) for name, more in chunks]
+        return [Case("fp32", name, "float32", more) for name, more in chunks]
     eager = {"enforce_eager": True, "async_scheduling": False}
     graphs = {"enforce_eager": False, "async_scheduling": False}
     piecewise = {**graphs, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
@@ -129,16 +129,9 @@ def work(task: dict[str, Any]) -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         if task["waits"]:
             torch.cuda.set_sync_debug_mode("default")
-    core: Any = llm.llm_engine.engine_core
-    layers = core.engine_core.vllm_config.compilation_config.static_forward_context
-    counts = {
-        layer.index: layer.counts.as_dict()
-        for name, layer in layers.items()
-        if name.endswith(".memory")
-    }
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "counts": counts,
+        "counts": memory_counts(llm.llm_engine),
         "start_s": started - begun,
         "answer_s": time.perf_counter() - started,
     }
@@ -227,7 +220,7 @@ def main() -> None:
 
     print("| group | engine | answers | counts by layer |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16") if args.device == "cuda" else ("float32",):
             path = Path(directory) / dtype
             write_checkpoint(path, SHAPE, max([2048, *lengths]) + 64, dtype, weights=True)
         first: dict[str, dict[str, Any] | None] = {}
