@@ -4,7 +4,7 @@ Imports Triton, so only what runs on a device that has it may import this.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -121,12 +121,17 @@ class DeviceTables:
 
     def of_pieces(self, table: torch.Tensor, pieces: Sequence[Piece]) -> DeviceStep:
         """Any step; ``table`` [requests, >= pages] int32 block ids of the pieces' requests."""
-        rounds = []
+        rounds, copies = [], []
         for some in rounds_of(pieces):
             self._stamp += 1
             rounds.append(tables_of(some, self._stamp))
+            copies.append(_copies(some, table))
         num_tokens = max((piece.end for piece in pieces), default=0)
-        return DeviceStep(self._copied(rounds, table), num_tokens)
+        steps = [
+            replace(one, copies=blocks)
+            for one, blocks in zip(self._copied(rounds, table), copies, strict=True)
+        ]
+        return DeviceStep(steps, num_tokens)
 
     def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
@@ -142,6 +147,26 @@ class DeviceTables:
             )
             for (rows, tiles_here), pieces_now, tiles_now in zip(rounds, pieces, tiles, strict=True)
         ]
+
+
+def _copies(pieces: Sequence[Piece], table: torch.Tensor) -> torch.Tensor | None:
+    """Blocks [2, n] int64 that hold banks, and those that take a copy, on the device.
+
+    Where there is no bank, or no copy of it is wanted, a block is copied to itself.
+    """
+    where = [
+        (piece.request, source, target)
+        for piece in pieces
+        for source, target in enumerate(piece.copy)
+    ]
+    if not where:
+        return None
+    host = torch.tensor(where, dtype=torch.int64)
+    if table.device.type == "cuda":
+        host = host.pin_memory()
+    rows, sources, targets = host.to(table.device, non_blocking=True).unbind(1)
+    held, wanted = table[rows, sources].long(), table[rows, targets].long()
+    return torch.stack([held, torch.where((held == 0) | (wanted == 0), held, wanted)])
 
 
 def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:

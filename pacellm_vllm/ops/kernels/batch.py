@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,11 +43,12 @@ class PieceLike(Protocol):
 
 @dataclass(frozen=True)
 class DeviceRound:
-    """Pieces that may run at once, no two of one request; all tensors int32.
+    """Pieces that may run at once, no two of one request; tensors are int32.
 
     ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
     block ids. ``longest`` is the most tokens of a tile and ``several`` whether some piece has more
-    than one tile.
+    than one tile. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
+    the second's, if there are any.
     """
 
     pieces: torch.Tensor
@@ -55,6 +56,7 @@ class DeviceRound:
     table: torch.Tensor
     longest: int
     several: bool
+    copies: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for tensor, columns in ((self.pieces, COLUMNS.value), (self.tiles, TILE_COLUMNS.value)):
@@ -66,12 +68,13 @@ class DeviceRound:
 
 
 Tables = tuple[np.ndarray, np.ndarray]
+AnyPiece = TypeVar("AnyPiece", bound=PieceLike)
 
 
-def rounds_of(pieces: Iterable[PieceLike]) -> list[list[PieceLike]]:
+def rounds_of(pieces: Iterable[AnyPiece]) -> list[list[AnyPiece]]:
     """The j-th pieces of all requests, for each j: a segment ends before the next one begins."""
     seen: dict[int, int] = {}
-    rounds: list[list[PieceLike]] = []
+    rounds: list[list[AnyPiece]] = []
     for piece in pieces:
         turn = seen.get(piece.request, 0)
         seen[piece.request] = turn + 1

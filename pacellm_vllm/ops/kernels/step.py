@@ -31,6 +31,9 @@ def advance_batch(
     buffer over tensor parallel ranks. Waits for nothing.
     """
     for now in rounds:
+        if now.copies is not None:
+            sources, targets = now.copies
+            banks.cells.index_copy_(0, targets, banks.cells[sources])
         found = products_of(a, banks, now, rules)
         if reduce is not None:
             found = found.reduced(reduce)
