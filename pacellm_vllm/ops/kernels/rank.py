@@ -23,6 +23,11 @@ FACTS = tl.constexpr(4)
 # fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
 SHARES = tl.constexpr(3)
 
+# int64 columns of a row of counts, which is a piece's: tokens by kind, commits, most slots valid
+# after a commit, slots valid after the last one, and that one's round. In the first row also a
+# clock, which counts rounds: kept on the device, as graphs replay without the host.
+TALLY, CLOCK = tl.constexpr(8), tl.constexpr(7)
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -51,6 +56,7 @@ def rank_kernel(
     shares,
     slots,
     members,
+    tally,
     SIZE: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -59,7 +65,9 @@ def rank_kernel(
     BOTTOM: tl.constexpr,
     MID_SELF: tl.constexpr,
 ):
-    """Program (tile, i): token i of the tile. Ties go to the lower slot."""
+    """Program (tile, i): token i of the tile. Ties go to the lower slot. The first ticks."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(tally + CLOCK, tl.load(tally + CLOCK) + 1)
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if tl.program_id(1) >= length:
@@ -140,8 +148,17 @@ def rank_kernel(
     tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
 
 
-def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules) -> Findings:
-    """The round's tokens ranked, ``facts`` but for its last column."""
+def rank(
+    found: Products,
+    banks: DeviceBanks,
+    now: DeviceRound,
+    rules: MemoryRules,
+    tally: torch.Tensor,
+) -> Findings:
+    """The round's tokens ranked, ``facts`` but for its last column, and the round counted."""
+    assert tally.dtype == torch.int64, tally.dtype
+    assert tally.is_contiguous(), tally.stride()
+    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
     tokens, size = found.of_tokens.shape[0], rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     device = found.of_tokens.device
@@ -165,6 +182,7 @@ def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRul
         findings.shares,
         findings.slots,
         findings.members,
+        tally,
         SIZE=size,
         SLOTS_AT_ONCE=triton.next_power_of_2(size),
         SEGMENT=rules.segment_size,
