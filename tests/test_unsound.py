@@ -6,14 +6,13 @@ import pytest
 import torch
 from dense_store import DenseStore
 from test_ops import drive, paged_store, rules
-from unsound import PLACES, POISONS, assert_bank_is, streams, told
+from unsound import PACE, PLACES, POISONS, assert_bank_is, near, streams, told
 
 from pacellm_vllm.memory.drafts import guess, settle
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.ops.steps import advance_steps
 from pacellm_vllm.ops.update import advance
 
-PACE = {"segment_size": 12, "bank_size": 5, "top_k": 2, "max_insertions": 3}
 PRESETS = ["official", "paper"]
 
 
@@ -34,7 +33,6 @@ def test_prefill_and_decode_are_the_oracles(width, dtype, preset, poison):
     r = rules(**PACE, preset=preset)
     stream = streams(width, dtype)[1][poison]
     want, bank = told(stream, **PACE, preset=preset)
-    near = {} if dtype is torch.float32 else {"rtol": 0.016, "atol": 0.016}
     layout = BankLayout.plan(r, width, dtype, 2048)
     for cuts in ([], [1, 5, 20, 23, 24, 30, 55], range(1, 60), None):
         store = DenseStore(r, width, dtype) if cuts is not None else paged_store(layout, dtype)
@@ -42,7 +40,7 @@ def test_prefill_and_decode_are_the_oracles(width, dtype, preset, poison):
             got, steps = drive(store, stream, r, cuts)
         else:
             (got,), steps = decode([store], [stream], [r])
-        torch.testing.assert_close(got, want, equal_nan=True, **near)
+        torch.testing.assert_close(got, want, equal_nan=True, **near(dtype))
         torch.testing.assert_close(got[PLACES], stream[PLACES], equal_nan=True, rtol=0, atol=0)
         assert_bank_is(store, bank)
         assert sum(s.high + s.mid + s.low for s in steps) == 60 - len(PLACES)

@@ -4,7 +4,7 @@ import torch
 from oracle import Bank, MemoryRules
 from test_ops import activations
 
-SEGMENT, BANK = 12, 5
+PACE = {"segment_size": 12, "bank_size": 5, "top_k": 2, "max_insertions": 3}
 NAN, INF, HUGE = float("nan"), float("inf"), 1e20
 # One element, both ends of a row (two ranks' shares), or all of it; 1e20 squared is no fp32 number.
 POISONS = {
@@ -20,13 +20,14 @@ PLACES = [0, 4, 11, 12, 18, 23, *range(25, 34), 59]
 
 
 def streams(width, dtype, places=PLACES):
-    """60 tokens, and them again with each of ``POISONS`` at ``places``."""
+    """60 tokens, and them again with each of ``POISONS`` at ``places``, and with all in turn."""
     sound = activations(60, width, 3).to(dtype)
+    kinds = {name: [poison] for name, poison in POISONS.items()} | {"mixed": [*POISONS.values()]}
     made = {}
-    for name, poison in POISONS.items():
+    for name, poisons in kinds.items():
         made[name] = sound.clone()
-        for token in places:
-            poison(made[name][token])
+        for i, token in enumerate(places):
+            poisons[i % len(poisons)](made[name][token])
     return sound, made
 
 
@@ -42,16 +43,20 @@ def told(stream, **pace):
     return torch.cat(outputs), bank
 
 
+def near(dtype):
+    """How far outputs and rows of ``dtype`` may be from the oracle's."""
+    return {} if dtype is torch.float32 else {"rtol": 0.016, "atol": 0.016}
+
+
 def assert_bank_is(store, bank):
     """A store's committed slots are finite and the oracle's."""
     valid = int(store.read_words()[0])
     assert valid == bank.num_valid
-    near = {} if bank.keys.dtype is torch.float32 else {"rtol": 0.016, "atol": 0.016}
     for got, want in (
         (store.read_keys(valid), bank.keys[:valid]),
         (store.read_values(valid), bank.values[:valid]),
     ):
         assert got.isfinite().all()
-        torch.testing.assert_close(got, want, **near)
+        torch.testing.assert_close(got, want, **near(want.dtype))
     usage = store.read_words()[3 : 3 + valid]
     assert usage.tolist() == bank.usage[:valid].tolist()

@@ -76,7 +76,7 @@ def book_kernel(
 
     free = SIZE - valid
     room = free + tl.minimum(valid, INSERTIONS)
-    mids_before, lows_before = mids, lows
+    highs, mids_before, lows_before = 0, mids, lows
     for start in range(0, length, TOKENS_AT_ONCE):
         i = start + tl.arange(0, TOKENS_AT_ONCE)
         token = (begin + i).to(tl.int64)
@@ -94,16 +94,16 @@ def book_kernel(
         merge = tl.maximum(merge, tl.max(tl.where((kind == MID)[:, None], found, 0), axis=0))
         if PAPER:
             confirm += tl.sum(tl.where((kind == HIGH)[:, None], found, 0), axis=0)
+        highs += tl.sum((kind == HIGH).to(tl.int32), axis=0)
         mids += tl.sum((kind == MID).to(tl.int32), axis=0)
         lows += tl.sum(is_low, axis=0)
 
     tl.store(plan_sizes + piece * 2, valid)
     tl.store(plan_sizes + piece * 2 + 1, mids)
     counts = tally + piece * TALLY
-    was_low, was_mid = lows - lows_before, mids - mids_before
-    tl.store(counts, tl.load(counts) + length - was_low - was_mid)
-    tl.store(counts + 1, tl.load(counts + 1) + was_mid)
-    tl.store(counts + 2, tl.load(counts + 2) + was_low)
+    tl.store(counts, tl.load(counts) + highs)
+    tl.store(counts + 1, tl.load(counts + 1) + mids - mids_before)
+    tl.store(counts + 2, tl.load(counts + 2) + lows - lows_before)
 
     if offset + length == SEGMENT:
         exists = slot < valid

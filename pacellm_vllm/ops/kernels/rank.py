@@ -9,14 +9,16 @@ import triton.language as tl
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.products import Products
-from pacellm_vllm.ops.lookup import NORM_FLOOR
+from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
 
-FLOOR = tl.constexpr(NORM_FLOOR)
+FLOOR, MOST = tl.constexpr(NORM_FLOOR), tl.constexpr(MOST_SQUARE)
 HIGH_WEIGHT = tl.constexpr(MemoryRules.high_weight)
 MID_WEIGHT = tl.constexpr(MemoryRules.mid_weight)
 
 LOW, MID, HIGH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What an unsound token is instead.
+NO_KIND = tl.constexpr(-1)
 # int32 columns of a token's facts: kind, how many slots of its list are read from the top and from
 # the bottom, and where a low token is stored (see ``book``).
 FACTS = tl.constexpr(4)
@@ -83,8 +85,12 @@ def rank_kernel(
     valid = 0
     if tl.load(at + 2) >= SEGMENT:
         valid = tl.load(words + counter_at(table, WORD_STRIDE))
-    if valid == 0:
-        tl.store(facts, LOW)
+    token_square = 0.0
+    for group in range(groups):
+        token_square += tl.load(products + (token * groups + group) * (SIZE + 1) + SIZE)
+    sound = token_square <= MOST
+    if (valid == 0) | (not sound):
+        tl.store(facts, tl.where(sound, LOW, NO_KIND))
         tl.store(facts + 1, 0)
         tl.store(facts + 2, 0)
         tl.store(shares, 1.0)
@@ -100,17 +106,13 @@ def rank_kernel(
     exists = slot < valid
     dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     key_squares = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    token_square = 0.0
     for group in range(groups):
         row = products + (token * groups + group) * (SIZE + 1)
         dots += tl.load(row + slot, mask=exists, other=0.0)
-        token_square += tl.load(row + SIZE)
         row = squares + (piece * groups + group).to(tl.int64) * SIZE
         key_squares += tl.load(row + slot, mask=exists, other=0.0)
     norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
     cosines = tl.div_rn(dots, norms)
-    # What is not a number is as unlike everything as can be.
-    cosines = tl.where(cosines == cosines, cosines, float("-inf"))
 
     count = tl.minimum(valid, TOP)
     best = tl.max(tl.where(exists, cosines, float("-inf")), axis=0)
