@@ -177,7 +177,8 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "field", "value", "sentence"),
     [
-        ("parallel", "enable_dbo", True, "dual-batch overlap: two half-batches"),
+        ("parallel", "enable_dbo", True, "dual-batch overlap or microbatches: parts of a"),
+        ("parallel", "ubatch_size", 2, "dual-batch overlap or microbatches: parts of a"),
         ("parallel", "decode_context_parallel_size", 2, "context parallelism: a bank"),
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),

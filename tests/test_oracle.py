@@ -269,6 +269,36 @@ class TestPaperUpdate:
         assert bank.keys.tolist() == [E1, [-1.0, 0.0]]
 
 
+UNSOUND = [[float("nan"), 1.0], [1.0, -float("inf")], [2.0**50, 0.0]]
+
+
+class TestUnsoundTokens:
+    def test_they_pass_through(self):
+        for keys in ([E1, E2], []):
+            bank = make_bank(keys, bank_size=2, theta_low=-1.0)
+            o, categories = enhance(bank, *UNSOUND)
+            assert categories == ["unsound"] * 3
+            assert str(o) == str(UNSOUND)
+            assert bank.closest_call == float("inf")
+
+    def test_the_longest_sound_one_is_compared(self):
+        assert enhance(make_bank([E1]), [9e14, 0.0])[1] == ["high"]
+
+    def test_they_take_no_slot(self):
+        bank = make_bank([], bank_size=3)
+        assert update(bank, [*UNSOUND, E1]) == ["unsound"] * 3 + ["empty"]
+        assert bank.num_valid == 1
+        assert bank.keys[0].tolist() == E1
+
+    @pytest.mark.parametrize(("preset", "share"), [("official", 1), ("paper", 4)])
+    def test_they_add_nothing_to_a_mean(self, preset, share):
+        # The mean of one mid token is itself; that of a whole segment has the segment's length.
+        bank = make_bank([E1], usage=[1], preset=preset, theta_high=0.7)
+        assert update(bank, [*UNSOUND, A34]) == ["unsound"] * 3 + ["mid"]
+        assert bank.keys.tolist() == approx([[0.5 + 1.5 / share, 2.0 / share]])
+        assert bank.usage.tolist() == [2]
+
+
 def test_counts_and_closest_call():
     bank = make_bank([E1], theta_high=0.75, theta_low=0.25)
     enhance(bank, E1, A34, [0.0, 1.0], [0.0, 1.0])

@@ -25,7 +25,7 @@ from pacellm_vllm.ops.kernels.batch import (
     single_tables,
     tables_of,
 )
-from pacellm_vllm.ops.kernels.book import TALLY
+from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
@@ -96,7 +96,6 @@ class DeviceTables:
         self._pages = np.array(
             [layout.pages_for(n) for n in range(min(layout.bank_size, layout.segment_size) + 1)]
         )
-        self._stamp = 0
 
     def of_singles(
         self, table: torch.Tensor, lengths: np.ndarray, own: Mapping[int, MemoryRules]
@@ -114,24 +113,20 @@ class DeviceTables:
             numbers = numbers.copy()
             for row, rules in own.items():
                 numbers[row] = numbers_of(rules)
-        self._stamp += 1
         positions = np.maximum(lengths - 1, 0)
-        tables = single_tables(positions, pages, numbers, self._stamp)
+        tables = single_tables(positions, pages, numbers)
         return DeviceStep(self._copied([tables], table), len(lengths))
 
     def of_pieces(self, table: torch.Tensor, pieces: Sequence[Piece]) -> DeviceStep:
         """Any step; ``table`` [requests, >= pages] int32 block ids of the pieces' requests."""
-        rounds, copies = [], []
-        for some in rounds_of(pieces):
-            self._stamp += 1
-            rounds.append(tables_of(some, self._stamp))
-            copies.append(_copies(some, table))
+        turns = rounds_of(pieces)
+        rounds = self._copied([tables_of(some) for some in turns], table)
         num_tokens = max((piece.end for piece in pieces), default=0)
-        steps = [
-            replace(one, copies=blocks)
-            for one, blocks in zip(self._copied(rounds, table), copies, strict=True)
+        rounds = [
+            replace(one, copies=_copies(some, table))
+            for one, some in zip(rounds, turns, strict=True)
         ]
-        return DeviceStep(steps, num_tokens)
+        return DeviceStep(rounds, num_tokens)
 
     def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
@@ -184,7 +179,7 @@ def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Ten
 
 
 def new_tally(requests: int, device: torch.device) -> torch.Tensor:
-    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/book.py``."""
+    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/rank.py``."""
     return torch.zeros(requests, TALLY.value, dtype=torch.int64, device=device)
 
 

@@ -65,9 +65,9 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             bool(model.is_encoder_decoder),
             "a bank knows one sequence of tokens; serve it without pacellm",
         ),
-        "dual-batch overlap": (
-            bool(parallel.enable_dbo),
-            "two half-batches would read one step's metadata; drop --enable-dbo",
+        "dual-batch overlap or microbatches": (
+            bool(parallel.use_ubatching),
+            "parts of a batch would read one step's metadata; drop --enable-dbo and --ubatch-size",
         ),
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,

@@ -8,11 +8,12 @@ from banks import Pool
 from dense_store import DenseStore
 from test_ops import activations, drive, rules
 
-from pacellm_vllm.memory.device import DeviceTables
+from pacellm_vllm.memory.device import DeviceTables, counts_of
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.snapshots import SnapshotGrid
 from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.ops.kernels.rank import CLOCK
 from pacellm_vllm.ops.kernels.step import advance_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -92,6 +93,28 @@ def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
         results.append([part.contiguous().view(torch.uint8) for part in (out, words, *rows)])
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize("rounds", [0, 2**31 - 2, 2**32 - 2, 2**63 - 9])
+def test_the_last_commit_is_known_after_any_number_of_rounds(rounds):
+    """Every token is low: a request's first commit leaves 4 slots, its second all 7."""
+    r = rules(bank_size=7, segment_size=4, theta_low=1.0, theta_high=1.0)
+    pool = Pool(r, 62, torch.float32, 3)
+    pool.tally[0, CLOCK.value] = rounds
+    a = activations(8, 62)
+    last = []
+    # The counts of a piece lie in the row of its place in the round, whoever's it is.
+    for positions, counts in (
+        ([0, 0], [4, 4]),
+        ([0, 4], [0, 4]),
+        ([4], [2]),
+        ([6, 0, 0], [1, 0, 4]),
+        ([7], [1]),
+    ):
+        pool.run(a[: sum(counts)], pool.pieces(positions, counts))
+        last.append(counts_of(pool.tally).slots_last)
+    assert last == [4, 7, 7, 4, 7]
+    assert counts_of(pool.tally).commits == 5
 
 
 def test_padding_and_requests_without_a_bank_pass_through():

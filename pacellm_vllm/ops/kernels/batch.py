@@ -13,10 +13,10 @@ from pacellm_vllm.ops.sums import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
 # int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
-# tiles, stamp, and the bits of fp32 alpha, noise, theta_high and theta_low.
+# tiles, an idle one, and the bits of fp32 alpha, noise, theta_high and theta_low. Idle columns keep
+# rows at multiples of 16 bytes, so that kernels are compiled once for any round.
 COLUMNS = tl.constexpr(12)
-# int32 columns of a tile: piece, begin, length, and one that keeps rows at 16 bytes, so that
-# kernels are compiled once for any round.
+# int32 columns of a tile: piece, begin, length, and an idle one.
 TILE_COLUMNS = tl.constexpr(4)
 
 
@@ -90,11 +90,8 @@ def numbers_of(rules: MemoryRules) -> np.ndarray:
     return np.array(numbers, dtype=np.float32).view(np.int32)
 
 
-def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
-    """``pieces`` and ``tiles`` of one round, int32, on the host.
-
-    ``stamp`` counts rounds, so that counts can tell which came last.
-    """
+def tables_of(pieces: Sequence[PieceLike]) -> Tables:
+    """``pieces`` and ``tiles`` of one round, int32, on the host."""
     rows = np.empty((len(pieces), COLUMNS.value), dtype=np.int32)
     tiles: list[tuple[int, int, int, int]] = []
     numbers: dict[MemoryRules, np.ndarray] = {}
@@ -107,16 +104,14 @@ def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
             begin, offset = begin + n, offset + n
         length = piece.end - piece.begin
         rows[index, :5] = (piece.begin, length, piece.position, piece.request, piece.pages)
-        rows[index, 5:8] = (first, len(tiles) - first, stamp)
+        rows[index, 5:8] = (first, len(tiles) - first, 0)
         if piece.rules not in numbers:
             numbers[piece.rules] = numbers_of(piece.rules)
         rows[index, 8:] = numbers[piece.rules]
     return rows, np.array(tiles, dtype=np.int32).reshape(-1, TILE_COLUMNS.value)
 
 
-def single_tables(
-    positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray, stamp: int
-) -> Tables:
+def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:
     """``tables_of`` for a decode step: token i is request i's only one.
 
     ``positions`` and ``pages`` [R], ``numbers`` [4] or [R, 4] as of ``numbers_of``.
@@ -125,5 +120,5 @@ def single_tables(
     index = np.arange(count, dtype=np.int32)
     rows = np.empty((count, COLUMNS.value), dtype=np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
-    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, stamp, numbers
+    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, 0, numbers
     return rows, np.stack([index, index, np.ones_like(index), np.zeros_like(index)], axis=1)
