@@ -32,7 +32,7 @@ def bank_spec(page_bytes=4096, drafts=0):
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
         num_layers=2,
         max_model_len=2048,
-        summary="layers 1, 3 of 4, preset official",
+        summary="layers 1, 3 of 4, preset gentle",
     )
 
 

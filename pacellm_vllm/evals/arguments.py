@@ -33,7 +33,7 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
     """Which configurations, and the servers that run them if any do."""
     parser.add_argument(
         "--configs",
-        default="off,official",
+        default="off,gentle",
         help=f"{', '.join(CONFIG_NAMES)}, or JSON of names to settings; all are compared to the "
         "first (%(default)s)",
     )
