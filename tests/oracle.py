@@ -22,11 +22,12 @@ MOST_SQUARE = 1e30
 OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
 
 PRESETS: dict[str, dict[str, float]] = {
-    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
-    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
+    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1},
 }
 # w_high, w_mid, w_self
-BLEND = {"official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
+BLEND = {"gentle": (1.0, 0.5, 0.0), "official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class MemoryRules:
     theta_high: float
     theta_low: float
     alpha: float
-    preset: str = "official"
+    noise: float
+    preset: str = "gentle"
     layers: tuple[int, ...] = ()
     bank_size: int = 100
     top_k: int = 5
     negative_k: int = 2
-    noise: float = 0.1
     segment_size: int = 1024
     max_insertions: int = 16
     momentum: float = 0.5
@@ -49,7 +50,7 @@ class MemoryRules:
     @classmethod
     def of(cls, **pace: Any) -> "MemoryRules":
         """The preset's defaults, overridden by whatever `pace` names."""
-        preset = pace.get("preset", "official")
+        preset = pace.get("preset", "gentle")
         settings = {"preset": preset, **PRESETS[preset], **pace}
         return cls(**{**settings, "layers": tuple(settings.get("layers", ()))})
 

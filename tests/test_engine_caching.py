@@ -8,7 +8,13 @@ from test_engine_oracle import GAP, clear_cases
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 40
 SETTINGS = {"pace": PACE, "max_num_batched_tokens": 128, "enable_prefix_caching": True}
 

@@ -10,7 +10,13 @@ from vllm.exceptions import VLLMValidationError
 
 from pacellm_vllm.memory.batch import NoSettings
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 50
 # What a request says, and what that means to the oracle.
 ASKS = {

@@ -6,7 +6,13 @@ from engines import engine, poisoned_pages, prompt_logprobs
 from test_engine_oracle import clear_cases
 from vllm import SamplingParams
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 60
 
 

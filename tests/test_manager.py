@@ -36,7 +36,7 @@ def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=
         max_model_len=2048,
         max_step_tokens=512,
         copied=caching,
-        summary="layers 1, 3 of 4, preset official",
+        summary="layers 1, 3 of 4, preset gentle",
     )
 
 

@@ -21,7 +21,8 @@ def make_bank(
 ) -> Bank:
     """A bank (D = 2) whose first slots hold `keys`; what lies beyond them is NaN."""
     count = len(keys)
-    bank = Bank(MemoryRules.of(bank_size=bank_size or count, **pace), dim=2)
+    pace = {"preset": "official", "bank_size": bank_size or count, **pace}
+    bank = Bank(MemoryRules.of(**pace), dim=2)
     for tensor in (bank.keys, bank.values, bank.usage):
         tensor.fill_(float("nan"))
     bank.num_valid = count
@@ -47,7 +48,10 @@ def approx(rows: list[list[float]]) -> list[Any]:
 
 class TestRules:
     def test_presets(self):
-        official, paper = MemoryRules.of(), MemoryRules.of(preset="paper", layers=[1, 3])
+        gentle, official = MemoryRules.of(), MemoryRules.of(preset="official")
+        paper = MemoryRules.of(preset="paper", layers=[1, 3])
+        assert (gentle.theta_high, gentle.theta_low) == (0.75, 0.25)
+        assert (gentle.alpha, gentle.noise) == (0.1, 0)
         assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)
         assert (paper.theta_high, paper.theta_low, paper.alpha) == (0.7, 0.3, 1.0)
         assert (official.top_k, official.negative_k, official.noise) == (5, 2, 0.1)
@@ -73,6 +77,8 @@ class TestEnhance:
         ("preset", "token", "category", "expected"),
         [
             # mu+ = mu- = (2, 4)
+            ("gentle", [3.0, 0.0], "high", [0.9 * 3 + 0.1 * 2, 0.1 * 4]),
+            ("gentle", A34, "mid", [0.9 * 3 + 0.1 * 1, 0.9 * 4 + 0.1 * 2]),
             ("official", [3.0, 0.0], "high", [0.8 * 3 + 0.2 * 2.2, 0.2 * 4.4]),
             ("official", A34, "mid", [0.8 * 3 + 0.2 * 1.2, 0.8 * 4 + 0.2 * 2.4]),
             ("official", [0.0, 5.0], "low", [0.0, 5.0]),
@@ -334,7 +340,8 @@ def clustered(seed: int, size: int, dim: int, segments: int) -> list[torch.Tenso
 def test_published_rules(bank_size, size, seed):
     dim = 40
     published = PublishedBank(bank_size, dim)
-    bank = Bank(MemoryRules.of(bank_size=bank_size, max_insertions=bank_size), dim)
+    rules = MemoryRules.of(preset="official", bank_size=bank_size, max_insertions=bank_size)
+    bank = Bank(rules, dim)
     for a in clustered(seed, size, dim, segments=12):
         o, _ = bank.enhance(a)
         bank.update(a, o)

@@ -19,7 +19,13 @@ from pacellm_vllm.evals.text import sentences
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
-PACE = {"layers": [1, 3], "segment_size": 64, "bank_size": 40, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "segment_size": 64,
+    "bank_size": 40,
+    "max_insertions": 5,
+}
 SEGMENTS, REST = 6, 11
 
 
@@ -30,7 +36,7 @@ def write_text(path, seed):
 
 
 def inspect(text, *words, model=TINY):
-    flags = ["--layers", "1,3", "--segment-size", "64", "--bank-size", "40"]
+    flags = ["--preset", "official", "--layers", "1,3", "--segment-size", "64", "--bank-size", "40"]
     flags += ["--max-insertions", "5", "--engine", json.dumps(ENGINE), *words]
     return main(["inspect", "memory", str(model), "--text", str(text), *flags])
 
