@@ -18,6 +18,7 @@ from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -222,6 +223,24 @@ def refuse_in_beam_search(prefix: str) -> None:
 
     for protocol in (ChatCompletionRequest, CompletionRequest):
         _wrap_once(protocol, "to_beam_search_params", checked)
+
+
+def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
+    """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
+
+    Symptom: vLLM has no check of its own that a plugin could add to, and its asynchronous
+    scheduler takes a token back at the end of a turn that the model has read already.
+    Can go when turns end where the model's state does.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def checked(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+        why = refused(processor.vllm_config) if kwargs.get("resumable") else None
+        if why:
+            raise VLLMValidationError(why)
+        return original(processor, *args, **kwargs)
+
+    _wrap_once(InputProcessor, "process_inputs", checked)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)

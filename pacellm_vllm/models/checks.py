@@ -8,6 +8,7 @@ from pacellm_vllm.compat import (
     add_worker_extension,
     plugin_logger,
     refuse_in_beam_search,
+    refuse_sessions,
 )
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
@@ -37,6 +38,19 @@ def check_engine(vllm_config: VllmConfig) -> None:
     add_worker_extension(vllm_config, REPORT_EXTENSION)
     add_logits_processor(vllm_config, REQUEST_SETTINGS if layers else NO_REQUEST_SETTINGS)
     refuse_in_beam_search(CONFIG_KEY)
+    refuse_sessions(_why_no_sessions)
+
+
+def _why_no_sessions(vllm_config: VllmConfig) -> str | None:
+    """Why an engine takes no streamed input; None where it may, as every engine without memory."""
+    carries = REQUEST_SETTINGS in (vllm_config.model_config.logits_processors or ())
+    if not carries or not vllm_config.scheduler_config.async_scheduling:
+        return None
+    return (
+        "pacellm: streamed input does not work with memory and asynchronous scheduling, because a "
+        "bank has read the token that vLLM takes back at the end of a turn; serve with "
+        "--no-async-scheduling."
+    )
 
 
 def known_harm(config: PaceConfig) -> str | None:
