@@ -69,9 +69,10 @@ def cluster(
     check_num_experts(num_experts, features.shape[0])
     rows = unit_rows(features)
     solve = assign_flow if resolve_assignment(assignment) == "flow" else assign_swaps
-    labels = np.zeros(len(rows), dtype=np.int64)
+    # One expert, or one for each neuron: nothing to choose.
+    labels = np.arange(len(rows)) if num_experts == len(rows) else np.zeros(len(rows), np.int64)
     inertia, share = np.inf, 1.0
-    if num_experts > 1:
+    if 1 < num_experts < len(rows):
         centres = first_centres(rows, num_experts, seed)
         for number in range(iterations):
             # Rows have one length and clusters one size: the nearest centres in sum are those
