@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -26,7 +27,8 @@ from pacellm_vllm.compat import (
 )
 from pacellm_vllm.config import CONFIG_KEY
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.request import RequestSettings
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.request import key_of, settings_of
 
 logger = plugin_logger()
 
@@ -54,6 +56,8 @@ class PagedBankManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._layout: BankLayout = kv_cache_spec.layout
+        self.rules: MemoryRules = kv_cache_spec.rules
+        _MANAGERS.add(self)
         # The base class leaves state out of zeroing. Pages never need it (what counts is decided
         # by position), but where vLLM zeroes anyway a second defence costs one memset.
         self._record_new_block_ids = bool(kwargs.get("needs_kv_cache_zeroing"))
@@ -276,18 +280,25 @@ class PagedBankManager(CircularBufferManager):
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
     if request is None or request.sampling_params is None:
         return False
-    if not RequestSettings.of(request.sampling_params.extra_args).enabled:
+    if not settings_of(request).enabled:
         return True
     # The last token sampled is never computed. A session may still grow longer than this.
     computed = request.num_prompt_tokens + request.max_tokens - 1
     return computed <= layout.segment_size and not request.resumable
 
 
+# Requests do not say which engine they are of, and one process may hold several.
+_MANAGERS: WeakSet[PagedBankManager] = WeakSet()
+
+
 def _hash_key(request: Request) -> tuple[str, str] | None:
-    params = request.sampling_params
-    if params is None or not params.extra_args:
+    if request.sampling_params is None or not request.sampling_params.extra_args:
         return None
-    key = RequestSettings.of(params.extra_args).key()
+    rules = {manager.rules for manager in _MANAGERS}
+    if len(rules) == 1:
+        key = key_of(request, *rules)
+    else:
+        key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
     return (CONFIG_KEY, key) if key else None
 
 

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 from pacellm_vllm.compat import register_kv_cache_spec
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.manager import PagedBankManager
+from pacellm_vllm.ops.rules import MemoryRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,13 @@ class PagedBankSpec(CircularBufferSpec):
 
     ``block_size`` is the attention layers' (it only enters the scheduler's block arithmetic) and
     ``dtype`` is uint8: a dtype unlike the KV cache's makes vLLM zero new attention blocks, which
-    may have held a bank whose bytes read as NaN. ``num_layers`` carry memory in the whole model,
-    ``summary`` says which, for the start-up line, and ``max_model_len`` is the longest request's.
+    may have held a bank whose bytes read as NaN. ``rules`` are those of requests that set none of
+    their own. ``num_layers`` carry memory in the whole model, ``summary`` says which, for the
+    start-up line, and ``max_model_len`` is the longest request's.
     """
 
     layout: BankLayout
+    rules: MemoryRules
     num_layers: int
     summary: str
     max_model_len: int
