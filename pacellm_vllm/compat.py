@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from starlette.datastructures import Headers
-from vllm import envs
+from vllm import SamplingParams, envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
@@ -31,6 +31,8 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
+
+from pacellm_vllm.sentences import shown
 
 ConfigHook = Callable[[VllmConfig], None]
 
@@ -203,26 +205,70 @@ def load_with_drafts(names: Set[str | type]) -> None:
             _wrap_once(module, "build_logitsprocs", build)
 
 
-def refuse_in_beam_search(prefix: str) -> None:
-    """Make beam search requests that carry ``vllm_xargs`` starting with ``prefix`` a 400.
+def check_http_requests(
+    is_ours: Callable[[Any], bool], check: Callable[[SamplingParams], None]
+) -> None:
+    """Make bad settings of a request over HTTP a 4xx, before anything of a stream is sent.
 
-    Symptom: vLLM drops ``vllm_xargs`` of a beam search request without a word.
-    Can go when ``BeamSearchParams`` carries extra arguments.
+    ``is_ours`` tells our keys from others, ``check`` raises ``ValueError`` for bad ones.
+    Symptom: vLLM checks parameters when a streamed answer has begun, which then is a 200 with an
+    error in it, or on ``/v1/responses`` breaks off; what stands beside ``vllm_xargs`` instead of in
+    it is ignored; and beam search drops ``vllm_xargs`` without a word.
+    Can go when requests are admitted before their stream begins, unknown fields can be refused,
+    and ``BeamSearchParams`` carries extra arguments.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    def checked(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [key for key in request.vllm_xargs or () if key.startswith(prefix)]
-        if given:
-            raise ValueError(
-                f"{given[0]} is not supported with use_beam_search: vLLM does not pass "
+    def sampled(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        for key in filter(is_ours, request.model_extra or ()):
+            raise VLLMValidationError(
+                f"pacellm: {shown(key)} is not a field of a request; put it into vllm_xargs."
+            )
+        params = original(request, *args, **kwargs)
+        try:
+            check(params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from None
+        return params
+
+    def beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        for key in filter(is_ours, {**(request.vllm_xargs or {}), **(request.model_extra or {})}):
+            raise VLLMValidationError(
+                f"pacellm: {shown(key)} is not supported with use_beam_search: vLLM does not pass "
                 "vllm_xargs on to beams; drop one of the two."
             )
         return original(request, *args, **kwargs)
 
+    for protocol in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap_once(protocol, "to_sampling_params", sampled)
     for protocol in (ChatCompletionRequest, CompletionRequest):
-        _wrap_once(protocol, "to_beam_search_params", checked)
+        _wrap_once(protocol, "to_beam_search_params", beams)
+
+
+def keep_booleans() -> None:
+    """Leave booleans in ``vllm_xargs`` booleans; before vLLM's routes are imported.
+
+    Symptom: its type has numbers and no booleans, so that ``true`` is 1, which is a number that a
+    setting may have. Can go when its type has booleans.
+    """
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    value = bool | str | int | float | list[str | int | float]
+    for protocol in (
+        AnthropicMessagesRequest,
+        ChatCompletionRequest,
+        CompletionRequest,
+        ResponsesRequest,
+    ):
+        field = protocol.model_fields["vllm_xargs"]
+        if field.annotation != dict[str, value] | None:
+            field.annotation = dict[str, value] | None
+            protocol.model_rebuild(force=True)
 
 
 def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
+from pacellm_vllm.request import RequestSettings
 
 BLOCK = 16
 SEGMENT = 64
@@ -32,6 +33,7 @@ def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=
         head_size=page_bytes // 2,
         dtype=torch.uint8,
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
+        rules=rules,
         num_layers=2,
         max_model_len=2048,
         max_step_tokens=512,
@@ -401,3 +403,15 @@ def test_block_hashes_tell_settings_apart():
     assert hashes[5] == hashes[6] == hashes[0]
     for i in range(len(hashes[0])):
         assert len({blocks[i] for blocks in hashes[:4]}) == 4
+
+
+def test_a_requests_settings_are_read_once(monkeypatch):
+    """And not at every block: a prompt of 200,000 tokens has 12,500."""
+    read, of = [], RequestSettings.of
+    monkeypatch.setattr(RequestSettings, "of", lambda given: read.append(given) or of(given))
+    manager = make_manager(200, caching=True)
+    request = make_request("it", list(range(1000)), True, {"pacellm_alpha": 0.5})
+    assert len(request.block_hashes) == 1000 // BLOCK
+    manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, 100) is not None
+    assert len(read) == 1

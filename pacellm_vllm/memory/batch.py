@@ -73,7 +73,8 @@ class NoSettings(BatchSettings):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        if RequestSettings.of(sampling_params.extra_args).overrides():
+        settings = RequestSettings.of(sampling_params.extra_args)
+        if settings.enabled and settings.model_fields_set:
             raise PaceConfigError(
                 "pacellm: this engine carries no memory that a request could set; serve it with "
                 "layers, or drop the setting."

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -28,7 +29,8 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import CONFIG_KEY
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
-from pacellm_vllm.request import RequestSettings
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.request import key_of, settings_of
 
 logger = plugin_logger()
 
@@ -60,6 +62,8 @@ class PagedBankManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._layout: BankLayout = kv_cache_spec.layout
+        self.rules: MemoryRules = kv_cache_spec.rules
+        _MANAGERS.add(self)
         self._grid: SnapshotGrid | None = kv_cache_spec.grid
         self._max_step_tokens: int = kv_cache_spec.max_step_tokens
         snapshot_bytes = (
@@ -379,17 +383,24 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
     if request is None or request.sampling_params is None or request.resumable:
         # A session may grow, and its next turn may turn the memory on again.
         return False
-    if not RequestSettings.of(request.sampling_params.extra_args).enabled:
+    if not settings_of(request).enabled:
         return True
     # The last token sampled is never computed.
     return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
 
 
+# Requests do not say which engine they are of, and one process may hold several.
+_MANAGERS: WeakSet[PagedBankManager] = WeakSet()
+
+
 def _hash_key(request: Request) -> tuple[str, str] | None:
-    params = request.sampling_params
-    if params is None or not params.extra_args:
+    if request.sampling_params is None or not request.sampling_params.extra_args:
         return None
-    key = RequestSettings.of(params.extra_args).key()
+    rules = {manager.rules for manager in _MANAGERS}
+    if len(rules) == 1:
+        key = key_of(request, *rules)
+    else:
+        key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
     return (CONFIG_KEY, key) if key else None
 
 

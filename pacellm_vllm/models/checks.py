@@ -6,14 +6,16 @@ from vllm.platforms import current_platform
 from pacellm_vllm.compat import (
     add_logits_processor,
     add_worker_extension,
+    check_http_requests,
+    keep_booleans,
     plugin_logger,
-    refuse_in_beam_search,
     refuse_sessions,
 )
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
 from pacellm_vllm.models.settings import additional_settings, read_config
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.request import is_ours
 
 logger = plugin_logger()
 
@@ -27,6 +29,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
+    from pacellm_vllm.memory.batch import BatchSettings, NoSettings
+
     config = read_config(vllm_config)
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers or config.experts is None:
@@ -37,7 +41,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)
     add_logits_processor(vllm_config, REQUEST_SETTINGS if layers else NO_REQUEST_SETTINGS)
-    refuse_in_beam_search(CONFIG_KEY)
+    keep_booleans()
+    check_http_requests(is_ours, (BatchSettings if layers else NoSettings).validate_params)
     refuse_sessions(_why_no_sessions)
 
 
