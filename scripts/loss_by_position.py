@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
 
 from transformers import AutoTokenizer
 

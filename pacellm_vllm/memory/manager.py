@@ -65,6 +65,8 @@ class PagedBankManager(CircularBufferManager):
         # Blocks published in this step hold nothing until its copies ran: copy from their source.
         self._sources: dict[int, KVCacheBlock] = {}
         self._log_start(kv_cache_spec)
+        watch_requests()
+        add_block_hash_key(_hash_key, self.block_pool)
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
@@ -284,15 +286,15 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
 
 
 def _hash_key(request: Request) -> tuple[str, str] | None:
+    """Never raises: settings that are not allowed share nothing with those that are."""
     params = request.sampling_params
     if params is None or not params.extra_args:
         return None
-    key = RequestSettings.of(params.extra_args).key()
+    try:
+        key = RequestSettings.of(params.extra_args).key()
+    except Exception:
+        key = "not allowed"
     return (CONFIG_KEY, key) if key else None
-
-
-watch_requests()
-add_block_hash_key(_hash_key)
 
 
 def _page_hash(prefix: bytes, page: int) -> BlockHash:

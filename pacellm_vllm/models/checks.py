@@ -3,22 +3,14 @@
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from pacellm_vllm.compat import (
-    add_logits_processor,
-    add_worker_extension,
-    plugin_logger,
-    refuse_in_beam_search,
-)
+from pacellm_vllm.compat import add_logits_processor, add_worker_extension, refuse_in_beam_search
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
+from pacellm_vllm.memory.batch import BatchSettings, NoSettings
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
-from pacellm_vllm.models.settings import additional_settings, read_config
+from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 
-logger = plugin_logger()
-
 REPORT_EXTENSION = "pacellm_vllm.serving.report.MemoryReport"
-REQUEST_SETTINGS = "pacellm_vllm.memory.batch:BatchSettings"
-NO_REQUEST_SETTINGS = "pacellm_vllm.memory.batch:NoSettings"
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -33,7 +25,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.experts is not None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)
-    add_logits_processor(vllm_config, REQUEST_SETTINGS if layers else NO_REQUEST_SETTINGS)
+    add_logits_processor(vllm_config, BatchSettings if layers else NoSettings)
     refuse_in_beam_search(CONFIG_KEY)
 
 
@@ -108,12 +100,9 @@ def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
     )
 
 
-def check_not_configured(vllm_config: VllmConfig) -> None:
-    """For every other architecture: refuse a configuration that would silently do nothing."""
+def refuse_configuration(vllm_config: VllmConfig) -> None:
+    """For every other architecture: refuse a configuration, which would silently do nothing."""
     architecture = vllm_config.model_config.architecture
-    if additional_settings(vllm_config) is None:
-        logger.info("pacellm: installed, not active for %s.", architecture)
-        return
     pace = pace_architecture(architecture)
     reason = WHY_NOT.get(architecture, "pacellm serves dense decoders that it knows")
     remedy = (
