@@ -1,13 +1,17 @@
 """Requests' own settings: each as if alone, whatever its neighbours ask for."""
 
+import sys
+
 import pytest
 from checkpoints import make_prompt
 from engines import engine
 from oracle import OracleModel
+from patches import ours_in_vllm
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from pacellm_vllm.compat import PATCHED
 from pacellm_vllm.memory.batch import NoSettings
 
 PACE = {
@@ -187,3 +191,21 @@ def test_an_engine_with_experts_alone_refuses_settings():
             NoSettings.validate_params(SamplingParams(extra_args=extra))
     with pytest.raises(ValueError, match="write pacellm_alpha"):
         NoSettings.validate_params(SamplingParams(extra_args={"pacellm-alpha": 0.5}))
+
+
+def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint):
+    prompt = make_prompt(3, 100)
+    cases = [(prompt, extra) for extra in (None, {"pacellm_alpha": 0.9}, {"pacellm_alpha": 3})]
+    with engine(checkpoint(), PACE) as running:
+        ask(running, cases[:2])
+    with engine(checkpoint()) as running:
+        outputs = [ask(running, [case])[0] for case in cases]
+    assert len({tuple(tokens) for tokens in said(outputs)}) == 1
+    assert [output.num_cached_tokens for output in outputs] == [0, 96, 96]
+
+
+def test_what_an_engine_with_memory_patches_is_what_the_table_says(checkpoint):
+    with engine(checkpoint(), PACE):
+        pass
+    names = {name for names in PATCHED.values() for name in names}
+    assert ours_in_vllm() == {name for name in names if name.partition(":")[0] in sys.modules}

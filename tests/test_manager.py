@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from pacellm_vllm.compat import key_hashes_of
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
@@ -23,6 +24,9 @@ from pacellm_vllm.request import RequestSettings
 BLOCK = 16
 SEGMENT = 64
 ATTENTION, BANK = 0, 1
+# Those of an engine with memory, and of one without.
+HASHER, PLAIN_HASHER = (kv_cache_utils.get_request_block_hasher(BLOCK, sha256) for _ in range(2))
+key_hashes_of(HASHER)
 
 
 def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=True):
@@ -107,14 +111,14 @@ def run(manager, request, chunk):
     return hit
 
 
-def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False):
+def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False, hasher=HASHER):
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
         sampling_params=SamplingParams(max_tokens=max_tokens, extra_args=extra),
         pooling_params=None,
         resumable=resumable,
-        block_hasher=kv_cache_utils.get_request_block_hasher(BLOCK, sha256) if caching else None,
+        block_hasher=hasher if caching else None,
     )
 
 
@@ -395,6 +399,7 @@ def test_requests_without_a_bank_give_back_what_they_took():
 
 
 def test_block_hashes_tell_settings_apart():
+    make_manager(60, caching=True)
     prompt = list(range(3 * SEGMENT))
     asks = [None, {"pacellm_alpha": 0.5}, {"pacellm_noise": 0.5}, {"pacellm_enabled": False}]
     asks += [{"pacellm": {"alpha": 0.5}}, {"other": 1}, {"pacellm_enabled": True}]
@@ -415,3 +420,14 @@ def test_a_requests_settings_are_read_once(monkeypatch):
     manager.get_computed_blocks(request)
     assert manager.allocate_slots(request, 100) is not None
     assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    "extra", [{"pacellm_alpha": 0.5}, {"pacellm_alpha": 3}, {"pacellm": "[["}, {"pacellm_x": 1}]
+)
+def test_block_hashes_look_at_settings_in_engines_with_memory_only_and_never_raise(extra):
+    make_manager(60, caching=True)
+    prompt = list(range(2 * SEGMENT))
+    plain = make_request("r", prompt, True).block_hashes
+    assert make_request("r", prompt, True, extra, hasher=PLAIN_HASHER).block_hashes == plain
+    assert set(make_request("r", prompt, True, extra).block_hashes).isdisjoint(plain)

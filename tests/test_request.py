@@ -10,7 +10,7 @@ from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.request import RequestSettings, key_of, settings_of
 from pacellm_vllm.sentences import shown
 
-RULES = PaceConfig.from_sources({}).rules()
+RULES = PaceConfig.from_sources({"preset": "official"}).rules()
 OFF = RequestSettings(enabled=False)
 MOST = 400  # characters of a sentence, whatever it is about
 

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import Assignment, check_num_experts
@@ -132,7 +130,19 @@ def unit_rows(features: torch.Tensor) -> np.ndarray:
 
 
 def first_centres(rows: np.ndarray, num_experts: int, seed: int) -> np.ndarray:
-    """Centres [K, F] float32 of unbalanced k-means on rows [D, F] from random rows."""
+    """Centres [K, F] float32 of unbalanced k-means on rows [D, F] from random rows.
+
+    Raises ``ExpertsError`` if scikit-learn is missing.
+    """
+    # Only who clusters needs it: engines without experts, or with a clustered checkpoint, do not.
+    try:
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise ExpertsError(
+            f"pacellm: clustering needs scikit-learn, which cannot be imported ({error}): pip "
+            "install scikit-learn, or serve a checkpoint that pacellm cluster has written."
+        ) from None
     # One OpenMP thread: with more, partial sums meet in whatever order threads end.
     # Random rows, not k-means++: for wide rows that takes longer than everything else together.
     with threadpool_limits(limits=1, user_api="openmp"):

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from pacellm_vllm.compat import (
     add_block_hash_key,
     copy_blocks_before_forward,
+    count_cached_tokens_without,
     groups_in_hand,
     keep_out_of_events,
     plugin_logger,
@@ -80,6 +81,9 @@ class PagedBankManager(CircularBufferManager):
         self._restored = 0
         keep_out_of_events(self.block_pool, self.kv_cache_group_id)
         self._log_start(kv_cache_spec)
+        watch_requests()
+        count_cached_tokens_without(type(kv_cache_spec))
+        add_block_hash_key(_hash_key, self.block_pool)
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
@@ -394,18 +398,19 @@ _MANAGERS: WeakSet[PagedBankManager] = WeakSet()
 
 
 def _hash_key(request: Request) -> tuple[str, str] | None:
+    """Of requests of engines with memory only."""
     if request.sampling_params is None or not request.sampling_params.extra_args:
         return None
-    rules = {manager.rules for manager in _MANAGERS}
-    if len(rules) == 1:
-        key = key_of(request, *rules)
-    else:
-        key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
+    try:
+        rules = {manager.rules for manager in _MANAGERS}
+        if len(rules) == 1:
+            key = key_of(request, *rules)
+        else:
+            key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
+    except Exception:
+        # A hasher must not raise. What is not allowed shares nothing with what is.
+        key = "not allowed"
     return (CONFIG_KEY, key) if key else None
-
-
-watch_requests()
-add_block_hash_key(_hash_key)
 
 
 def _page_hash(prefix: bytes, page: int) -> BlockHash:

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
-from pacellm_vllm.compat import count_cached_tokens_without, register_kv_cache_spec
+from pacellm_vllm.compat import register_kv_cache_spec
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.manager import PagedBankManager
 from pacellm_vllm.memory.snapshots import SnapshotGrid
@@ -78,4 +78,3 @@ class PagedBankSpec(CircularBufferSpec):
 
 
 register_kv_cache_spec(PagedBankSpec, PagedBankManager)
-count_cached_tokens_without(PagedBankSpec)
