@@ -4,10 +4,12 @@
 
 The kernels are launched as an engine launches them, for one decode step and one prefill step of
 each dtype, except that a launch compiles and does not run. Needs Triton, whose wheel brings the
-assembler; prints registers, bytes spilled (local memory) and shared memory of each.
+assembler; prints machine instructions, those of them that load from global memory, registers, bytes
+spilled (local memory) and shared memory of each.
 """
 
 import argparse
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -81,18 +83,32 @@ def launch_all(dtype: torch.dtype, bank_dtype: torch.dtype, settings: Any, args:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers a thread, bytes of local memory a thread, bytes of shared memory a program."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """Instructions and global loads, registers and bytes of local memory a thread, bytes of shared
+    memory a program.
+    """
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        def say(tool: str, *options: str) -> str:
+            command = [str(tools / tool), *options, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        text = say("cuobjdump", "--dump-resource-usage")
+        listing = say("nvdisasm", "--print-code")
     found = dict(
         part.split(":") for part in text.split() if part.count(":") == 1 and part[-1] != ":"
     )
-    local = int(found["STACK"]) + int(found["LOCAL"])
-    return {"registers": int(found["REG"]), "local": local, "shared": kernel.metadata.shared}
+    # An address, perhaps a predicate, and the operation, which ends at its first dot.
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w+)", listing)
+    return {
+        "instructions": sum(name not in ("NOP", "BRA") for name in names),
+        "loads": names.count("LDG"),
+        "registers": int(found["REG"]),
+        "local": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared": kernel.metadata.shared,
+    }
 
 
 def main() -> None:
@@ -106,8 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     compiled = compile_instead_of_launching(args.arch)
     print(f"triton {triton.__version__}, sm_{args.arch}, D = {args.width}, M = {args.slots}\n")
-    print("| kernel | dtype | preset | warps | registers | local | shared |")
-    print("|---|---|---|---|---|---|---|")
+    columns = "kernel", "dtype", "preset", "warps", "instructions", "loads", "registers"
+    print("| " + " | ".join((*columns, "local", "shared")) + " |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.dtypes.split(","):
         for preset in args.presets.split(","):
             compiled.clear()
@@ -118,7 +135,7 @@ def main() -> None:
                 use = resources(found)
                 print(
                     f"| {kernel} | {name} | {preset} | {found.metadata.num_warps} | "
-                    f"{use['registers']} | {use['local']} B | {use['shared']} B |"
+                    f"{use['instructions']} | {use['loads']} | {use['registers']} | {use['local']} B | {use['shared']} B |"
                 )
 
 

@@ -50,8 +50,8 @@ def test_every_kernel_compiles_for_hopper():
     for dtype in ("bfloat16", "float16", "float32"):
         assert {row[0].strip() for row in rows if row[1].strip() == dtype} == kernels
     # What an H100 program may have, and no array that fell out of registers.
-    assert max(int(row[6].split()[0]) for row in rows) <= 227 * 1024
-    assert max(int(row[5].split()[0]) for row in rows) <= 64
+    assert max(int(row[8].split()[0]) for row in rows) <= 227 * 1024
+    assert max(int(row[7].split()[0]) for row in rows) <= 64
 
 
 # Decode with padding and a request's own settings; prefill over two segment ends, mixed in.
