@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Set
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -25,7 +27,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
@@ -223,7 +225,25 @@ def refuse_in_beam_search(prefix: str) -> None:
         _wrap_once(protocol, "to_beam_search_params", checked)
 
 
-_request_in_hand: ContextVar[Request | None] = ContextVar("request_in_hand", default=None)
+def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
+    """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
+
+    Symptom: vLLM has no check of its own that a plugin could add to, and its asynchronous
+    scheduler takes a token back at the end of a turn that the model has read already.
+    Can go when turns end where the model's state does.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def checked(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+        why = refused(processor.vllm_config) if kwargs.get("resumable") else None
+        if why:
+            raise VLLMValidationError(why)
+        return original(processor, *args, **kwargs)
+
+    _wrap_once(InputProcessor, "process_inputs", checked)
+
+
+_in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)
 
 
 def watch_requests() -> None:
@@ -241,11 +261,11 @@ def watch_requests() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        token = _request_in_hand.set(request)
+        token = _in_hand.set((manager, request))
         try:
             return original(manager, request, *args, **kwargs)
         finally:
-            _request_in_hand.reset(token)
+            _in_hand.reset(token)
 
     for name in ("get_computed_blocks", "allocate_slots"):
         _wrap_once(KVCacheManager, name, watched)
@@ -253,7 +273,62 @@ def watch_requests() -> None:
 
 def request_in_hand() -> Request | None:
     """The request of the call in progress; None outside of :func:`watch_requests`'s."""
-    return _request_in_hand.get()
+    held = _in_hand.get()
+    return held[1] if held else None
+
+
+def groups_in_hand() -> int:
+    """How many KV cache groups share the pool that the request in hand is placed in.
+
+    Symptom and end: those of :func:`watch_requests`. 2, attention's and ours, outside of its calls.
+    """
+    held = _in_hand.get()
+    return len(held[0].coordinator.single_type_managers) if held else 2
+
+
+def count_cached_tokens_without(spec: type) -> None:
+    """Leave groups of ``spec`` out of what vLLM says a request has put into the prefix cache.
+
+    Symptom: vLLM takes the least over all groups of the blocks they hold with a hash, and a bank's
+    own pages have none while it is written: ``cache_creation_input_tokens`` would be 0.
+    Can go when a manager can say how many tokens of a request are cached.
+    """
+
+    def counted(original: Callable[..., int], manager: KVCacheManager, request: Request) -> int:
+        groups = manager.kv_cache_config.kv_cache_groups
+        blocks = manager.get_blocks(request.request_id).blocks
+        others = [
+            pair
+            for pair in zip(groups, blocks, strict=True)
+            if not isinstance(pair[0].kv_cache_spec, spec)
+        ]
+        view = SimpleNamespace(
+            kv_cache_config=SimpleNamespace(kv_cache_groups=[group for group, _ in others]),
+            get_blocks=lambda _: SimpleNamespace(blocks=[held for _, held in others]),
+        )
+        return original(view, request)
+
+    _wrap_once(KVCacheManager, "estimate_cached_tokens", counted)
+
+
+def keep_out_of_events(pool: BlockPool, group: int) -> None:
+    """Let ``pool`` tell nothing of the blocks of KV cache group ``group`` in its KV events.
+
+    Symptom: vLLM derives the hashes in an event from a request's tokens, one for each block, which
+    the pages of a bank are not: an IndexError, or events about attention blocks that are not there.
+    Can go when a group can be left out of events.
+    """
+    stored, removed = pool.emit_cached_block_events, pool._emit_block_removed_events
+
+    def emit_stored(request: Request, blocks: int, size: int, kv_cache_group_id: int) -> None:
+        if kv_cache_group_id != group:
+            stored(request, blocks, size, kv_cache_group_id)
+
+    def emit_removed(hashes: list[BlockHashWithGroupId]) -> None:
+        removed([block_hash for block_hash in hashes if get_group_id(block_hash) != group])
+
+    pool.emit_cached_block_events = emit_stored  # type: ignore[assignment, method-assign]
+    pool._emit_block_removed_events = emit_removed  # type: ignore[assignment, method-assign]
 
 
 def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None]) -> None:

@@ -5,7 +5,7 @@
 Each row of VARIANTS is one change to what is stored, what is read back or when it is written.
 Prints text loss by position and needles found beyond the training length, with differences to no
 memory and paired bootstrap 95 % intervals. ``official`` and ``paper`` are restated here; their
-losses agree with the engine's (scripts/loss_by_position.py).
+losses agree with the engine's (`pacellm eval loss`).
 """
 
 import argparse
@@ -226,7 +226,7 @@ class Reader:
 
 
 def texts_of(tokenizer: object, count: int, tokens: int, seed: int) -> torch.Tensor:
-    """[count, tokens]: with seed 0, the texts of scripts/loss_by_position.py."""
+    """[count, tokens]: with seed 0, the built-in texts of `pacellm eval loss`."""
     rows = []
     for number in range(count):
         source = sentences(random.Random(1000 * seed + number))

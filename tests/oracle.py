@@ -16,15 +16,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 EPS = 1e-8
+# Tokens whose squared norm is not a number up to this are unsound: the memory passes them by.
+MOST_SQUARE = 1e30
 # What families call the projection that ends their FFN.
 OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
 
 PRESETS: dict[str, dict[str, float]] = {
-    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
-    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
+    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1},
 }
 # w_high, w_mid, w_self
-BLEND = {"official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
+BLEND = {"gentle": (1.0, 0.5, 0.0), "official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class MemoryRules:
     theta_high: float
     theta_low: float
     alpha: float
-    preset: str = "official"
+    noise: float
+    preset: str = "gentle"
     layers: tuple[int, ...] = ()
     bank_size: int = 100
     top_k: int = 5
     negative_k: int = 2
-    noise: float = 0.1
     segment_size: int = 1024
     max_insertions: int = 16
     momentum: float = 0.5
@@ -47,7 +50,7 @@ class MemoryRules:
     @classmethod
     def of(cls, **pace: Any) -> "MemoryRules":
         """The preset's defaults, overridden by whatever `pace` names."""
-        preset = pace.get("preset", "official")
+        preset = pace.get("preset", "gentle")
         settings = {"preset": preset, **PRESETS[preset], **pace}
         return cls(**{**settings, "layers": tuple(settings.get("layers", ()))})
 
@@ -60,8 +63,9 @@ class Bank:
         usage: [M] fp32.
         num_valid: slots in use; they are always [0, num_valid).
         counts: how often each branch was taken. "read" and "write" hold tokens by category
-            ("empty" for tokens that met an empty bank, so "low" means a real comparison), "slots"
-            holds slots merged, filled and replaced and low tokens dropped.
+            ("empty" for tokens that met an empty bank, so "low" means a real comparison; "unsound"
+            for tokens that ask nothing and leave nothing), "slots" holds slots merged, filled and
+            replaced and low tokens dropped.
         closest_call: how near any similarity came to deciding otherwise (a threshold, or the next
             slot in rank). A correct implementation may differ visibly from the oracle when this is
             no larger than its rounding error, so tests choose prompts where it is larger.
@@ -86,6 +90,10 @@ class Bank:
         a_norm = a.norm(dim=-1).clamp_min(EPS)
         key_norm = keys.norm(dim=-1).clamp_min(EPS)
         return (a @ keys.T) / (a_norm[:, None] * key_norm[None, :])
+
+    def unsound(self, a: Tensor) -> list[bool]:
+        """Which of a [T, D] hold something that is not finite, or are too long to compare."""
+        return [not square <= MOST_SQUARE for square in a.float().square().sum(dim=-1).tolist()]
 
     def top_slots(self, sim: Tensor) -> Tensor:
         """The k most similar slots for sim [num_valid], best first, ties to the lower slot."""
@@ -114,14 +122,19 @@ class Bank:
 
         Returns o [T, D] and each token's read regime, by its largest similarity.
         """
+        unsound = self.unsound(a)
         if self.num_valid == 0:
-            categories = ["empty"] * len(a)
+            categories = ["unsound" if bad else "empty" for bad in unsound]
             self.counts["read"].update(categories)
             return a.clone(), categories
         w_high, w_mid, w_self = BLEND[self.rules.preset]
         alpha, noise = self.rules.alpha, self.rules.noise
         outputs, categories = [], []
-        for a_t, sim in zip(a, self.similarities(a), strict=True):
+        for a_t, sim, bad in zip(a, self.similarities(a), unsound, strict=True):
+            if bad:
+                outputs.append(a_t)
+                categories.append("unsound")
+                continue
             x = a_t.float()
             mu_pos = self._mean_value(self.top_slots(sim))
             mu_neg = self._mean_value(self.bottom_slots(sim))
@@ -148,21 +161,23 @@ class Bank:
         Returns each token's write category, by the mean of its top-k similarities.
         """
         # Everything is decided against the bank the segment read, before any slot changes.
+        unsound = self.unsound(a)
         tops: list[Tensor] = []
         categories: list[str] = []
         if self.num_valid == 0:
-            categories = ["empty"] * len(a)
+            categories = ["unsound" if bad else "empty" for bad in unsound]
         else:
-            for sim in self.similarities(a):
-                top = self.top_slots(sim)
+            for sim, bad in zip(self.similarities(a), unsound, strict=True):
+                top = torch.tensor([]) if bad else self.top_slots(sim)
                 tops.append(top)
-                categories.append(self.category(sim[top].mean().item()))
+                categories.append("unsound" if bad else self.category(sim[top].mean().item()))
         self.counts["write"].update(categories)
 
         mid = [t for t, category in enumerate(categories) if category == "mid"]
         if mid:
             if self.rules.preset == "paper":
-                new_key = new_value = a.float().mean(dim=0)
+                sound = [t for t, bad in enumerate(unsound) if not bad]
+                new_key = new_value = a[sound].float().sum(dim=0) / len(a)
             else:
                 new_key, new_value = a[mid].float().mean(dim=0), o[mid].float().mean(dim=0)
             m = self.rules.momentum

@@ -22,11 +22,14 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
@@ -269,3 +272,31 @@ def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
                 assert not (part in order[:3] and top == "vllm"), path
                 if top == "pacellm_vllm" and rest and rest[0] in order:
                     assert order.index(rest[0]) <= order.index(part), path
+
+
+def test_streamed_input_is_still_checked_where_it_is_processed():
+    """``refuse_sessions``: turns come with this keyword, in both front ends."""
+    parameters = inspect.signature(inspect.unwrap(InputProcessor.process_inputs)).parameters
+    assert parameters["resumable"].default is False
+    assert "resumable=True" in inspect.getsource(AsyncLLM._add_streaming_input_request)
+
+
+def test_a_turns_last_token_is_still_taken_back_under_asynchronous_scheduling():
+    source = inspect.getsource(Scheduler._handle_stopped_request)
+    assert "request.num_computed_tokens - request.num_output_placeholders" in source
+
+
+def test_pools_still_tell_events_through_the_two_methods_that_are_replaced():
+    parameters = list(inspect.signature(BlockPool.emit_cached_block_events).parameters)
+    assert parameters[1:] == ["request", "num_cached_blocks", "block_size", "kv_cache_group_id"]
+    assert list(inspect.signature(BlockPool._emit_block_removed_events).parameters)[1:] == [
+        "block_hashes"
+    ]
+
+
+def test_cached_tokens_are_still_the_least_of_all_groups():
+    """The reason for ``count_cached_tokens_without``, and what its view must have."""
+    source = inspect.getsource(inspect.unwrap(KVCacheManager.estimate_cached_tokens))
+    assert "self.kv_cache_config.kv_cache_groups" in source
+    assert "self.get_blocks(request.request_id).blocks" in source
+    assert "min(cached_tokens, group_cached_tokens)" in source

@@ -7,11 +7,18 @@ from pacellm_vllm.ops.rules import UpdateRule
 
 
 def test_presets_fill_what_is_not_said():
-    official = PaceConfig.from_sources({})
+    gentle = PaceConfig.from_sources({})
+    assert gentle == PaceConfig.from_sources({"preset": "gentle"})
+    assert (gentle.theta_high, gentle.theta_low) == (0.75, 0.25)
+    assert (gentle.alpha, gentle.noise) == (0.1, 0)
+    official = PaceConfig.from_sources({"preset": "official"})
+    assert official.noise == 0.1
     assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)
     paper = PaceConfig.from_sources({"preset": "paper", "alpha": 0.5})
     assert (paper.theta_high, paper.theta_low, paper.alpha) == (0.7, 0.3, 0.5)
-    assert official.rules().mid_self_weight == 0
+    for config in (gentle, official):
+        assert config.rules().mid_self_weight == 0
+        assert config.rules().update is UpdateRule.OFFICIAL
     assert paper.rules().mid_self_weight == 0.5
     assert paper.rules().update is UpdateRule.PAPER
 
@@ -65,7 +72,7 @@ def test_max_insertions_defaults_to_sixteen_or_the_bank():
         ({"bank_size": 0}, ["bank_size", "0", "from 1 to 1024"]),
         ({"bank_size": 7.5}, ["bank_size", "7.5", "an integer"]),
         ({"bank_size": True}, ["bank_size", "True"]),
-        ({"preset": "best"}, ["preset", "best", '"official" or "paper"']),
+        ({"preset": "best"}, ["preset", "best", '"gentle", "official" or "paper"']),
         ({"theta_low": 0.9}, ["theta_low", "0.9", "theta_high = 0.75"]),
         ({"theta_high": "high"}, ["theta_high", "high", "a number"]),
         ({"alpha": 1.5}, ["alpha", "1.5", "from 0 to 1"]),

@@ -11,7 +11,7 @@ from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.update import advance
 
 WIDTH, SEGMENT, DRAFTS = 40, 8, 10
-RULES = PaceConfig(bank_size=5, segment_size=SEGMENT, max_insertions=3).rules()
+RULES = PaceConfig(preset="official", bank_size=5, segment_size=SEGMENT, max_insertions=3).rules()
 LAYOUT = BankLayout.plan(RULES, WIDTH, torch.float32, 1024, DRAFTS)
 
 

@@ -5,8 +5,16 @@ from checkpoints import make_prompt
 from engines import engine, poisoned_pages
 from oracle import OracleModel
 from test_engine_oracle import GAP, clear_cases
+from vllm import SamplingParams
+from vllm.config import KVEventsConfig
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 40
 SETTINGS = {"pace": PACE, "max_num_batched_tokens": 128, "enable_prefix_caching": True}
 
@@ -73,10 +81,8 @@ def test_partially_shared_prefixes_hit_up_to_where_they_part(checkpoint, family)
     with engine(checkpoint(), **SETTINGS) as running, poisoned_pages(running):
         alone = [running.generate([prompt], MAX_TOKENS)[0] for prompt in prompts]
         assert tokens_of(alone) == truth
-        # Forwards end every 128 tokens: copies are there for 128 and 256, donations further on.
-        hits = cached(alone)
-        assert hits[0] == 0
-        assert hits[1:] == [256, 128, 128, 0]
+        # Copies are there for every 96 tokens of a prompt.
+        assert cached(alone) == [0, 288, 192, 96, 0]
         together = running.generate(prompts, MAX_TOKENS)
         assert tokens_of(together) == truth
         assert running.all_blocks_are_back()
@@ -117,7 +123,6 @@ def test_evicted_snapshots_are_recomputed(checkpoint):
 def test_a_salt_keeps_requests_apart(checkpoint):
     prompt = make_prompt(3, 260)
     with engine(checkpoint(), **SETTINGS) as running:
-        from vllm import SamplingParams
 
         def ask(salt):
             [output] = running.llm.generate(
@@ -139,3 +144,84 @@ def test_segments_must_end_where_blocks_do(checkpoint):
     ):
         pass
     assert "multiple of the KV block size 16" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("bank_size", "segment_size", "preset"),
+    [(100, 64, "official"), (33, 32, "official"), (50, 16, "paper"), (40, 16, "official")],
+)
+def test_a_bank_larger_than_a_segment_is_restored_whole(
+    bank_size, segment_size, preset, checkpoint
+):
+    """L1: what a snapshot holds is what its header counts, whoever had the pages before."""
+    pace = {
+        "layers": [1, 3],
+        "preset": preset,
+        "bank_size": bank_size,
+        "segment_size": segment_size,
+    }
+    cases = clear_cases(checkpoint(), pace, [200, 330, 401], 12)
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
+    other = make_prompt(77, 390)
+    settings = {**SETTINGS, "pace": pace, "num_gpu_blocks_override": 300, "max_model_len": 512}
+    with engine(checkpoint(), **settings) as running, poisoned_pages(running):
+        for prompt, want in zip(prompts, truth, strict=True):
+            [cold] = running.generate([prompt], 12, logprobs=0)
+            running.generate([other], 2)
+            [warm] = running.generate([prompt], 12, logprobs=0)
+            assert tokens_of([cold, warm]) == [want, want]
+            assert warm.num_cached_tokens > 0
+            for a, b in zip(cold.outputs[0].logprobs, warm.outputs[0].logprobs, strict=True):
+                for token in a:
+                    assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
+        assert running.all_blocks_are_back()
+
+
+@pytest.mark.parametrize("chunk", [512, 2048])
+def test_a_system_prompt_read_in_one_forward_is_shared(chunk, checkpoint):
+    pace = {**PACE, "bank_size": 20, "segment_size": 64}
+    system = make_prompt(4, 900)
+    settings = {**SETTINGS, "pace": pace, "max_num_batched_tokens": chunk, "max_model_len": 2048}
+    with engine(checkpoint(), **settings) as running:
+        hits = [
+            running.generate([system + make_prompt(60 + i, 300)], 1)[0].num_cached_tokens
+            for i in range(3)
+        ]
+    assert hits == [0, 896, 896]
+
+
+def test_the_same_prompt_twice_is_scheduled_in_a_pool_that_just_holds_it(checkpoint):
+    """H1: with all blocks free, nothing waits for ever."""
+    pace = {**PACE, "bank_size": 20, "segment_size": 64}
+    prompt = make_prompt(8, 1000)
+    settings = {**SETTINGS, "pace": pace, "max_num_batched_tokens": 512}
+    with engine(checkpoint(), **settings) as running:
+        pages = running.memories()[1].spec.layout.num_pages
+    settings["num_gpu_blocks_override"] = 1 + 64 + pages
+    with engine(checkpoint(), **settings) as running:
+        core = running.llm.llm_engine
+        said = []
+        for name in "abc":
+            params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+            core.add_request(name, {"prompt_token_ids": prompt}, params)
+            for _ in range(60):
+                said += [list(out.outputs[0].token_ids) for out in core.step() if out.finished]
+                if not core.has_unfinished_requests():
+                    break
+            assert not core.has_unfinished_requests(), "it waits for ever"
+        assert said[0] == said[1] == said[2]
+        assert running.metric("vllm:prefix_cache_hits") > 0
+        assert running.all_blocks_are_back()
+
+
+def test_events_name_attention_blocks_only(checkpoint):
+    """H2, with reports of reused blocks, which reach past no request's hashes."""
+    settings = {
+        **SETTINGS,
+        "kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+    }
+    with engine(checkpoint(), **settings) as running:
+        prompt, report = make_prompt(9, 170), {"kv_cache_report_mode": "full"}
+        first = running.tokens([prompt])
+        assert running.tokens([prompt], extra_args=report) == first
+        assert running.metric("vllm:prefix_cache_hits") > 0

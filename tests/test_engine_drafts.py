@@ -72,7 +72,7 @@ def accepted_and_rejected(running):
     ],
 )
 def test_drafts_right_and_wrong_leave_the_oracles_tokens(shape, schedule, checkpoint):
-    pace, settings = {"layers": [1, 3], **SHAPES[shape]}, SCHEDULES[schedule]
+    pace, settings = {"preset": "official", "layers": [1, 3], **SHAPES[shape]}, SCHEDULES[schedule]
     caching = settings["enable_prefix_caching"]
     cases = clear_cases(checkpoint(), pace, [20, 63, 90, 121, 150], MAX_TOKENS)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]

@@ -11,7 +11,13 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 SCHEDULES = (
     {"max_num_batched_tokens": 32, "enable_prefix_caching": False, "max_num_seqs": 2},
     {"max_num_batched_tokens": 512, "enable_prefix_caching": True, "max_num_seqs": 8},

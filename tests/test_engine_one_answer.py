@@ -4,7 +4,13 @@ import pytest
 from engines import engine, poisoned_pages
 from test_engine_oracle import clear_cases
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 70
 
 # max_num_batched_tokens, max_num_seqs, prefix caching, other settings, rounds, arrival order

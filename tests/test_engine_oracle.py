@@ -17,7 +17,7 @@ SHAPES = {
 }
 MAX_TOKENS, MAX_TOKENS_OF_OTHERS = 40, 24
 # What presets and shapes change lies in the ops, which do not know the family: one family takes
-# all of them, the next ones both presets in one shape each, the rest one preset by turns.
+# all of them, the next ones two presets in one shape each, the rest one preset by turns.
 CASES = [
     (arch, preset, shape)
     for i, arch in enumerate(ARCHITECTURES)
@@ -25,7 +25,7 @@ CASES = [
     for shape in (SHAPES if i == 0 else list(SHAPES)[i - 1 : i])
 ]
 OTHERS = [
-    (arch, ("official", "paper")[i % 2])
+    (arch, ("official", "paper", "gentle")[i % 3])
     for i, arch in enumerate(arch for arch in FAMILIES if arch not in ARCHITECTURES)
 ]
 # vLLM's Cohere 2 lets a window see one token more than transformers' does, on purpose
@@ -126,7 +126,13 @@ def test_memory_changes_what_is_said(checkpoint):
 
 @pytest.mark.parametrize("bank_dtype", ["auto", "float32"])
 def test_half_precision_stays_near_the_fp32_truth(bank_dtype, checkpoint):
-    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": [1, 3],
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     cases = clear_cases(checkpoint(), pace, [100, 260], 1)
     pace["bank_dtype"] = bank_dtype
     with engine(checkpoint(), pace=pace, dtype="bfloat16") as running:
@@ -141,7 +147,13 @@ def test_half_precision_stays_near_the_fp32_truth(bank_dtype, checkpoint):
 @pytest.mark.parametrize("layers", [[2], [0, 1, 2], [0, 1, 2, 3]])
 def test_any_number_of_layers(layers, checkpoint):
     """With all of them, a bank's page is as large as attention's: vLLM groups those otherwise."""
-    pace = {"layers": layers, "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": layers,
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     cases = clear_cases(checkpoint(), pace, [64, 150])
     with engine(checkpoint(), pace=pace, max_num_batched_tokens=80) as running:
         assert_engine_agrees(running, cases)

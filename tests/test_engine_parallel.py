@@ -10,7 +10,13 @@ from pacellm_vllm.serving.report import REPORT_METHOD, merge_reports
 
 
 def test_two_ranks_equal_the_oracle(checkpoint):
-    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": [1, 3],
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     cases = clear_cases(checkpoint("llama"), pace, [20, 64, 150, 260])
     settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
     with engine(checkpoint("llama"), pace, **settings) as running:
@@ -20,7 +26,13 @@ def test_two_ranks_equal_the_oracle(checkpoint):
 
 @pytest.mark.parametrize("layers", [[0, 1, 3], [2]], ids=["unequal stages", "one stage without"])
 def test_two_stages_equal_the_oracle(layers, checkpoint):
-    pace = {"layers": layers, "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": layers,
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     cases = clear_cases(checkpoint(), pace, [20, 64, 150, 260])
     settings = {
         "pipeline_parallel_size": 2,
@@ -48,7 +60,13 @@ def test_stages_with_windows_in_some_layers_are_refused(checkpoint):
 
 
 def test_two_stages_preempt_and_hit_like_one(checkpoint):
-    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": [1, 3],
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     lengths = [33, 90, 121, 150, 200, 260]
     cases = clear_cases(checkpoint(), pace, lengths, max_tokens=60)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
@@ -66,7 +84,13 @@ def test_two_stages_preempt_and_hit_like_one(checkpoint):
 
 
 def test_two_ranks_follow_requests_own_settings(checkpoint):
-    pace = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+    pace = {
+        "preset": "official",
+        "layers": [1, 3],
+        "bank_size": 23,
+        "segment_size": 32,
+        "max_insertions": 5,
+    }
     prompts = [make_prompt(seed, 150) for seed in range(3)]
     asks = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
     cases = [(prompt, extra) for prompt in prompts for extra in asks]

@@ -145,9 +145,9 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
         assert list(running.memories()) == [2]
 
 
-def engine_config(path, **settings):
+def engine_config(path, pace=PACE, **settings):
     overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
-    settings |= {"skip_tokenizer_init": True, "additional_config": {"pacellm": PACE}}
+    settings |= {"skip_tokenizer_init": True, "additional_config": {"pacellm": pace}}
     return EngineArgs(str(path), hf_overrides=overrides, **settings).create_engine_config()
 
 
@@ -166,6 +166,31 @@ def test_other_drafts_on_a_gpu_or_with_asynchronous_scheduling_are_refused(check
         check_engine(config)
 
 
+@pytest.mark.parametrize(
+    ("pace", "warned"),
+    [
+        ({}, False),
+        ({"preset": "official"}, True),
+        ({"preset": "paper"}, True),
+        ({"noise": 0.05}, True),
+        ({"preset": "official", "noise": 0}, False),
+        ({"preset": "official", "negative_k": 0}, False),
+        ({"preset": "official", "alpha": 0}, False),
+    ],
+)
+def test_noise_is_served_with_a_warning(pace, warned, checkpoint, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
+    check_engine(engine_config(checkpoint(), {**PACE, **pace}))
+    # Creating the configuration checks it once, too.
+    assert len({*said}) == warned
+    if warned:
+        [sentence] = {*said}
+        assert sentence.startswith("pacellm: noise = ")
+        assert "SmolLM2-135M" in sentence
+        assert "preset gentle" in sentence
+
+
 def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
     config = engine_config(checkpoint(), pipeline_parallel_size=2)
     check_engine(config)
@@ -177,7 +202,8 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "field", "value", "sentence"),
     [
-        ("parallel", "enable_dbo", True, "dual-batch overlap: two half-batches"),
+        ("parallel", "enable_dbo", True, "dual-batch overlap or microbatches: parts of a"),
+        ("parallel", "ubatch_size", 2, "dual-batch overlap or microbatches: parts of a"),
         ("parallel", "decode_context_parallel_size", 2, "context parallelism: a bank"),
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),

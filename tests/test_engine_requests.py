@@ -10,7 +10,13 @@ from vllm.exceptions import VLLMValidationError
 
 from pacellm_vllm.memory.batch import NoSettings
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 50
 # What a request says, and what that means to the oracle.
 ASKS = {
@@ -106,7 +112,7 @@ def used_blocks(running):
     ],
 )
 def test_who_cannot_use_memory_pays_nothing(length, max_tokens, extra, pays, checkpoint):
-    with engine(checkpoint(), pace=PACE) as running:
+    with engine(checkpoint(), pace=PACE, enable_prefix_caching=False) as running:
         core = running.llm.llm_engine
         params = SamplingParams(max_tokens=max_tokens, detokenize=False, extra_args=extra)
         core.add_request("it", {"prompt_token_ids": make_prompt(3, length)}, params)

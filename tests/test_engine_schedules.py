@@ -1,12 +1,19 @@
 """One answer under every schedule: chunks, neighbours, preemption, stale pages, aborts, forks."""
 
 import pytest
+import torch
 from checkpoints import make_prompt
 from engines import engine, poisoned_pages, prompt_logprobs
 from test_engine_oracle import clear_cases
 from vllm import SamplingParams
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
 MAX_TOKENS = 60
 
 
@@ -101,3 +108,19 @@ def test_pages_are_claimed_as_tokens_need_them(checkpoint):
             held.append(used - len(held) - 1)
         assert held == [layout.pages_for(tokens) for tokens in (16, 32, 48, 64, 80)]
         assert held[0] < held[2] == layout.num_pages
+
+
+def test_new_attention_blocks_hold_nothing_of_the_bank_that_had_them(checkpoint):
+    """L2: vLLM's own CPU runner zeroes no block beside banks; NaN is what a bank may look like."""
+    with engine(checkpoint(), pace=PACE) as running:
+        runner = running.core.model_executor.driver_worker.worker.model_runner
+        zeroed, zero = [], runner._zero_block_ids
+        runner._zero_block_ids = lambda ids: (zeroed.extend(ids), zero(ids))
+        for cache in runner.kv_caches:
+            cache.view(torch.uint8).fill_(0xFF)
+        running.tokens([make_prompt(1, 70)], 4)
+        assert len(zeroed) == 5
+        layers = running.core.vllm_config.compilation_config.static_forward_context
+        attention = [layer for name, layer in layers.items() if name.endswith(".attn")]
+        assert len(attention) == 4
+        assert all(torch.isfinite(layer.kv_cache[zeroed]).all() for layer in attention)

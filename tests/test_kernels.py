@@ -78,7 +78,7 @@ def test_the_host_waits_for_nothing(batch, monkeypatch):
     builder._rules = rules
     builder._settings = {0: RequestSettings(alpha=0.5)}
     builder._tables = DeviceTables(layout, rules, 8, 256, meta)
-    builder.kv_cache_spec = SimpleNamespace(layout=layout)
+    builder.kv_cache_spec = SimpleNamespace(layout=layout, grid=None)
     starts, lengths = BATCHES[batch]
     counts = np.diff(starts)
     requests = len(lengths)

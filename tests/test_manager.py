@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.distributed.kv_events import BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -10,6 +11,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    SlidingWindowSpec,
 )
 from vllm.v1.request import Request
 
@@ -22,8 +24,8 @@ SEGMENT = 64
 ATTENTION, BANK = 0, 1
 
 
-def bank_spec(page_bytes=4096, drafts=0):
-    rules = PaceConfig.from_sources({"bank_size": 23, "segment_size": SEGMENT}).rules()
+def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=True):
+    rules = PaceConfig.from_sources({"bank_size": bank_size, "segment_size": segment}).rules()
     return PagedBankSpec(
         block_size=BLOCK,
         num_kv_heads=1,
@@ -32,11 +34,13 @@ def bank_spec(page_bytes=4096, drafts=0):
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
         num_layers=2,
         max_model_len=2048,
-        summary="layers 1, 3 of 4, preset official",
+        max_step_tokens=512,
+        copied=caching,
+        summary="layers 1, 3 of 4, preset gentle",
     )
 
 
-def make_manager(blocks, caching, drafts=0):
+def make_manager(blocks, caching, drafts=0, groups=1, events=False, **sizes):
     kv_cache_utils.init_none_hash(sha256)
     attention = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
@@ -47,7 +51,12 @@ def make_manager(blocks, caching, drafts=0):
         kv_cache_groups=[
             KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn" for i in range(4)], attention),
             KVCacheGroupSpec(
-                [f"model.layers.{i}.mlp.memory" for i in (1, 3)], bank_spec(drafts=drafts)
+                [f"model.layers.{i}.mlp.memory" for i in (1, 3)],
+                bank_spec(drafts=drafts, caching=caching, **sizes),
+            ),
+            *(
+                KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn"], window(4096 + i))
+                for i in range(1, groups)
             ),
         ],
     )
@@ -57,7 +66,43 @@ def make_manager(blocks, caching, drafts=0):
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         enable_caching=caching,
+        enable_kv_cache_events=events,
     )
+
+
+def window(tokens):
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=tokens
+    )
+
+
+def place(manager, request, tokens, until=None):
+    """Look a new request up and place ``tokens`` of it; how many it found, None if it must wait."""
+    found, hit, _ = manager.get_computed_blocks(request)
+    tokens = min(tokens, (until or request.num_tokens) - hit)
+    if manager.allocate_slots(request, tokens, hit, found, full_sequence_must_fit=True) is None:
+        return None
+    request.num_computed_tokens = hit + tokens
+    return hit
+
+
+def run(manager, request, chunk):
+    """Place a request and read all of it in forwards of ``chunk`` tokens, and end it."""
+    manager.new_step_starts()
+    hit = place(manager, request, chunk)
+    if hit is None:
+        return None
+    while True:
+        _, retained = manager.take_kv_cache_block_copies()
+        manager.block_pool.free_blocks(retained)
+        left = min(chunk, request.num_tokens - request.num_computed_tokens)
+        if not left:
+            break
+        manager.new_step_starts()
+        assert manager.allocate_slots(request, left) is not None
+        request.num_computed_tokens += left
+    manager.free(request)
+    return hit
 
 
 def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False):
@@ -93,11 +138,13 @@ def test_pages_grow_front_to_back_never_move_and_all_come_back(caching):
             new = manager.allocate_slots(request, tokens, 0, blocks if step == 0 else None)
             request.num_computed_tokens += tokens
             pages = held(manager, request, BANK)
-            assert len(pages) == layout.pages_for(request.num_computed_tokens)
+            own = [page for page in pages if page]
+            assert len(own) == layout.pages_for(request.num_computed_tokens)
+            assert own == pages[: len(own)]
             assert pages[: len(before)] == before
             assert list(new.get_block_ids()[BANK]) == pages[len(before) :]
             before = pages
-        for block in before + held(manager, request, ATTENTION):
+        for block in own + held(manager, request, ATTENTION):
             assert block not in owner, "two requests hold one block"
             owner[block] = request.request_id
     assert 0 not in owner
@@ -148,29 +195,155 @@ def test_a_bank_that_drafts_may_be_missing_from_is_no_snapshot(drafts, prompt, c
     assert manager.get_computed_blocks(again)[1] == hit
 
 
-def test_a_snapshot_published_in_this_step_is_copied_from_its_source():
+def columns(manager, request):
+    """What stands behind a request's own pages in its row."""
+    return held(manager, request, BANK)[bank_spec().layout.num_pages :]
+
+
+def test_copies_made_in_this_step_are_found_in_the_next():
     manager = make_manager(400, caching=True)
-    pages = bank_spec().layout.committed_pages
-    tokens = list(range(8 * SEGMENT))
-    first, second = (make_request(name, tokens, caching=True) for name in ("first", "second"))
+    spec = bank_spec()
+    pages, every = spec.layout.committed_pages(8 * SEGMENT), spec.grid.interval
+    assert (pages, every) == (16, 4 * SEGMENT)
+    tokens = list(range(3 * every))
+    first, second, third = (make_request(name, tokens, caching=True) for name in "abc")
     manager.new_step_starts()
-    manager.allocate_slots(first, 6 * SEGMENT)
-    first.num_computed_tokens = 6 * SEGMENT
+    assert place(manager, first, 2 * every + 1) == 0
+    assert place(manager, second, 2 * every + 1) == 0
+    copies = columns(manager, first)
+    assert len(copies) == 2 * pages
+    assert len(set(copies)) == 2 * pages
+    # What a neighbour copies in this very step is not copied twice.
+    assert columns(manager, second) == [0] * 2 * pages
     manager.new_step_starts()
-    manager.allocate_slots(first, SEGMENT)
-    blocks, hit, _ = manager.get_computed_blocks(second)
-    assert hit == 6 * SEGMENT
-    manager.allocate_slots(second, 1, hit, blocks)
-    copies, retained = manager.take_kv_cache_block_copies()
-    published, restored = copies[:pages], copies[pages:]
-    mine, theirs = held(manager, first, BANK), held(manager, second, BANK)
-    assert [copy.src_block_id for copy in published] == mine[:pages]
-    assert [copy.src_block_id for copy in restored] == mine[:pages]
-    assert [copy.dst_block_id for copy in restored] == theirs[:pages]
+    assert columns(manager, first) == [0] * 2 * pages
+    assert place(manager, third, every) == 2 * every
+    moved, retained = manager.take_kv_cache_block_copies()
+    assert [copy.src_block_id for copy in moved] == copies[pages:]
+    assert [copy.dst_block_id for copy in moved] == held(manager, third, BANK)[:pages]
     manager.block_pool.free_blocks(retained)
-    for request in (first, second):
+    for request in (first, second, third):
         manager.free(request)
+    manager.new_step_starts()
     assert all(block.ref_cnt == 0 for block in manager.block_pool.blocks if not block.is_null)
+
+
+def test_copies_of_a_forward_that_never_ran_are_not_found():
+    manager = make_manager(400, caching=True)
+    tokens = list(range(8 * SEGMENT))
+    victim = make_request("victim", tokens, caching=True)
+    manager.new_step_starts()
+    manager.allocate_slots(victim, 5 * SEGMENT)
+    assert any(columns(manager, victim))
+    # Preempted in the step that placed it: what it has computed was not advanced.
+    manager.free(victim)
+    manager.new_step_starts()
+    assert manager.get_computed_blocks(make_request("again", tokens, True))[1] == 0
+    assert all(block.ref_cnt == 0 for block in manager.block_pool.blocks if not block.is_null)
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 64, 100, 512, 2000])
+@pytest.mark.parametrize(("bank_size", "segment"), [(23, 64), (100, 64), (23, 512), (60, 16)])
+def test_a_shared_prefix_is_found_however_it_was_read(chunk, bank_size, segment):
+    """Up to the last boundary inside it; boundaries are as far apart as copies are large."""
+    manager = make_manager(3000, True, bank_size=bank_size, segment=segment)
+    spec = bank_spec(bank_size=bank_size, segment=segment)
+    units = (spec.layout.header_rows + 2 * bank_size) * spec.layout.parts
+    blocks = -(-units // spec.layout.units_per_page)
+    every = -(-blocks * BLOCK // segment) * segment
+    for shared in (segment // 2, segment + 3, every, every + 1, min(5 * segment + 9, 1600), 1100):
+        system = [100 * shared + i for i in range(shared)]
+        first = make_request("first", system + [7] * 130, True, max_tokens=1000)
+        second = make_request("second", system + [8] * 90, True, max_tokens=1000)
+        assert run(manager, first, chunk) == 0
+        assert run(manager, second, chunk) == shared // every * every
+
+
+def test_what_fits_alone_is_scheduled_whatever_the_cache_holds():
+    """From one block too few to plenty: warm exactly where cold, and what was hit comes back."""
+    layout = bank_spec().layout
+    tokens = list(range(500))
+    need = -(-500 // BLOCK) + layout.num_pages
+    for blocks in range(need - 1, need + 4 * layout.num_pages):
+        for chunk in (48, 500):
+            manager = make_manager(1 + blocks, caching=True)
+            hits = [run(manager, make_request(f"{i}", tokens, True), chunk) for i in range(4)]
+            assert (None in hits) is (blocks < need), (blocks, chunk, hits)
+            if blocks >= need:
+                assert hits[1] > 0
+                free = manager.block_pool.get_num_free_blocks()
+                assert free == blocks, (blocks, chunk)
+
+
+def test_restores_in_one_step_are_few_and_the_rest_come_next():
+    manager = make_manager(4000, caching=True)
+    bank = manager.coordinator.single_type_managers[BANK]
+    tokens = list(range(9 * SEGMENT))
+    run(manager, make_request("first", tokens, True), 512)
+    bank._max_restored = 3
+    requests = [make_request(f"r{i}", tokens, True) for i in range(7)]
+    waiting, steps = list(requests), []
+    while waiting:
+        manager.new_step_starts()
+        placed = []
+        for request in list(waiting):
+            if place(manager, request, 512) is None:
+                break
+            placed.append(request)
+            waiting.remove(request)
+        copies, retained = manager.take_kv_cache_block_copies()
+        manager.block_pool.free_blocks(retained)
+        steps.append((len(placed), len(copies)))
+    pages = bank_spec().layout.committed_pages(8 * SEGMENT)
+    assert steps == [(3, 3 * pages), (3, 3 * pages), (1, pages)]
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_copies_preempt_nobody(groups):
+    """Whoever could be placed beside a reader without caching can be placed beside one with it."""
+
+    def placed(blocks, caching):
+        manager = make_manager(blocks, caching, groups=groups)
+        reader = make_request("reader", list(range(1900)), True)
+        other = make_request("other", [5000 + i for i in range(300)], True)
+        outcome = []
+        for tokens in (100, 400, 400, 300):
+            manager.new_step_starts()
+            for request in (reader, other):
+                step = min(tokens, request.num_tokens - request.num_computed_tokens)
+                if not step:
+                    continue
+                outcome.append(manager.allocate_slots(request, step) is not None)
+                if outcome[-1]:
+                    request.num_computed_tokens += step
+        return outcome
+
+    need = 1 + groups * (-(-1200 // BLOCK) + -(-300 // BLOCK)) + 2 * bank_spec().layout.num_pages
+    for blocks in range(need - 40, need + 60):
+        assert placed(blocks, True) == placed(blocks, False), blocks
+
+
+def test_events_never_mention_bank_pages():
+    manager = make_manager(60, caching=True, events=True)
+    known = set()
+    for i in range(12):
+        tokens = [1000 * (i % 3) + j for j in range(5 * SEGMENT)]
+        request = make_request(f"r{i}", tokens, True, extra={"kv_cache_report_mode": "full"})
+        assert run(manager, request, 512) is not None
+        for event in manager.take_events():
+            assert event.group_idx == ATTENTION
+            if isinstance(event, BlockStored):
+                known |= set(event.block_hashes)
+            else:
+                assert set(event.block_hashes) <= known
+    assert known
+
+
+def test_what_a_request_put_into_the_cache_is_counted_as_without_memory():
+    manager = make_manager(400, caching=True)
+    request = make_request("r", list(range(333)), True)
+    manager.allocate_slots(request, 333)
+    assert manager.estimate_cached_tokens(request) == 333 // BLOCK * BLOCK
 
 
 def test_tokens_still_in_flight_are_not_donated():
@@ -184,43 +357,17 @@ def test_tokens_still_in_flight_are_not_donated():
     assert manager.get_computed_blocks(again)[1] == 0
 
 
-def test_snapshots_are_published_only_while_blocks_are_plenty():
-    layout = bank_spec().layout
-    length = 8 * SEGMENT
-    need = length // BLOCK + layout.num_pages
-    for spare, publishes in ((layout.committed_pages - 1, False), (100, True)):
-        manager = make_manager(1 + need + spare, caching=True)
-        request = make_request("only", list(range(length)), caching=True)
-        manager.allocate_slots(request, length // 2)
-        request.num_computed_tokens = length // 2
-        manager.new_step_starts()
-        assert manager.allocate_slots(request, length // 2) is not None
-        copies, retained = manager.take_kv_cache_block_copies()
-        assert bool(copies) is publishes
-        manager.block_pool.free_blocks(retained)
-
-
-def test_snapshots_take_no_more_blocks_than_they_make_reusable():
-    manager = make_manager(2000, caching=True)
-    pages = bank_spec().layout.committed_pages
-    request = make_request("long", list(range(1900)), caching=True)
-    copied = 0
-    for start in range(0, 1900, 20):
-        manager.new_step_starts()
-        manager.allocate_slots(request, 20)
-        request.num_computed_tokens = start + 20
-        copies, retained = manager.take_kv_cache_block_copies()
-        manager.block_pool.free_blocks(retained)
-        copied += len(copies)
-        assert copied <= request.num_computed_tokens // BLOCK
-    assert copied >= 4 * pages
-
-
 def test_a_session_may_still_grow_and_pays_from_the_start():
     manager = make_manager(400, caching=True)
     layout = bank_spec().layout
-    for name, resumable in (("short", False), ("session", True)):
-        request = make_request(name, [1] * 20, True, max_tokens=4, resumable=resumable)
+    off = {"pacellm_enabled": False}
+    for name, resumable, extra in (
+        ("short", False, None),
+        ("session", True, None),
+        # Its next turn may turn the memory on again.
+        ("off", True, off),
+    ):
+        request = make_request(name, [1] * 20, True, extra, max_tokens=4, resumable=resumable)
         manager.allocate_slots(request, 20)
         pages = held(manager, request, BANK)
         if resumable:

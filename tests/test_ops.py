@@ -17,7 +17,7 @@ WIDTHS = [8, 62, 344]
 
 def rules(**settings):
     return PaceConfig.from_sources(
-        {"segment_size": 48, "bank_size": 7, "top_k": 2, **settings}
+        {"segment_size": 48, "bank_size": 7, "top_k": 2, "preset": "official", **settings}
     ).rules()
 
 

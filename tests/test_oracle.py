@@ -21,7 +21,8 @@ def make_bank(
 ) -> Bank:
     """A bank (D = 2) whose first slots hold `keys`; what lies beyond them is NaN."""
     count = len(keys)
-    bank = Bank(MemoryRules.of(bank_size=bank_size or count, **pace), dim=2)
+    pace = {"preset": "official", "bank_size": bank_size or count, **pace}
+    bank = Bank(MemoryRules.of(**pace), dim=2)
     for tensor in (bank.keys, bank.values, bank.usage):
         tensor.fill_(float("nan"))
     bank.num_valid = count
@@ -47,7 +48,10 @@ def approx(rows: list[list[float]]) -> list[Any]:
 
 class TestRules:
     def test_presets(self):
-        official, paper = MemoryRules.of(), MemoryRules.of(preset="paper", layers=[1, 3])
+        gentle, official = MemoryRules.of(), MemoryRules.of(preset="official")
+        paper = MemoryRules.of(preset="paper", layers=[1, 3])
+        assert (gentle.theta_high, gentle.theta_low) == (0.75, 0.25)
+        assert (gentle.alpha, gentle.noise) == (0.1, 0)
         assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)
         assert (paper.theta_high, paper.theta_low, paper.alpha) == (0.7, 0.3, 1.0)
         assert (official.top_k, official.negative_k, official.noise) == (5, 2, 0.1)
@@ -73,6 +77,8 @@ class TestEnhance:
         ("preset", "token", "category", "expected"),
         [
             # mu+ = mu- = (2, 4)
+            ("gentle", [3.0, 0.0], "high", [0.9 * 3 + 0.1 * 2, 0.1 * 4]),
+            ("gentle", A34, "mid", [0.9 * 3 + 0.1 * 1, 0.9 * 4 + 0.1 * 2]),
             ("official", [3.0, 0.0], "high", [0.8 * 3 + 0.2 * 2.2, 0.2 * 4.4]),
             ("official", A34, "mid", [0.8 * 3 + 0.2 * 1.2, 0.8 * 4 + 0.2 * 2.4]),
             ("official", [0.0, 5.0], "low", [0.0, 5.0]),
@@ -269,6 +275,36 @@ class TestPaperUpdate:
         assert bank.keys.tolist() == [E1, [-1.0, 0.0]]
 
 
+UNSOUND = [[float("nan"), 1.0], [1.0, -float("inf")], [2.0**50, 0.0]]
+
+
+class TestUnsoundTokens:
+    def test_they_pass_through(self):
+        for keys in ([E1, E2], []):
+            bank = make_bank(keys, bank_size=2, theta_low=-1.0)
+            o, categories = enhance(bank, *UNSOUND)
+            assert categories == ["unsound"] * 3
+            assert str(o) == str(UNSOUND)
+            assert bank.closest_call == float("inf")
+
+    def test_the_longest_sound_one_is_compared(self):
+        assert enhance(make_bank([E1]), [9e14, 0.0])[1] == ["high"]
+
+    def test_they_take_no_slot(self):
+        bank = make_bank([], bank_size=3)
+        assert update(bank, [*UNSOUND, E1]) == ["unsound"] * 3 + ["empty"]
+        assert bank.num_valid == 1
+        assert bank.keys[0].tolist() == E1
+
+    @pytest.mark.parametrize(("preset", "share"), [("official", 1), ("paper", 4)])
+    def test_they_add_nothing_to_a_mean(self, preset, share):
+        # The mean of one mid token is itself; that of a whole segment has the segment's length.
+        bank = make_bank([E1], usage=[1], preset=preset, theta_high=0.7)
+        assert update(bank, [*UNSOUND, A34]) == ["unsound"] * 3 + ["mid"]
+        assert bank.keys.tolist() == approx([[0.5 + 1.5 / share, 2.0 / share]])
+        assert bank.usage.tolist() == [2]
+
+
 def test_counts_and_closest_call():
     bank = make_bank([E1], theta_high=0.75, theta_low=0.25)
     enhance(bank, E1, A34, [0.0, 1.0], [0.0, 1.0])
@@ -304,7 +340,8 @@ def clustered(seed: int, size: int, dim: int, segments: int) -> list[torch.Tenso
 def test_published_rules(bank_size, size, seed):
     dim = 40
     published = PublishedBank(bank_size, dim)
-    bank = Bank(MemoryRules.of(bank_size=bank_size, max_insertions=bank_size), dim)
+    rules = MemoryRules.of(preset="official", bank_size=bank_size, max_insertions=bank_size)
+    bank = Bank(rules, dim)
     for a in clustered(seed, size, dim, segments=12):
         o, _ = bank.enhance(a)
         bank.update(a, o)

@@ -17,7 +17,7 @@ def models(tmp_path_factory) -> dict[str, OracleModel]:
     }
 
 
-PACE: dict[str, Any] = {"layers": [1, 3], "bank_size": 23, "segment_size": 32}
+PACE: dict[str, Any] = {"preset": "official", "layers": [1, 3], "bank_size": 23, "segment_size": 32}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

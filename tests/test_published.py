@@ -12,7 +12,12 @@ from pacellm_vllm.ops.update import Header, advance
 
 @pytest.mark.parametrize(("bank_size", "segment", "width"), [(7, 24, 62), (23, 48, 344)])
 def test_state_equals_the_published_algorithm(bank_size, segment, width):
-    settings = {"bank_size": bank_size, "segment_size": segment, "max_insertions": bank_size}
+    settings = {
+        "preset": "official",
+        "bank_size": bank_size,
+        "segment_size": segment,
+        "max_insertions": bank_size,
+    }
     rules = PaceConfig.from_sources(settings).rules()
     layout = BankLayout.plan(rules, width, torch.float32, page_bytes=4096)
     store = paged_store(layout, torch.float32)

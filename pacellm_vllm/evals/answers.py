@@ -55,6 +55,18 @@ class Offline:
             scored.append((sum(e.logprob for e in found), all(e.rank == 1 for e in found)))
         return scored
 
+    def losses(self, prompts: Sequence[list[int]]) -> list[list[float]]:
+        """Loss (nats) of every token after the first of each prompt."""
+        return [
+            [
+                -entry[token].logprob
+                for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+            for ids, output in zip(
+                prompts, self._run(prompts, 1, [], prompt_logprobs=0), strict=True
+            )
+        ]
+
     def describe(self) -> dict[str, Any]:
         from pacellm_vllm.serving.report import describe_engine
 

@@ -29,14 +29,19 @@ def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def add_configs(parser: argparse.ArgumentParser) -> None:
-    """Which configurations, and the servers that run them if any do."""
+def add_config_names(parser: argparse.ArgumentParser) -> None:
+    """Which configurations are compared."""
     parser.add_argument(
         "--configs",
-        default="off,official",
+        default="off,gentle",
         help=f"{', '.join(CONFIG_NAMES)}, or JSON of names to settings; all are compared to the "
         "first (%(default)s)",
     )
+
+
+def add_configs(parser: argparse.ArgumentParser) -> None:
+    """Which configurations, and the servers that run them if any do."""
+    add_config_names(parser)
     parser.add_argument(
         "--base-url",
         action="append",

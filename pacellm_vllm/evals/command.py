@@ -1,4 +1,4 @@
-"""``pacellm eval niah | suite | sweep``: what memory changes, measured."""
+"""``pacellm eval loss | niah | suite | sweep``: what memory changes, measured."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.evals import niah_command, suite_command, sweep_command
+from pacellm_vllm.evals import loss_command, niah_command, suite_command, sweep_command
 from pacellm_vllm.evals.records import EvalError
 
 
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    for command in (niah_command, suite_command, sweep_command):
+    for command in (loss_command, niah_command, suite_command, sweep_command):
         kind = command.add_parser(kinds)
         kind.set_defaults(run=_guarded(command.run))
 

@@ -147,4 +147,11 @@ def _record(
         params = SamplingParams(temperature=0, max_tokens=1)
         llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
         [recorded] = llm.collective_rpc(RECORDED_METHOD, args=(TOP_TOKENS,))
+    for index, found in recorded.items():
+        if found["unsound"]:
+            raise EvalError(
+                f"pacellm: of {len(tokens)} tokens layer {index} gave {found['unsound']} "
+                "activations that are not finite, or too large to compare, which memory passes "
+                'by; fix the model, or run it as --engine \'{"dtype": "float32"}\'.'
+            )
     return recorded

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.config import PRESETS, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.experts.settings import merge_experts
 
 OFF = "off"
 # The paper's and the published code's number of cortical experts.
 EXPERTS = {"num_experts": 64}
-CONFIG_NAMES = (OFF, "official", "paper", "ce", "official+ce", "paper+ce")
+CONFIG_NAMES = (OFF, *PRESETS, "ce", *(f"{preset}+ce" for preset in PRESETS))
 
 
 @dataclass(frozen=True)

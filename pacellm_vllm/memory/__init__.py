@@ -3,6 +3,7 @@
 ``layout``   BankLayout, which row of a bank lies in which page, and how many pages tokens need
 ``places``   Places, where in its pages each row of a bank lies
 ``store``    PagedStore, one bank read and written where it lies in a request's pages
+``snapshots`` SnapshotGrid, where banks are copied for the prefix cache, and into which pages
 ``spec``     PagedBankSpec, what the scheduler knows of a bank
 ``manager``  PagedBankManager, which claims, shares and frees banks' pages
 ``drafts``   what speculative decoding asks of a bank

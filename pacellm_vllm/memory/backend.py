@@ -109,6 +109,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
             self._rules,
             settings,
             prefilling,
+            self.kv_cache_spec.grid,
         )
         if tables is not None:
             return BankMetadata(device=tables.of_pieces(common.block_table_tensor, pieces))

@@ -84,4 +84,4 @@ def _settings(params: SamplingParams) -> RequestSettings | None:
     if not params.extra_args:
         return None
     settings = RequestSettings.of(params.extra_args)
-    return settings if settings.overrides() else None
+    return settings if settings.overrides() or not settings.enabled else None

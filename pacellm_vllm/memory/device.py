@@ -4,7 +4,7 @@ Imports Triton, so only what runs on a device that has it may import this.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from pacellm_vllm.ops.kernels.batch import (
     single_tables,
     tables_of,
 )
-from pacellm_vllm.ops.kernels.book import TALLY
+from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
@@ -96,7 +96,6 @@ class DeviceTables:
         self._pages = np.array(
             [layout.pages_for(n) for n in range(min(layout.bank_size, layout.segment_size) + 1)]
         )
-        self._stamp = 0
 
     def of_singles(
         self, table: torch.Tensor, lengths: np.ndarray, own: Mapping[int, MemoryRules]
@@ -114,19 +113,20 @@ class DeviceTables:
             numbers = numbers.copy()
             for row, rules in own.items():
                 numbers[row] = numbers_of(rules)
-        self._stamp += 1
         positions = np.maximum(lengths - 1, 0)
-        tables = single_tables(positions, pages, numbers, self._stamp)
+        tables = single_tables(positions, pages, numbers)
         return DeviceStep(self._copied([tables], table), len(lengths))
 
     def of_pieces(self, table: torch.Tensor, pieces: Sequence[Piece]) -> DeviceStep:
         """Any step; ``table`` [requests, >= pages] int32 block ids of the pieces' requests."""
-        rounds = []
-        for some in rounds_of(pieces):
-            self._stamp += 1
-            rounds.append(tables_of(some, self._stamp))
+        turns = rounds_of(pieces)
+        rounds = self._copied([tables_of(some) for some in turns], table)
         num_tokens = max((piece.end for piece in pieces), default=0)
-        return DeviceStep(self._copied(rounds, table), num_tokens)
+        rounds = [
+            replace(one, copies=_copies(some, table))
+            for one, some in zip(rounds, turns, strict=True)
+        ]
+        return DeviceStep(rounds, num_tokens)
 
     def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
@@ -144,6 +144,26 @@ class DeviceTables:
         ]
 
 
+def _copies(pieces: Sequence[Piece], table: torch.Tensor) -> torch.Tensor | None:
+    """Blocks [2, n] int64 that hold banks, and those that take a copy, on the device.
+
+    Where there is no bank, or no copy of it is wanted, a block is copied to itself.
+    """
+    where = [
+        (piece.request, source, target)
+        for piece in pieces
+        for source, target in enumerate(piece.copy)
+    ]
+    if not where:
+        return None
+    host = torch.tensor(where, dtype=torch.int64)
+    if table.device.type == "cuda":
+        host = host.pin_memory()
+    rows, sources, targets = host.to(table.device, non_blocking=True).unbind(1)
+    held, wanted = table[rows, sources].long(), table[rows, targets].long()
+    return torch.stack([held, torch.where((held == 0) | (wanted == 0), held, wanted)])
+
+
 def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of ``buffer`` that hold the ``tables``, one after the other."""
     counts = [len(table) for table in tables]
@@ -159,7 +179,7 @@ def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Ten
 
 
 def new_tally(requests: int, device: torch.device) -> torch.Tensor:
-    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/book.py``."""
+    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/rank.py``."""
     return torch.zeros(requests, TALLY.value, dtype=torch.int64, device=device)
 
 

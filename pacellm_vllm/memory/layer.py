@@ -1,5 +1,7 @@
 """PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -110,13 +112,26 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 @eager_in_graphs
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()
-    metadata = context.attn_metadata
-    if not isinstance(metadata, dict):
-        # A profiling run: no pages exist yet.
+    # None is all a profiling run has: no pages exist yet.
+    if context.attn_metadata is None:
         out.copy_(a)
         return
     layer = context.no_compile_layers[layer_name]
-    layer.run(a, out, metadata[layer_name])
+    layer.run(a, out, _metadata_of(layer_name, context.attn_metadata))
+
+
+def _metadata_of(layer_name: str, metadata: Any) -> BankMetadata:
+    """The layer's part of a step's metadata; ``RuntimeError`` where there is none.
+
+    Passing through instead would be an answer without memory that nobody asked for.
+    """
+    if not isinstance(metadata, dict) or layer_name not in metadata:
+        raise RuntimeError(
+            f"pacellm: vLLM ran {layer_name} with attention metadata of type "
+            f"{type(metadata).__name__} that does not say whose tokens these are, so its banks "
+            "cannot be found; serve with vLLM 0.32 and without --enable-dbo and --ubatch-size."
+        )
+    return metadata[layer_name]
 
 
 register_custom_op(OP_NAME, _memory_op, mutates=["out"])

@@ -128,10 +128,17 @@ class BankLayout:
         """Bytes of the keys and values of a full bank alone."""
         return 2 * self.bank_size * self.width * self.itemsize
 
+    def committed_pages(self, num_tokens: int) -> int:
+        """Pages that hold what the bank committed after ``num_tokens`` tokens can count.
+
+        Its header counts no more slots than tokens, and no more than ``bank_size``.
+        """
+        return self._pages(self.slots_start + 2 * min(num_tokens, self.bank_size))
+
     @property
-    def committed_pages(self) -> int:
-        """Pages that hold a full committed bank: a snapshot of it."""
-        return self.pages_for(self.segment_size)
+    def max_committed_pages(self) -> int:
+        """Pages that hold a full committed bank."""
+        return self.committed_pages(self.bank_size)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages a request needs once ``num_tokens`` of its tokens are computed.
@@ -140,7 +147,7 @@ class BankLayout:
         """
         if num_tokens > self.segment_size:
             return self.num_pages
-        return self._pages(self.slots_start + 2 * min(num_tokens, self.bank_size))
+        return self.committed_pages(num_tokens)
 
     def _pages(self, rows: int) -> int:
         return ceil(rows * self.parts / self.units_per_page)

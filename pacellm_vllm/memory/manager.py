@@ -1,8 +1,7 @@
 """PagedBankManager: claims, shares and gives back banks' pages on the scheduler's side."""
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from vllm.utils.math_utils import cdiv
@@ -19,6 +18,8 @@ from vllm.v1.request import Request
 from pacellm_vllm.compat import (
     add_block_hash_key,
     copy_blocks_before_forward,
+    groups_in_hand,
+    keep_out_of_events,
     plugin_logger,
     publish_block,
     request_in_hand,
@@ -26,9 +27,13 @@ from pacellm_vllm.compat import (
 )
 from pacellm_vllm.config import CONFIG_KEY
 from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.request import RequestSettings
 
 logger = plugin_logger()
+
+# vLLM copies all blocks of a step through one temporary, outside of its memory profile.
+_MAX_RESTORED_BYTES = 128 << 20
 
 
 class PagedBankManager(CircularBufferManager):
@@ -42,11 +47,12 @@ class PagedBankManager(CircularBufferManager):
     of the request's prefix up to the segment's start. Snapshots are ordinary cached blocks of the
     pool, found by the prefix's hash and evicted like any other:
 
+    - while a request reads its prompt, each forward leaves copies at the boundaries of a
+      ``SnapshotGrid`` that it reads past, as far as blocks are plenty; they can be found from the
+      next step on;
     - a request that ends or is preempted donates its pages, which costs nothing;
-    - a request that is still reading its prompt publishes copies, made by vLLM's own block copies
-      before the next forward, when blocks are plenty and at least as many tokens lie behind it as
-      the copies would hold;
-    - a request that hits claims pages of its own and has the snapshot copied into them.
+    - a request that hits has the snapshot copied into pages of its own, by vLLM's block copies, or
+      takes the snapshot's pages over where blocks are too few for both.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
@@ -54,16 +60,21 @@ class PagedBankManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._layout: BankLayout = kv_cache_spec.layout
-        # The base class leaves state out of zeroing. Pages never need it (what counts is decided
-        # by position), but where vLLM zeroes anyway a second defence costs one memset.
-        self._record_new_block_ids = bool(kwargs.get("needs_kv_cache_zeroing"))
+        self._grid: SnapshotGrid | None = kv_cache_spec.grid
+        self._max_step_tokens: int = kv_cache_spec.max_step_tokens
+        snapshot_bytes = (
+            self._layout.max_committed_pages * self._layout.page_bytes * kv_cache_spec.num_layers
+        )
+        self._max_restored = max(1, _MAX_RESTORED_BYTES // snapshot_bytes)
         self._requests: dict[str, Request] = {}
-        # Tokens of the longest prefix each request has published, or was restored from.
-        self._published: dict[str, int] = {}
-        self._publishing: dict[str, int] = {}
+        # Boundaries at which this step's forward copies banks, and the first pages' hashes.
+        self._planned: dict[str, list[int]] = {}
+        self._copying: dict[str, list[int]] = {}
+        self._copying_hashes: set[BlockHashWithGroupId] = set()
         self._restoring: dict[str, Sequence[KVCacheBlock]] = {}
-        # Blocks published in this step hold nothing until its copies ran: copy from their source.
-        self._sources: dict[int, KVCacheBlock] = {}
+        self._taking_over: set[str] = set()
+        self._restored = 0
+        keep_out_of_events(self.block_pool, self.kv_cache_group_id)
         self._log_start(kv_cache_spec)
 
     def _log_start(self, spec: Any) -> None:
@@ -72,7 +83,7 @@ class PagedBankManager(CircularBufferManager):
         logger.info(
             "pacellm: memory in %s; a request's banks take %.1f MB: %d KV blocks for its first "
             "token, %d from its second segment on, which is %.2f %% of the pool's %d; %.1f "
-            "requests of %d tokens fit at once, %.1f without memory.",
+            "requests of %d tokens fit at once, %.1f without memory; %s.",
             spec.summary,
             spec.num_layers * layout.num_pages * layout.page_bytes / 1e6,
             layout.pages_for(1),
@@ -82,11 +93,40 @@ class PagedBankManager(CircularBufferManager):
             pool / (longest + layout.pages_for(spec.max_model_len)),
             spec.max_model_len,
             pool / longest,
+            self._describe_caching(spec.max_model_len),
+        )
+        if spec.max_model_len <= layout.segment_size + 1:
+            logger.warning(
+                "pacellm: memory never acts here, because no request of at most max_model_len = "
+                "%d tokens reads past its first segment of %d; set a smaller segment_size.",
+                spec.max_model_len,
+                layout.segment_size,
+            )
+
+    def _describe_caching(self, max_model_len: int) -> str:
+        if self._grid is None:
+            return "prefix caching is off"
+        if max_model_len <= self._layout.segment_size:
+            return "prefixes with memory are never reused, as none is a whole segment long"
+        return (
+            f"prefixes with memory are reused in whole segments of {self._layout.segment_size} "
+            f"tokens, while prompts are read every {self._grid.interval}"
         )
 
     def new_step_starts(self) -> None:
+        """The forward of the last step has made its copies, or does before this one's copies."""
         super().new_step_starts()
-        self._sources.clear()
+        for request_id, boundaries in self._copying.items():
+            self._publish_copies(request_id, boundaries)
+            held = self.req_to_blocks[request_id]
+            for boundary in boundaries:
+                columns = self._columns(boundary)
+                pages = held[columns]
+                held[columns] = [self.block_pool.null_block] * len(pages)
+                self.block_pool.free_blocks(pages)
+        self._copying.clear()
+        self._copying_hashes.clear()
+        self._restored = 0
 
     @classmethod
     def find_longest_cache_hit(
@@ -110,13 +150,14 @@ class PagedBankManager(CircularBufferManager):
         known = min(max_length, len(block_hashes) * unit)
         for length in range(known // step * step, 0, -step):
             prefix = block_hashes[length // unit - 1]
-            pages = [
-                block_pool.get_cached_block(_page_hash(prefix, i), kv_cache_group_ids)
-                for i in range(layout.committed_pages)
-            ]
-            if all(pages):
-                groups = zip(*(page for page in pages if page), strict=True)
-                return tuple(list(group) for group in groups), length
+            pages = []
+            for i in range(layout.committed_pages(length)):
+                page = block_pool.get_cached_block(_page_hash(prefix, i), kv_cache_group_ids)
+                if page is None:
+                    break
+                pages.append(page)
+            else:
+                return tuple(list(group) for group in zip(*pages, strict=True)), length
         return tuple([] for _ in kv_cache_group_ids), 0
 
     def get_num_blocks_to_allocate(
@@ -124,22 +165,38 @@ class PagedBankManager(CircularBufferManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
-        *args: Any,
-        **kwargs: Any,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         if self._holds_no_bank(request_id):
             return 0
-        need = self._missing(request_id, num_tokens)
-        need += self._get_num_evictable_blocks(new_computed_blocks)
-        self._publishing.pop(request_id, None)
-        length = self._worth_publishing(request_id)
-        copies = self._layout.committed_pages
-        # Never at anyone's expense: only if all this request may need now fits besides.
-        at_most = need + cdiv(num_tokens, self.block_size) + copies
-        if length and at_most <= self.block_pool.get_num_free_blocks():
-            self._publishing[request_id] = length
-            need += copies
-        return need
+        if new_computed_blocks and self._restored >= self._max_restored:
+            # More than there are: the request waits for the next step.
+            return self.block_pool.num_gpu_blocks + 1
+        own = self._missing(request_id, num_tokens)
+        need = own + self._get_num_evictable_blocks(new_computed_blocks)
+        # All that this request may need now, in every group.
+        at_most = need + (groups_in_hand() - 1) * cdiv(num_tokens, self.block_size)
+        free = self.block_pool.get_num_free_blocks()
+        self._taking_over.discard(request_id)
+        if new_computed_blocks and at_most > free and need == own + len(new_computed_blocks):
+            # Nobody else uses the snapshot, so its pages become the request's: with them it needs
+            # no more blocks than without a hit, and what fits alone is always scheduled.
+            self._taking_over.add(request_id)
+            need = own
+        self._planned.pop(request_id, None)
+        if apply_admission_cap:
+            return need
+        planned = self._worth_copying(total_computed_tokens, num_tokens_main_model)
+        if planned:
+            spare = free - at_most - self._reserved_for_others(request_id)
+            while planned and spare < self._pages_of(planned):
+                planned.pop()
+            self._planned[request_id] = planned
+        return need + self._pages_of(planned)
 
     def add_local_computed_blocks(
         self,
@@ -151,30 +208,48 @@ class PagedBankManager(CircularBufferManager):
         if new_computed_blocks:
             self.block_pool.touch(new_computed_blocks)
             self._restoring[request_id] = list(new_computed_blocks)
-            self._published[request_id] = num_local_computed_tokens
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        if length := self._publishing.pop(request_id, 0):
-            self._publish(request_id, length)
         held = self.req_to_blocks[request_id]
+        before = len(held)
         if self._holds_no_bank(request_id):
-            # Spelled out, because a worker does not clear what a row of its block table held.
-            new = [] if held else [self.block_pool.null_block] * self._layout.num_pages
-            held.extend(new)
-            return new
-        missing = self._missing(request_id, num_tokens)
-        new = self.block_pool.get_new_blocks(missing) if missing else []
-        held.extend(new)
-        if self._record_new_block_ids:
-            self.new_block_ids.extend(block.block_id for block in new)
+            if not held:
+                # Spelled out, because a worker does not clear what a row of its block table held.
+                held.extend([self.block_pool.null_block] * self._layout.num_pages)
+            return held[before:]
         snapshot = self._restoring.pop(request_id, ())
-        for source, page in zip(snapshot, held, strict=False):
-            self._copy(source, page)
-            # Touched when it was hit; the copy holds it from here on.
-            self.block_pool.free_blocks([source])
-        return new
+        if snapshot and request_id in self._taking_over:
+            self.block_pool.evict_blocks({page.block_id for page in snapshot})
+            held.extend(snapshot)
+            snapshot = ()
+        held.extend(self._new_blocks(self._missing(request_id, num_tokens)))
+        if snapshot:
+            self._restored += 1
+            pairs = list(zip(snapshot, held, strict=False))
+            # The snapshot was touched when it was hit; the scheduler lets go of both.
+            self.block_pool.touch([page for _, page in pairs])
+            copy_blocks_before_forward(self, pairs)
+        self._append_columns(request_id, num_tokens_main_model)
+        return held[before:]
+
+    def _append_columns(self, request_id: str, num_tokens: int) -> None:
+        """Lengthen a request's row by the boundaries among its tokens, with pages for copies."""
+        if self._grid is None:
+            return
+        planned, request = self._planned.pop(request_id, []), request_in_hand()
+        held = self.req_to_blocks[request_id]
+        new = self._grid.row_length(num_tokens) - len(held)
+        held.extend([self.block_pool.null_block] * new)
+        if not planned:
+            return
+        assert request is not None, "copies are planned for a request in hand"
+        for boundary in planned:
+            columns = self._columns(boundary)
+            held[columns] = self._new_blocks(len(held[columns]))
+            self._copying_hashes.add(self._page_hashes(request, boundary)[0])
+        self._copying[request_id] = planned
 
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
@@ -185,18 +260,39 @@ class PagedBankManager(CircularBufferManager):
         self._requests[request.request_id] = request
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        length = self._committed_tokens(request_id)
-        if length > self._published.get(request_id, 0):
-            hashes = self._page_hashes(request_id, length)
-            if not self._is_cached(hashes[0]):
-                pages = self.req_to_blocks[request_id]
-                for page, page_hash in zip(pages, hashes, strict=False):
-                    publish_block(self.block_pool, page, page_hash, length)
-        for source in self._restoring.pop(request_id, ()):
-            self.block_pool.free_blocks([source])
-        for state in (self._requests, self._published, self._publishing):
-            state.pop(request_id, None)
+        request = self._requests.get(request_id)
+        if request is not None:
+            computed = request.num_computed_tokens
+            made = [at for at in self._copying.pop(request_id, ()) if at < computed]
+            self._publish_copies(request_id, made)
+            self._donate(request)
+            del self._requests[request_id]
+        # Hit, but never placed.
+        self.block_pool.free_blocks(self._restoring.pop(request_id, ()))
+        self._planned.pop(request_id, None)
+        self._taking_over.discard(request_id)
         return super().pop_blocks_for_free(request_id)
+
+    def _donate(self, request: Request) -> None:
+        """Leave the request's own pages in the cache as a snapshot, if they are one."""
+        length = self._committed_tokens(request)
+        if not length:
+            return
+        hashes = self._page_hashes(request, length)
+        if not self._are_cached(hashes):
+            pages = self.req_to_blocks[request.request_id]
+            for page, page_hash in zip(pages, hashes, strict=False):
+                publish_block(self.block_pool, page, page_hash, length)
+
+    def _publish_copies(self, request_id: str, boundaries: Iterable[int]) -> None:
+        held = self.req_to_blocks[request_id]
+        for boundary in boundaries:
+            hashes = self._page_hashes(self._requests[request_id], boundary)
+            for page, page_hash in zip(held[self._columns(boundary)], hashes, strict=True):
+                publish_block(self.block_pool, page, page_hash, boundary)
+
+    def _new_blocks(self, count: int) -> list[KVCacheBlock]:
+        return self.block_pool.get_new_blocks(count) if count > 0 else []
 
     def _holds_no_bank(self, request_id: str) -> bool:
         """Decided when a request is first placed: what it holds from then on says so."""
@@ -209,14 +305,21 @@ class PagedBankManager(CircularBufferManager):
         held = len(self.req_to_blocks.get(request_id, ()))
         return max(self._layout.pages_for(num_tokens) - held, 0)
 
-    def _committed_tokens(self, request_id: str) -> int:
+    def _columns(self, boundary: int) -> slice:
+        assert self._grid is not None
+        columns = self._grid.columns(boundary)
+        return slice(columns.start, columns.stop)
+
+    def _pages_of(self, boundaries: Iterable[int]) -> int:
+        return sum(map(self._layout.committed_pages, boundaries))
+
+    def _committed_tokens(self, request: Request) -> int:
         """Tokens behind the bank in the request's pages once all its scheduled steps ran.
 
         0 when there is none, when tokens sampled in a step still in flight would be among them, or
         when drafts may be, which the bank does not hold before the next step.
         """
-        request = self._requests.get(request_id)
-        if not self.enable_caching or request is None or self._holds_no_bank(request_id):
+        if not self.enable_caching or self._holds_no_bank(request.request_id):
             return 0
         size = self._layout.segment_size
         computed = request.num_computed_tokens
@@ -224,63 +327,62 @@ class PagedBankManager(CircularBufferManager):
         drafts = self._layout.drafts if computed > request.num_prompt_tokens else 0
         if computed - drafts < length:
             return 0
-        known = len(request.block_hashes) * self.block_pool.hash_block_size
-        return length if length <= known else 0
+        return length if length <= self._hashed_tokens(request) else 0
 
-    def _worth_publishing(self, request_id: str) -> int:
-        """Tokens of the prefix to publish now, or 0.
+    def _worth_copying(self, computed: int, num_tokens: int) -> list[int]:
+        """Boundaries at which the next forward should copy the bank of the request in hand.
 
-        Only while the prompt is read (what is generated is donated at the end), and only when the
-        copies take no more blocks than the attention blocks they make reusable.
+        Only of its prompt: what is generated is donated at the end.
         """
-        length = self._committed_tokens(request_id)
-        gain = length - self._published.get(request_id, 0)
-        if gain <= 0 or gain < self._layout.committed_pages * self.block_size:
-            return 0
-        if length > self._requests[request_id].num_prompt_tokens:
-            return 0
-        if self._is_cached(self._page_hashes(request_id, length)[0]):
-            self._published[request_id] = length
-            return 0
-        return length
-
-    def _publish(self, request_id: str, length: int) -> None:
-        hashes = self._page_hashes(request_id, length)
-        copies = self.block_pool.get_new_blocks(len(hashes))
-        pages = self.req_to_blocks[request_id]
-        for page, copy, page_hash in zip(pages, copies, hashes, strict=False):
-            self._copy(page, copy)
-            self._sources[copy.block_id] = page
-            publish_block(self.block_pool, copy, page_hash, length)
-        self.block_pool.free_blocks(reversed(copies))
-        self._published[request_id] = length
-
-    def _copy(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
-        """Copy a block before the next forward; the scheduler lets go of both afterwards."""
-        source = self._sources.get(source.block_id, source)
-        self.block_pool.touch([source, target])
-        copy_blocks_before_forward(self, [(source, target)])
-
-    def _page_hashes(self, request_id: str, length: int) -> list[BlockHashWithGroupId]:
-        unit = self.block_pool.hash_block_size
-        prefix = self._requests[request_id].block_hashes[length // unit - 1]
+        request = request_in_hand()
+        if self._grid is None or not self.enable_caching or request is None:
+            return []
+        if not takes_copies(num_tokens - computed):
+            return []
+        known = min(self._hashed_tokens(request), request.num_prompt_tokens)
         return [
-            make_block_hash_with_group_id(_page_hash(prefix, i), self.kv_cache_group_id)
-            for i in range(self._layout.committed_pages)
+            boundary
+            for boundary in self._grid.boundaries(computed, num_tokens)
+            if boundary <= known and not self._will_be_cached(self._page_hashes(request, boundary))
         ]
 
-    def _is_cached(self, page_hash: BlockHashWithGroupId) -> bool:
-        return self.block_pool.cached_block_hash_to_block.get_one_block(page_hash) is not None
+    def _reserved_for_others(self, request_id: str) -> int:
+        """Blocks that the other running requests may need in this step."""
+        others = [other for name, other in self._requests.items() if name != request_id]
+        tokens = sum(max(other.num_tokens - other.num_computed_tokens, 1) for other in others)
+        blocks = cdiv(min(tokens, self._max_step_tokens), self.block_size) + len(others)
+        pages = sum(
+            max(self._layout.num_pages - len(self.req_to_blocks.get(other.request_id, ())), 0)
+            for other in others
+        )
+        return (groups_in_hand() - 1) * blocks + pages
+
+    def _hashed_tokens(self, request: Request) -> int:
+        return len(request.block_hashes) * self.block_pool.hash_block_size
+
+    def _page_hashes(self, request: Request, length: int) -> list[BlockHashWithGroupId]:
+        prefix = request.block_hashes[length // self.block_pool.hash_block_size - 1]
+        return [
+            make_block_hash_with_group_id(_page_hash(prefix, i), self.kv_cache_group_id)
+            for i in range(self._layout.committed_pages(length))
+        ]
+
+    def _will_be_cached(self, hashes: Sequence[BlockHashWithGroupId]) -> bool:
+        return hashes[0] in self._copying_hashes or self._are_cached(hashes)
+
+    def _are_cached(self, hashes: Iterable[BlockHashWithGroupId]) -> bool:
+        cached = self.block_pool.cached_block_hash_to_block
+        return all(cached.get_one_block(page_hash) is not None for page_hash in hashes)
 
 
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
-    if request is None or request.sampling_params is None:
+    if request is None or request.sampling_params is None or request.resumable:
+        # A session may grow, and its next turn may turn the memory on again.
         return False
     if not RequestSettings.of(request.sampling_params.extra_args).enabled:
         return True
-    # The last token sampled is never computed. A session may still grow longer than this.
-    computed = request.num_prompt_tokens + request.max_tokens - 1
-    return computed <= layout.segment_size and not request.resumable
+    # The last token sampled is never computed.
+    return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
 
 
 def _hash_key(request: Request) -> tuple[str, str] | None:
@@ -297,4 +399,4 @@ add_block_hash_key(_hash_key)
 
 def _page_hash(prefix: bytes, page: int) -> BlockHash:
     """The hash of one page of the bank committed after a prefix with this hash."""
-    return BlockHash(hashlib.sha256(prefix + b"pacellm" + page.to_bytes(4, "big")).digest())
+    return BlockHash(prefix + b"pacellm" + page.to_bytes(4, "big"))

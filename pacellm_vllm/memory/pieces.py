@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pacellm_vllm.memory.layout import BankLayout
+from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.request import RequestSettings
 
@@ -15,6 +16,8 @@ class Piece:
     ``position`` is the first one's place in its request, ``pages`` how many of the request's
     pages the piece can reach, ``rules`` the engine's with what the request has set for itself.
     ``certain`` tokens lie in one segment; others may be rejected drafts, and are not cut.
+    ``copy`` are the columns of the block table whose pages take a copy of the bank before the
+    piece changes it.
     """
 
     request: int
@@ -24,6 +27,7 @@ class Piece:
     pages: int
     rules: MemoryRules
     certain: bool = True
+    copy: range = range(0)
 
 
 def cut_pieces(
@@ -33,12 +37,14 @@ def cut_pieces(
     rules: MemoryRules,
     settings: Sequence[RequestSettings | None] = (),
     prefilling: Sequence[bool] = (),
+    grid: SnapshotGrid | None = None,
 ) -> list[Piece]:
     """Cut a batch at request borders and segment ends.
 
     ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
     tokens after this step, ``settings`` what the first of them have set, ``prefilling`` which of
-    the first began the step within their prompt. Requests without tokens give no piece.
+    the first began the step within their prompt, ``grid`` where banks are copied, if anywhere.
+    Requests without tokens give no piece.
 
     Drafts may be among the tokens of a step that is no longer than the token last sampled and
     ``layout.drafts`` more, and outside of prompts.
@@ -52,11 +58,13 @@ def cut_pieces(
         mine = own.applied_to(rules) if own is not None else rules
         prompt = request < len(prefilling) and prefilling[request]
         guessed = 1 < end - begin <= 1 + layout.drafts and not prompt
+        copies = grid if grid and takes_copies(end - begin) and not guessed else None
         last, end = end, begin + 1 if guessed else end
         while begin < end:
             n = min(end - begin, size - position % size)
             pages = layout.pages_for(position + n)
-            pieces.append(Piece(request, begin, begin + n, position, pages, mine))
+            copy = copies.columns(position) if copies else range(0)
+            pieces.append(Piece(request, begin, begin + n, position, pages, mine, copy=copy))
             begin, position = begin + n, position + n
         if guessed:
             pages = layout.pages_for(length)

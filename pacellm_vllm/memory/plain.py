@@ -18,12 +18,17 @@ from pacellm_vllm.ops.update import Progress, advance
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one request; ``pages`` its block ids as far as they reach."""
+    """Tokens of one request; ``pages`` its block ids as far as they reach.
+
+    ``copy`` are pages that take what the first as many of ``pages`` hold before the tokens change
+    it; vLLM's null block where there is no copy.
+    """
 
     tokens: slice
     position: int
     pages: list[int]
     rules: MemoryRules
+    copy: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,16 @@ class PlainStep:
         if not pieces:
             return step
         # The one host read of a step.
-        table = block_table[:, : max(piece.pages for piece in pieces)].tolist()
+        reach = max(max(piece.pages, piece.copy.stop) for piece in pieces)
+        table = block_table[:, :reach].tolist()
         pieces_of = Counter(piece.request for piece in pieces)
         singles = []
         seen = set()
         for piece in pieces:
             tokens = slice(piece.begin, piece.end)
-            pages = table[piece.request][: piece.pages]
-            chunk = Chunk(tokens, piece.position, pages, piece.rules)
+            row = table[piece.request]
+            pages, copy = row[: piece.pages], row[piece.copy.start : piece.copy.stop]
+            chunk = Chunk(tokens, piece.position, pages, piece.rules, copy if all(copy) else [])
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not all(pages):
                 step.idle.append(tokens)
@@ -116,6 +123,8 @@ class PlainStep:
             store = PagedStore(units, chunk.pages, layout)
             yield from settle(store, chunk.position, chunk.rules, reduce)
         for chunk in self.chunks:
+            if chunk.copy:
+                units[chunk.copy] = units[chunk.pages[: len(chunk.copy)]]
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
             yield advance(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])[1]

@@ -44,6 +44,8 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         f"layers {', '.join(map(str, layers))} of {model.get_total_num_hidden_layers()}",
         model.max_model_len,
         vllm_config.num_speculative_tokens,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        bool(vllm_config.cache_config.enable_prefix_caching),
     )
     if takes_kernels(vllm_config.device_config.device_type):
         check_kernels(spec.layout)
@@ -108,10 +110,12 @@ def bank_spec(
     where: str,
     max_model_len: int,
     drafts: int = 0,
+    max_step_tokens: int = 8192,
+    copied: bool = False,
 ) -> PagedBankSpec:
     """The spec of banks for ``layers`` with pages of ``page_bytes``; ``where`` is for the log.
 
-    ``drafts`` tokens at most are speculative in a step.
+    ``drafts`` tokens at most are speculative in a step; ``copied`` is whether prefixes are cached.
     """
     stored = config.stored_dtype(dtype)
     return PagedBankSpec(
@@ -124,6 +128,8 @@ def bank_spec(
         num_layers=len(layers),
         summary=f"{where}, preset {config.preset}",
         max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens,
+        copied=copied,
     )
 
 

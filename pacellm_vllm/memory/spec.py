@@ -10,9 +10,10 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
-from pacellm_vllm.compat import register_kv_cache_spec
+from pacellm_vllm.compat import count_cached_tokens_without, register_kv_cache_spec
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.manager import PagedBankManager
+from pacellm_vllm.memory.snapshots import SnapshotGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +22,23 @@ class PagedBankSpec(CircularBufferSpec):
 
     ``block_size`` is the attention layers' (it only enters the scheduler's block arithmetic) and
     ``dtype`` is uint8: a dtype unlike the KV cache's makes vLLM zero new attention blocks, which
-    may have held a bank whose bytes read as NaN. ``num_layers`` carry memory in the whole model,
-    ``summary`` says which, for the start-up line, and ``max_model_len`` is the longest request's.
+    may have held a bank whose bytes read as NaN. Banks' own pages need no zeroing: what counts is
+    decided by position. ``num_layers`` carry memory in the whole model, ``summary`` says which,
+    for the start-up line, ``max_model_len`` is the longest request's, ``max_step_tokens`` the most
+    tokens of a step, and ``copied`` whether banks are copied for the prefix cache.
     """
 
     layout: BankLayout
     num_layers: int
     summary: str
     max_model_len: int
+    max_step_tokens: int
+    copied: bool
+
+    @property
+    def grid(self) -> SnapshotGrid | None:
+        """Where banks are copied; None where they are not."""
+        return SnapshotGrid(self.layout, self.block_size) if self.copied else None
 
     @property
     def num_states(self) -> int:
@@ -57,10 +67,12 @@ class PagedBankSpec(CircularBufferSpec):
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Model runner V1 computes a slot mapping for every group, ours included, and reads
         # row[position // block_size] for it: the row must be that long though no one uses it.
-        return max(self.layout.num_pages, cdiv(max_len, self.block_size))
+        # A snapshot grid's columns are never more than attention's.
+        return self.layout.num_pages + cdiv(max_len, self.block_size)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(spec, PagedBankSpec) for spec in kv_cache_specs.values())
 
 
 register_kv_cache_spec(PagedBankSpec, PagedBankManager)
+count_cached_tokens_without(PagedBankSpec)

@@ -146,9 +146,9 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             "no connector checks that both engines have the same experts; drop "
             "--kv-transfer-config",
         ),
-        "dual-batch overlap": (
-            bool(parallel.enable_dbo),
-            "it has not been tested; drop --enable-dbo",
+        "dual-batch overlap or microbatches": (
+            bool(parallel.use_ubatching),
+            "they have not been tested; drop --enable-dbo and --ubatch-size",
         ),
         f"--load-format {load_format}": (
             load_format not in LOAD_FORMATS,

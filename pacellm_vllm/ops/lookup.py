@@ -8,6 +8,9 @@ import torch
 from pacellm_vllm.ops.rules import MemoryRules
 
 NORM_FLOOR = 1e-8
+# A token is sound if its squared norm is a number up to this; see docs/architecture.md. Far enough
+# from fp32's largest that no product, sum or norm of sound tokens is infinite.
+MOST_SQUARE = 1e30
 # Half-precision activations are widened this many elements at a time, which stay in the caches.
 _WIDENED_ELEMENTS = 1 << 20
 
@@ -19,7 +22,8 @@ class LookUp:
     """What n tokens found in a bank of m valid slots.
 
     ``output`` [n, D] in the dtype of the activations; ``mean_top`` [n] fp32, the mean of the
-    top-k similarities that decides the write; ``top`` [n, min(k, m)] int64 slot indices.
+    top-k similarities that decides the write, NaN for unsound tokens, which are of no kind;
+    ``top`` [n, min(k, m)] int64 slot indices.
     """
 
     output: torch.Tensor
@@ -30,18 +34,27 @@ class LookUp:
         """[n] bool: tokens that only confirm the slots they found."""
         return self.mean_top > rules.theta_high
 
+    def mid(self, rules: MemoryRules) -> torch.Tensor:
+        """[n] bool: tokens that are merged into the slots they found."""
+        return (self.mean_top > rules.theta_low) & (self.mean_top <= rules.theta_high)
+
     def low(self, rules: MemoryRules) -> torch.Tensor:
         """[n] bool: tokens that ask for a slot of their own."""
         return self.mean_top <= rules.theta_low
 
+    def sound(self) -> torch.Tensor:
+        """[n] bool: tokens of any kind."""
+        return ~self.mean_top.isnan()
+
 
 def similarities(
     a: torch.Tensor, keys: torch.Tensor, squares: torch.Tensor | None, reduce: Reduce | None
-) -> torch.Tensor:
-    """Cosine of every token with every slot.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of every token with every slot, and which tokens are unsound.
 
     ``a`` [n, D] any float dtype, ``keys`` [m, D] fp32, ``squares`` [m] the keys' squared norms if
-    they are known; returns [n, m] fp32. Under tensor parallelism D is this rank's shard and
+    they are known; returns [n, m] fp32, NaN for unsound tokens, and [n, 1] bool. Under tensor
+    parallelism D is this rank's shard and
     ``reduce`` sums over ranks: partial products and squared norms travel together, so every rank
     sees the same similarities and decides alike.
     """
@@ -56,9 +69,11 @@ def similarities(
     parts[n, m] = 0
     if reduce is not None:
         parts = reduce(parts)
+    unsound = ~(parts[:n, m:] <= MOST_SQUARE)
     a_norm = parts[:n, m:].sqrt().clamp_min(NORM_FLOOR)
     key_norm = parts[n:, :m].sqrt().clamp_min(NORM_FLOOR)
-    return parts[:n, :m] / (a_norm * key_norm)
+    sims = parts[:n, :m] / (a_norm * key_norm)
+    return sims.masked_fill_(unsound, float("nan")), unsound
 
 
 def look_up(
@@ -79,12 +94,12 @@ def look_up(
     n, m = a.shape[0], keys.shape[0]
     if out is None:
         out = torch.empty_like(a)
+    sims, unsound = similarities(a, keys.float(), squares, reduce)
     if m == 0:
-        nothing = a.new_full((n,), float("-inf"), dtype=torch.float32)
+        nothing = torch.where(unsound[:, 0], float("nan"), float("-inf"))
         none = torch.empty(n, 0, dtype=torch.int64, device=a.device)
         return LookUp(out.copy_(a), nothing, none)
 
-    sims = similarities(a, keys.float(), squares, reduce)
     top = largest(sims, rules.top_k)
     top_sims = sims.gather(1, top)
     mean_top = top_sims.mean(dim=1)

@@ -11,7 +11,7 @@ from heapq import nlargest, nsmallest
 
 import torch
 
-from pacellm_vllm.ops.lookup import NORM_FLOOR, Reduce
+from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR, Reduce
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.ops.sums import TILE, add_one
 from pacellm_vllm.ops.update import BankStore, Header, Progress, commit
@@ -50,7 +50,10 @@ def advance_steps(
 
 @dataclass
 class _Found:
-    """What a token found: ``row`` its similarities to the valid slots, ``top`` the best slots."""
+    """What a token found: ``row`` its similarities to the valid slots, ``top`` the best slots.
+
+    An unsound token finds nothing, and its ``mean_top`` is NaN, which makes it of no kind.
+    """
 
     row: list[float]
     top: list[int]
@@ -65,8 +68,6 @@ def _find(
     rules: Sequence[MemoryRules],
     reduce: Reduce | None,
 ) -> list[_Found]:
-    if not any(valid):
-        return [_Found([], [], float("-inf")) for _ in valid]
     size = rules[0].bank_size
     a32 = a.float()
     # A bank's products, its keys' squared norms, and its token's: what ranks sum up, as in look_up.
@@ -75,12 +76,16 @@ def _find(
         if count:
             store.products(token, row[:count])
             row[size : size + count] = Header.squares_of(header)[:count]
-            torch.dot(token, token, out=row[-1])
+        torch.dot(token, token, out=row[-1])
     if reduce is not None:
         parts = reduce(parts)
     found = []
+    sound = (parts[:, -1] <= MOST_SQUARE).tolist()
     parts[:, size:].sqrt_().clamp_min_(NORM_FLOOR)
-    for numbers, count, own in zip(parts.tolist(), valid, rules, strict=True):
+    for numbers, count, own, kept in zip(parts.tolist(), valid, rules, sound, strict=True):
+        if not kept:
+            found.append(_Found([], [], float("nan")))
+            continue
         norm = numbers[-1]
         norms = numbers[size : size + count]
         row = [dot / (norm * key) for dot, key in zip(numbers[:count], norms, strict=True)]
@@ -107,7 +112,7 @@ def _advance(
     _enhance(store, a, out, found, rules)
     high = found.mean_top > rules.theta_high
     low = found.mean_top <= rules.theta_low
-    mid = not (high or low)
+    mid = rules.theta_low < found.mean_top <= rules.theta_high
     paper = rules.update is UpdateRule.PAPER
 
     if low:
@@ -117,7 +122,7 @@ def _advance(
         elif rank < min(rules.max_insertions, valid):
             store.write_staged([rank], [a], [out])
     if segment:
-        adds = [a] if paper else [a, out] if mid else []
+        adds = [a] if paper and (high or mid or low) else [a, out] if mid else []
         if adds or offset == 0 or (offset + 1) % TILE == 0:
             sums = a.new_zeros(4, len(a), dtype=torch.float32) if offset == 0 else store.read_sums()
             add_one(sums, adds, offset)
@@ -128,7 +133,7 @@ def _advance(
             Header.unpack(words).merge[found.top] = 1
     elif low:
         words[2] = lows + 1
-    elif paper:
+    elif high and paper:
         Header.unpack(words).confirm[found.top] += 1
     committed = None
     if offset + 1 == rules.segment_size:

@@ -128,15 +128,18 @@ def advance(
     found = look_up(a, keys, values, rules, reduce, header.squares[:valid], out)
     o = found.output
 
-    high, low = found.high(rules), found.low(rules)
-    mid = ~(high | low)
-    num_mid, num_low = int(mid.sum()), int(low.sum())
+    high, mid, low = found.high(rules), found.mid(rules), found.low(rules)
+    num_high, num_mid, num_low = int(high.sum()), int(mid.sum()), int(low.sum())
+    paper = rules.update is UpdateRule.PAPER
     _stage_low(store, header, a, o, low, num_low, valid, rules)
     if segment:
-        _gather_sums(store, a, o, mid, num_mid, offset, rules)
+        if paper:
+            _gather_sums(store, [a], found.sound(), offset)
+        else:
+            _gather_sums(store, [a, o], mid, offset)
         if num_mid:
             header.merge[found.top[mid].flatten()] = 1
-        if rules.update is UpdateRule.PAPER:
+        if paper:
             hits = found.top[high].flatten()
             header.confirm.index_add_(0, hits, torch.ones_like(hits, dtype=torch.int32))
     header.mids += num_mid
@@ -148,7 +151,7 @@ def advance(
         del keys, values
         committed = commit(store, header, valid, rules)
     store.write_words(words)
-    return o, Progress(n - num_mid - num_low, num_mid, num_low, committed)
+    return o, Progress(num_high, num_mid, num_low, committed)
 
 
 def peek(
@@ -203,24 +206,20 @@ def _stage_low(
 
 
 def _gather_sums(
-    store: BankStore,
-    a: torch.Tensor,
-    o: torch.Tensor,
-    mid: torch.Tensor,
-    num_mid: int,
-    offset: int,
-    rules: MemoryRules,
+    store: BankStore, rows: Sequence[torch.Tensor], chosen: torch.Tensor, offset: int
 ) -> None:
-    """Add the piece to the sums a merge will need: mid tokens, or in `paper` every token's a."""
-    n = a.shape[0]
-    paper = rules.update is UpdateRule.PAPER
-    if offset and not paper and not num_mid and (offset + n) // TILE == offset // TILE:
+    """Add the tokens ``chosen`` [n] bool to the sums a merge will need: of each of ``rows`` [n, D].
+
+    Merged are mid tokens' a and o, or in `paper` every sound token's a.
+    """
+    n, width = rows[0].shape
+    tokens = chosen.nonzero().flatten()
+    if offset and not len(tokens) and (offset + n) // TILE == offset // TILE:
         return
-    sums = store.read_sums() if offset else a.new_zeros(4, a.shape[1], dtype=torch.float32)
-    chosen = torch.arange(n, device=a.device) if paper else mid.nonzero().flatten()
-    turns = tile_turns(chosen, offset)
-    for i, rows in enumerate([a] if paper else [a, o]):
-        running_sum(sums[i], sums[i + 2], rows, turns, offset)
+    sums = store.read_sums() if offset else torch.zeros(4, width, device=chosen.device)
+    turns = tile_turns(tokens, offset)
+    for i, part in enumerate(rows):
+        running_sum(sums[i], sums[i + 2], part, turns, offset)
     store.write_sums(sums)
 
 

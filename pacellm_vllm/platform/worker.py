@@ -2,26 +2,39 @@
 
 from typing import Any
 
+import torch
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class TorchCpuWorker(CPUWorker):
-    """``CPUWorker`` (vllm/v1/worker/cpu_worker.py) that can be a later pipeline stage.
+    """``CPUWorker`` (vllm/v1/worker/cpu_worker.py), with two faults of vLLM 0.32.0 worked around.
 
-    Works around vLLM 0.32.0: the buffers that receive the previous stage's hidden states are made
+    A later pipeline stage: the buffers that receive the previous stage's hidden states are made
     in the profiling run (``GPUModelRunner._dummy_run``), which ``CPUModelRunner.warming_up_model``
     leaves out where nothing is compiled. The first step then fails on an assertion in
     ``sync_and_gather_intermediate_tensors``, which the engine reports as a ``KeyError`` in
     ``Scheduler.update_from_output``. Can go when the buffers are made in any case.
+
+    Zeroing of new blocks: ``CPUModelRunner._zero_block_ids`` leaves out groups whose layers have
+    specs of their own (``UniformTypeKVCacheSpecs``), as all groups beside banks do. Attention
+    would find NaN where a bank's bytes were. Can go when it zeroes those too.
     """
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
+        runner: Any = self.model_runner
+        runner._zero_block_ids = self._zero_blocks
         if not get_pp_group().is_first_rank:
-            runner: Any = self.model_runner
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens,
                 dtype=runner.model_config.dtype,
                 device=runner.device,
             )
+
+    def _zero_blocks(self, block_ids: list[int]) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in layers:
+            cache = getattr(layers[name], "kv_cache", None)
+            if isinstance(cache, torch.Tensor) and cache.numel():
+                cache[block_ids] = 0

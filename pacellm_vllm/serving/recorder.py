@@ -11,6 +11,7 @@ from pacellm_vllm.memory.backend import BankMetadata
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.models.ffn import output_projection
+from pacellm_vllm.ops.lookup import MOST_SQUARE
 from pacellm_vllm.ops.update import Header
 
 RECORD_METHOD = "pacellm_memory_record"
@@ -62,14 +63,18 @@ class BankRecording:
 
     @torch.inference_mode()
     def pacellm_memory_recorded(self, words: int) -> dict[int, dict[str, Any]]:
-        """Stop recording. By layer index: ``width``, the ``commits``, and fp32 bytes of ``keys``
-        [slots, width] and of ``current`` [tokens, width], each with the ids of the ``words``
-        tokens that every row speaks for.
+        """Stop recording. By layer index: ``width``, how many tokens were ``unsound``, the
+        ``commits``, and fp32 bytes of ``keys`` [slots, width] and of ``current`` [tokens, width],
+        each with the ids of the ``words`` tokens that every row speaks for.
         """
         recorded = {}
         for recorder in self._pacellm_recorders:
             recorder.remove()
-            found = {"width": recorder.layer.width, "commits": recorder.commits}
+            found: dict[str, Any] = {
+                "width": recorder.layer.width,
+                "unsound": recorder.unsound,
+                "commits": recorder.commits,
+            }
             for name, rows in (("keys", recorder.keys), ("current", recorder.current)):
                 found[name] = rows.contiguous().numpy().tobytes()
                 found[f"{name}_words"] = decode(self.get_model(), recorder.layer, rows, words)
@@ -83,13 +88,14 @@ class BankRecorder:
 
     ``commits`` has an entry for each segment (see :meth:`_read_commit`); ``keys`` [slots, D] fp32
     are those of the last commit, ``current`` [tokens, D] fp32 the activations of the segment that
-    was read last.
+    was read last, ``unsound`` the tokens that memory passed by.
     """
 
     def __init__(self, layer: PaceMemory) -> None:
         self.layer = layer
         self.commits: list[dict[str, Any]] = []
         self.keys = torch.zeros(0, layer.width)
+        self.unsound = 0
         self._pieces: list[torch.Tensor] = []
         self._run = layer.run
         layer.run = self.run  # type: ignore[method-assign]
@@ -121,6 +127,8 @@ class BankRecorder:
             if position % size == 0:
                 self._pieces = []
             self._pieces.append(a[tokens].float().cpu())
+            squares = self._pieces[-1].square().sum(dim=1)
+            self.unsound += int((~(squares <= MOST_SQUARE)).sum())
             if (position + len(self._pieces[-1])) % size == 0:
                 self.commits.append(self._read_commit(position // size, pages, a.dtype))
 

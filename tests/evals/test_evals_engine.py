@@ -1,8 +1,11 @@
 """The trained tiny model on real engines: it finds needles, in this process and over HTTP."""
 
 import json
+from statistics import fmean
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm_vllm.cli import main
 
@@ -32,6 +35,54 @@ def test_needles_with_and_without_memory_and_again_after_an_interruption(tiny, t
     assert niah(tiny, tmp_path, *words) == (0, report)
     again = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
     assert again == lines
+
+
+def transformers_losses(model, text, tokens):
+    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[:, :tokens]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+
+
+def test_loss_by_position_is_transformers_and_memory_changes_what_follows_a_segment(
+    tiny, tmp_path, capsys
+):
+    files = []
+    for name, key in (("a", "Oslo"), ("b", "Rome")):
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text(
+            f"The old farmer carries the basket. The magic number of {key} is 7. " * 20
+        )
+    out = tmp_path / "out"
+    words = ["eval", "loss", tiny, "--out", str(out), "--text", *map(str, files)]
+    words += ["--tokens", "160", "--step", "64", "--configs", "off,gentle,paper"]
+    words += ["--memory", '{"segment_size": 64}', "--engine", json.dumps(ENGINE)]
+    assert main(words) == 0
+    assert "| 64 to 128 |" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["positions"] == [[0, 64], [64, 128], [128, 160], [64, 160]]
+    truth = [transformers_losses(tiny, path.read_text(), 160) for path in files]
+    parts = [slice(0, 63), slice(63, 127), slice(127, 159), slice(63, 159)]
+    for loss, part in zip(report["loss"]["off"], parts, strict=True):
+        assert loss == pytest.approx(fmean(fmean(text[part]) for text in truth), abs=1e-3)
+    for name in ("gentle", "paper"):
+        first, *others = report["differences"][name]
+        assert (first["low"], first["high"]) == (0, 0)
+        assert all(row["low"] != row["high"] for row in others)
+    lines = (out / "items.jsonl").read_text().splitlines(keepends=True)
+    (out / "items.jsonl").write_text("".join(lines[:-1]))
+    assert main(words) == 0
+    assert json.loads((out / "report.json").read_text()) == report
+
+
+def test_a_text_that_is_too_short_stops_before_a_model_is_read(tiny, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("The old farmer.")
+    words = ["eval", "loss", tiny, "--out", str(tmp_path / "out"), "--text", str(short)]
+    assert main([*words, "--tokens", "64"]) == 2
+    said = capsys.readouterr().err
+    assert "short.txt" in said
+    assert "fewer than --tokens 64; drop it or lower --tokens" in said
 
 
 def test_a_sweep_ends_in_a_file_to_serve(tiny, tmp_path, capsys):

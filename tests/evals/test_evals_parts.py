@@ -225,5 +225,5 @@ def test_wrong_words_stop_before_a_model_is_read(tmp_path, capsys):
 
     assert "'offical' is not known" in says("--configs", "offical")
     assert "--memory '[1]' must be a JSON object" in says("--memory", "[1]")
-    assert "one server for each of off, official" in says("--base-url", "http://x/v1")
+    assert "one server for each of off, gentle" in says("--base-url", "http://x/v1")
     assert f"the tokenizer of '{tmp_path}' cannot be read" in says()

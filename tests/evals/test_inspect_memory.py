@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import OracleModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pacellm_vllm.cli import main
@@ -17,7 +19,13 @@ from pacellm_vllm.evals.text import sentences
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
-PACE = {"layers": [1, 3], "segment_size": 64, "bank_size": 40, "max_insertions": 5}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "segment_size": 64,
+    "bank_size": 40,
+    "max_insertions": 5,
+}
 SEGMENTS, REST = 6, 11
 
 
@@ -27,10 +35,10 @@ def write_text(path, seed):
     return path
 
 
-def inspect(text, *words):
-    flags = ["--layers", "1,3", "--segment-size", "64", "--bank-size", "40"]
+def inspect(text, *words, model=TINY):
+    flags = ["--preset", "official", "--layers", "1,3", "--segment-size", "64", "--bank-size", "40"]
     flags += ["--max-insertions", "5", "--engine", json.dumps(ENGINE), *words]
-    return main(["inspect", "memory", str(TINY), "--text", str(text), *flags])
+    return main(["inspect", "memory", str(model), "--text", str(text), *flags])
 
 
 def clear_text(path, count):
@@ -86,6 +94,17 @@ def test_the_report_is_the_oracles_bank(tmp_path, monkeypatch):
         same = [tokenizer.decode([b]) == s for b, s in zip(best, said, strict=True)]
         assert sum(same) >= 0.95 * valid
     assert report["layers"]["1"]["slots"] != report["layers"]["3"]["slots"]
+
+
+def test_a_model_that_overflows_is_told_apart_from_an_empty_bank(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    model = shutil.copytree(TINY, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert inspect(write_text(tmp_path / "text.txt", 0), "--tokens", "70", model=model) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("pacellm: of 70 tokens layer 1 gave 70 activations that are not finite")
 
 
 def test_what_cannot_be_recorded_is_refused_in_a_sentence(tmp_path, capsys):

@@ -14,7 +14,7 @@ from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings
 from pacellm_vllm.models.table import experts_architecture
 
-MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+MEMORY = {"preset": "official", "layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
 K = 8
 
 

@@ -15,7 +15,7 @@ from pacellm_vllm.models import experts as glue
 from pacellm_vllm.models.table import experts_architecture
 from pacellm_vllm.serving.report import EXPERTS_METHOD
 
-MEMORY = {"layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
+MEMORY = {"preset": "official", "layers": [1, 3], "segment_size": 32, "bank_size": 16, "alpha": 0.5}
 K, TOP_K = 8, 3
 ROUTED = {"experts": {"top_k": TOP_K}}
 PROMPTS = [make_prompt(seed, 60 + 45 * seed) for seed in range(4)]

@@ -9,7 +9,7 @@ from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import DeviceRound, rounds_of, tables_of
-from pacellm_vllm.ops.kernels.book import TALLY
+from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
 
@@ -41,7 +41,6 @@ class Pool:
             layout.staged_start,
         )
         self.tally = torch.zeros(64, TALLY.value, dtype=torch.int64)
-        self.stamp = 0
 
     def bank(self, request):
         """The plain path's view of one bank."""
@@ -58,8 +57,7 @@ class Pool:
     def rounds(self, pieces):
         found = []
         for some in rounds_of(pieces):
-            self.stamp += 1
-            rows, tiles = (torch.from_numpy(table) for table in tables_of(some, self.stamp))
+            rows, tiles = (torch.from_numpy(table) for table in tables_of(some))
             longest, several = int(tiles[:, 2].max()), len(tiles) > len(rows)
             found.append(DeviceRound(rows, tiles, self.table, longest, several))
         return found

@@ -7,7 +7,13 @@ from vllm import SamplingParams
 
 from pacellm_vllm.memory import backend, layer
 
-PACE = {"layers": [1, 3], "bank_size": 7, "segment_size": 16, "max_insertions": 3}
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 7,
+    "segment_size": 16,
+    "max_insertions": 3,
+}
 # Chunks that cross segment ends, several requests a step, one that takes no memory, and decode
 # steps that cross a segment end.
 PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 37), (2, 30), (3, 5))]

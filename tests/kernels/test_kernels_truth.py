@@ -8,6 +8,14 @@ from banks import Pool
 from dense_store import DenseStore
 from test_ops import activations, drive, rules
 
+from pacellm_vllm.memory.device import DeviceTables, counts_of
+from pacellm_vllm.memory.pieces import cut_pieces
+from pacellm_vllm.memory.plain import PlainStep
+from pacellm_vllm.memory.snapshots import SnapshotGrid
+from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.ops.kernels.rank import CLOCK
+from pacellm_vllm.ops.kernels.step import advance_batch
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LONG_LISTS = {"top_k": 8, "negative_k": 40, "theta_high": 0.5, "theta_low": 0.3}
 # Prefill over segment ends, chunks that end within tiles of sums, decode steps, both in one batch.
@@ -87,6 +95,28 @@ def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
         assert all(map(torch.equal, other, results[0]))
 
 
+@pytest.mark.parametrize("rounds", [0, 2**31 - 2, 2**32 - 2, 2**63 - 9])
+def test_the_last_commit_is_known_after_any_number_of_rounds(rounds):
+    """Every token is low: a request's first commit leaves 4 slots, its second all 7."""
+    r = rules(bank_size=7, segment_size=4, theta_low=1.0, theta_high=1.0)
+    pool = Pool(r, 62, torch.float32, 3)
+    pool.tally[0, CLOCK.value] = rounds
+    a = activations(8, 62)
+    last = []
+    # The counts of a piece lie in the row of its place in the round, whoever's it is.
+    for positions, counts in (
+        ([0, 0], [4, 4]),
+        ([0, 4], [0, 4]),
+        ([4], [2]),
+        ([6, 0, 0], [1, 0, 4]),
+        ([7], [1]),
+    ):
+        pool.run(a[: sum(counts)], pool.pieces(positions, counts))
+        last.append(counts_of(pool.tally).slots_last)
+    assert last == [4, 7, 7, 4, 7]
+    assert counts_of(pool.tally).commits == 5
+
+
 def test_padding_and_requests_without_a_bank_pass_through():
     r = rules(bank_size=7, segment_size=20)
     pool = Pool(r, 62, torch.float32, 2)
@@ -108,6 +138,44 @@ def test_padding_and_requests_without_a_bank_pass_through():
     changed = (pool.bytes != before).any(dim=1).nonzero().flatten().tolist()
     assert changed
     assert set(changed) <= set(pool.table[1, : pool.layout.num_pages].tolist())
+
+
+def test_copies_are_the_bank_at_the_boundary_and_touch_nothing_else():
+    """One request's copies, another without, and a null row behind which stale ids stand."""
+    r = rules(bank_size=7, segment_size=20)
+    pool, alone = (Pool(r, 62, torch.float32, 3) for _ in range(2))
+    layout, grid = pool.layout, SnapshotGrid(pool.layout, 8)
+    every = grid.interval
+    streams = [activations(every + 9, 62, seed) for seed in range(3)]
+    columns = grid.columns(every)
+    free = sorted(set(range(1, len(pool.bytes))) - set(pool.table[:3].flatten().tolist()))
+    copies, stale = free[: len(columns)], free[-1]
+    table = torch.full((3, columns.stop), stale, dtype=torch.int32)
+    table[:, : layout.num_pages] = pool.table[:3, : layout.num_pages]
+    table[0, columns.start :] = torch.tensor(copies)
+    table[1, columns.start :] = 0
+    table[2, : layout.num_pages] = 0
+    lengths = [len(stream) for stream in streams]
+    starts = [sum(lengths[:i]) for i in range(4)]
+    pieces = cut_pieces(starts, lengths, layout, r, grid=grid)
+    a, before = torch.cat(streams), pool.bytes.clone()
+    # The same tokens up to the boundary and none behind it.
+    alone.drive([stream[:every] for stream in streams], [[every, 0, 0]])
+    want, copied = alone.bank(0), PagedStore(pool.units, copies, layout)
+    valid = int(want.read_words()[0])
+    assert valid == 7
+    step = DeviceTables(layout, r, 3, len(a), torch.device("cpu")).of_pieces(table, pieces)
+    advance_batch(a, torch.empty_like(a), pool.banks, step.rounds, r, pool.tally)
+    for tolerance in (0, 1e-5):
+        assert torch.equal(copied.read_words()[: 3 + 7], want.read_words()[: 3 + 7])
+        for read in (PagedStore.read_keys, PagedStore.read_values):
+            torch.testing.assert_close(
+                read(copied, valid), read(want, valid), rtol=tolerance, atol=tolerance
+            )
+        assert (pool.bytes[free[len(copies) :]] == 0xFF).all()
+        pool.bytes.copy_(before)
+        plain = PlainStep.of(table, pieces)
+        list(plain.run(pool.units, layout, a, torch.empty_like(a), None))
 
 
 def test_two_ranks_shares_of_d_give_what_one_rank_gives():

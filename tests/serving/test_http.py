@@ -39,7 +39,7 @@ def server(model, tmp_path_factory):
     command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE]
     with serving([*command, "--api-key", KEY, "--served-model-name", "tiny"], log) as url:
         yield url
-        assert "pacellm: memory in layers 1, 3 of 4, preset official" in log.read_text()
+        assert "pacellm: memory in layers 1, 3 of 4, preset gentle" in log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_completions_pass_through_the_memory_and_are_counted(server, client):
         old = before["layers"][layer]
         assert sum(counts[kind] - old[kind] for kind in ("high", "mid", "low")) == tokens
         assert counts["commits"] - old["commits"] == tokens // 256
-        assert (counts["preset"], counts["bank_size"]) == ("official", 50)
+        assert (counts["preset"], counts["bank_size"]) == ("gentle", 50)
         assert counts["slots_peak"] == 50
 
 

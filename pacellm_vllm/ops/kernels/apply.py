@@ -18,7 +18,7 @@ from pacellm_vllm.ops.kernels.close import (
     constants_of,
     load_sum,
 )
-from pacellm_vllm.ops.kernels.rank import FACTS, MID, SHARES, Findings
+from pacellm_vllm.ops.kernels.rank import FACTS, MID, NO_KIND, SHARES, Findings
 from pacellm_vllm.ops.rules import MemoryRules
 
 # Longer lists of slots are walked in a loop instead of being unrolled.
@@ -163,7 +163,8 @@ def apply_kernel(
             where = cells + row_at(table, start, grain, is_column, PAGE, STRIDE, GRAIN)
             tl.store(where, o.to(cells.dtype.element_ty), mask=inside)
         if PAPER:
-            sum_a += own.to(tl.float32)
+            if kind != NO_KIND:
+                sum_a += own.to(tl.float32)
         else:
             if kind == MID:
                 sum_a += own.to(tl.float32)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from pacellm_vllm.ops.sums import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
 # int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
-# tiles, stamp, and the bits of fp32 alpha, noise, theta_high and theta_low.
+# tiles, an idle one, and the bits of fp32 alpha, noise, theta_high and theta_low. Idle columns keep
+# rows at multiples of 16 bytes, so that kernels are compiled once for any round.
 COLUMNS = tl.constexpr(12)
-# int32 columns of a tile: piece, begin, length, and one that keeps rows at 16 bytes, so that
-# kernels are compiled once for any round.
+# int32 columns of a tile: piece, begin, length, and an idle one.
 TILE_COLUMNS = tl.constexpr(4)
 
 
@@ -43,11 +43,12 @@ class PieceLike(Protocol):
 
 @dataclass(frozen=True)
 class DeviceRound:
-    """Pieces that may run at once, no two of one request; all tensors int32.
+    """Pieces that may run at once, no two of one request; tensors are int32.
 
     ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
     block ids. ``longest`` is the most tokens of a tile and ``several`` whether some piece has more
-    than one tile.
+    than one tile. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
+    the second's, if there are any.
     """
 
     pieces: torch.Tensor
@@ -55,6 +56,7 @@ class DeviceRound:
     table: torch.Tensor
     longest: int
     several: bool
+    copies: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for tensor, columns in ((self.pieces, COLUMNS.value), (self.tiles, TILE_COLUMNS.value)):
@@ -66,12 +68,13 @@ class DeviceRound:
 
 
 Tables = tuple[np.ndarray, np.ndarray]
+AnyPiece = TypeVar("AnyPiece", bound=PieceLike)
 
 
-def rounds_of(pieces: Iterable[PieceLike]) -> list[list[PieceLike]]:
+def rounds_of(pieces: Iterable[AnyPiece]) -> list[list[AnyPiece]]:
     """The j-th pieces of all requests, for each j: a segment ends before the next one begins."""
     seen: dict[int, int] = {}
-    rounds: list[list[PieceLike]] = []
+    rounds: list[list[AnyPiece]] = []
     for piece in pieces:
         turn = seen.get(piece.request, 0)
         seen[piece.request] = turn + 1
@@ -87,11 +90,8 @@ def numbers_of(rules: MemoryRules) -> np.ndarray:
     return np.array(numbers, dtype=np.float32).view(np.int32)
 
 
-def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
-    """``pieces`` and ``tiles`` of one round, int32, on the host.
-
-    ``stamp`` counts rounds, so that counts can tell which came last.
-    """
+def tables_of(pieces: Sequence[PieceLike]) -> Tables:
+    """``pieces`` and ``tiles`` of one round, int32, on the host."""
     rows = np.empty((len(pieces), COLUMNS.value), dtype=np.int32)
     tiles: list[tuple[int, int, int, int]] = []
     numbers: dict[MemoryRules, np.ndarray] = {}
@@ -104,16 +104,14 @@ def tables_of(pieces: Sequence[PieceLike], stamp: int) -> Tables:
             begin, offset = begin + n, offset + n
         length = piece.end - piece.begin
         rows[index, :5] = (piece.begin, length, piece.position, piece.request, piece.pages)
-        rows[index, 5:8] = (first, len(tiles) - first, stamp)
+        rows[index, 5:8] = (first, len(tiles) - first, 0)
         if piece.rules not in numbers:
             numbers[piece.rules] = numbers_of(piece.rules)
         rows[index, 8:] = numbers[piece.rules]
     return rows, np.array(tiles, dtype=np.int32).reshape(-1, TILE_COLUMNS.value)
 
 
-def single_tables(
-    positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray, stamp: int
-) -> Tables:
+def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:
     """``tables_of`` for a decode step: token i is request i's only one.
 
     ``positions`` and ``pages`` [R], ``numbers`` [4] or [R, 4] as of ``numbers_of``.
@@ -122,5 +120,5 @@ def single_tables(
     index = np.arange(count, dtype=np.int32)
     rows = np.empty((count, COLUMNS.value), dtype=np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
-    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, stamp, numbers
+    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, 0, numbers
     return rows, np.stack([index, index, np.ones_like(index), np.zeros_like(index)], axis=1)

@@ -8,17 +8,13 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, word_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.rank import FACTS, HIGH, LOW, MID, Findings
+from pacellm_vllm.ops.kernels.rank import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # A low token's target is a slot, or SIZE + a staging row, or NOWHERE.
 NOWHERE = tl.constexpr(-1)
 # What a commit does to a slot, unless it takes a staging row (0 or more).
 KEEP, MERGE = tl.constexpr(-2), tl.constexpr(-1)
-
-# int64 columns of the counts: tokens by kind, commits, most slots valid after a commit, slots valid
-# after the last one, and that one's stamp.
-TALLY = tl.constexpr(7)
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def book_kernel(
 
     free = SIZE - valid
     room = free + tl.minimum(valid, INSERTIONS)
-    mids_before, lows_before = mids, lows
+    highs, mids_before, lows_before = 0, mids, lows
     for start in range(0, length, TOKENS_AT_ONCE):
         i = start + tl.arange(0, TOKENS_AT_ONCE)
         token = (begin + i).to(tl.int64)
@@ -98,16 +94,16 @@ def book_kernel(
         merge = tl.maximum(merge, tl.max(tl.where((kind == MID)[:, None], found, 0), axis=0))
         if PAPER:
             confirm += tl.sum(tl.where((kind == HIGH)[:, None], found, 0), axis=0)
+        highs += tl.sum((kind == HIGH).to(tl.int32), axis=0)
         mids += tl.sum((kind == MID).to(tl.int32), axis=0)
         lows += tl.sum(is_low, axis=0)
 
     tl.store(plan_sizes + piece * 2, valid)
     tl.store(plan_sizes + piece * 2 + 1, mids)
-    tally += piece * TALLY
-    was_low, was_mid = lows - lows_before, mids - mids_before
-    tl.store(tally, tl.load(tally) + length - was_low - was_mid)
-    tl.store(tally + 1, tl.load(tally + 1) + was_mid)
-    tl.store(tally + 2, tl.load(tally + 2) + was_low)
+    counts = tally + piece * TALLY
+    tl.store(counts, tl.load(counts) + highs)
+    tl.store(counts + 1, tl.load(counts + 1) + mids - mids_before)
+    tl.store(counts + 2, tl.load(counts + 2) + lows - lows_before)
 
     if offset + length == SEGMENT:
         exists = slot < valid
@@ -126,10 +122,10 @@ def book_kernel(
         usage = tl.where((slot >= valid) & (slot < valid + taken), 1, usage)
         valid += taken
         tl.store(plan_slots + piece * SIZE + slot, plan, mask=in_size)
-        tl.store(tally + 3, tl.load(tally + 3) + 1)
-        tl.store(tally + 4, tl.maximum(tl.load(tally + 4), valid.to(tl.int64)))
-        tl.store(tally + 5, valid.to(tl.int64))
-        tl.store(tally + 6, tl.load(at + 7).to(tl.int64))
+        tl.store(counts + 3, tl.load(counts + 3) + 1)
+        tl.store(counts + 4, tl.maximum(tl.load(counts + 4), valid.to(tl.int64)))
+        tl.store(counts + 5, valid.to(tl.int64))
+        tl.store(counts + 6, tl.load(tally + CLOCK))
 
     tl.store(counters, valid)
     tl.store(counters + 1, mids)
@@ -150,9 +146,6 @@ def book(
 
     ``tally`` [at least pieces, TALLY] int64 counts on, one row a piece, without atomics.
     """
-    assert tally.dtype == torch.int64, tally.dtype
-    assert tally.is_contiguous(), tally.stride()
-    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
     size = rules.bank_size
     device = tally.device
     plans = Plans(

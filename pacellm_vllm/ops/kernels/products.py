@@ -49,7 +49,7 @@ def products_kernel(
 
     Writes products [tokens, groups, SIZE + 1], whose last column is the token's squared norm, and
     for a piece's first tile squares [pieces, groups, SIZE]. Keys that are not valid are not read,
-    and nothing is written for them.
+    and nothing is written for them: where none are, as in a first segment, the norms are all.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
@@ -59,10 +59,11 @@ def products_kernel(
     at = pieces + piece * COLUMNS
     piece_begin, position = tl.load(at), tl.load(at + 2)
     table += tl.load(at + 3).to(tl.int64) * table_stride
-    if position < SEGMENT or not is_bank(table, tl.load(at + 4)):
+    if not is_bank(table, tl.load(at + 4)):
         return
-    valid = tl.load(words + counter_at(table, WORD_STRIDE))
-    if first_key >= valid:
+    valid = tl.load(words + counter_at(table, WORD_STRIDE), mask=position >= SEGMENT, other=0)
+    has_keys = first_key < valid
+    if (first_key > 0) & (not has_keys):
         return
 
     i = tl.arange(0, TILE)
@@ -88,20 +89,21 @@ def products_kernel(
                 mask=is_token[:, None] & inside[None, :],
                 other=0.0,
             )
-            starts = (SLOTS + 2 * key) * WIDTH + start
-            found = is_key[:, None] & (start + grain < end)[None, :]
-            offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
-            keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
-            keys = tl.reshape(keys, (KEYS, BLOCK))
-            if x.dtype != keys.dtype:
-                x = x.to(tl.float32)
-                keys = keys.to(tl.float32)
-            dots = tl.dot(x, tl.trans(keys), dots, input_precision="ieee")
             x32 = x.to(tl.float32)
             token_dots += tl.sum(x32 * x32, axis=1)
-            if is_first:
+            if has_keys:
+                starts = (SLOTS + 2 * key) * WIDTH + start
+                found = is_key[:, None] & (start + grain < end)[None, :]
+                offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
+                keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
+                keys = tl.reshape(keys, (KEYS, BLOCK))
                 keys32 = keys.to(tl.float32)
-                key_dots += tl.sum(keys32 * keys32, axis=1)
+                if x.dtype == keys.dtype:
+                    dots = tl.dot(x, tl.trans(keys), dots, input_precision="ieee")
+                else:
+                    dots = tl.dot(x32, tl.trans(keys32), dots, input_precision="ieee")
+                if is_first:
+                    key_dots += tl.sum(keys32 * keys32, axis=1)
         total += dots
         token_square += token_dots
         key_square += key_dots

@@ -9,19 +9,26 @@ import triton.language as tl
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.products import Products
-from pacellm_vllm.ops.lookup import NORM_FLOOR
+from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
 
-FLOOR = tl.constexpr(NORM_FLOOR)
+FLOOR, MOST = tl.constexpr(NORM_FLOOR), tl.constexpr(MOST_SQUARE)
 HIGH_WEIGHT = tl.constexpr(MemoryRules.high_weight)
 MID_WEIGHT = tl.constexpr(MemoryRules.mid_weight)
 
 LOW, MID, HIGH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What an unsound token is instead.
+NO_KIND = tl.constexpr(-1)
 # int32 columns of a token's facts: kind, how many slots of its list are read from the top and from
 # the bottom, and where a low token is stored (see ``book``).
 FACTS = tl.constexpr(4)
 # fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
 SHARES = tl.constexpr(3)
+
+# int64 columns of a row of counts, which is a piece's: tokens by kind, commits, most slots valid
+# after a commit, slots valid after the last one, and that one's round. In the first row also a
+# clock, which counts rounds: kept on the device, as graphs replay without the host.
+TALLY, CLOCK = tl.constexpr(8), tl.constexpr(7)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def rank_kernel(
     shares,
     slots,
     members,
+    tally,
     SIZE: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -59,7 +67,9 @@ def rank_kernel(
     BOTTOM: tl.constexpr,
     MID_SELF: tl.constexpr,
 ):
-    """Program (tile, i): token i of the tile. Ties go to the lower slot."""
+    """Program (tile, i): token i of the tile. Ties go to the lower slot. The first ticks."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(tally + CLOCK, tl.load(tally + CLOCK) + 1)
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if tl.program_id(1) >= length:
@@ -75,8 +85,12 @@ def rank_kernel(
     valid = 0
     if tl.load(at + 2) >= SEGMENT:
         valid = tl.load(words + counter_at(table, WORD_STRIDE))
-    if valid == 0:
-        tl.store(facts, LOW)
+    token_square = 0.0
+    for group in range(groups):
+        token_square += tl.load(products + (token * groups + group) * (SIZE + 1) + SIZE)
+    sound = token_square <= MOST
+    if (valid == 0) | (not sound):
+        tl.store(facts, tl.where(sound, LOW, NO_KIND))
         tl.store(facts + 1, 0)
         tl.store(facts + 2, 0)
         tl.store(shares, 1.0)
@@ -92,17 +106,13 @@ def rank_kernel(
     exists = slot < valid
     dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     key_squares = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    token_square = 0.0
     for group in range(groups):
         row = products + (token * groups + group) * (SIZE + 1)
         dots += tl.load(row + slot, mask=exists, other=0.0)
-        token_square += tl.load(row + SIZE)
         row = squares + (piece * groups + group).to(tl.int64) * SIZE
         key_squares += tl.load(row + slot, mask=exists, other=0.0)
     norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
     cosines = tl.div_rn(dots, norms)
-    # What is not a number is as unlike everything as can be.
-    cosines = tl.where(cosines == cosines, cosines, float("-inf"))
 
     count = tl.minimum(valid, TOP)
     best = tl.max(tl.where(exists, cosines, float("-inf")), axis=0)
@@ -140,8 +150,17 @@ def rank_kernel(
     tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
 
 
-def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules) -> Findings:
-    """The round's tokens ranked, ``facts`` but for its last column."""
+def rank(
+    found: Products,
+    banks: DeviceBanks,
+    now: DeviceRound,
+    rules: MemoryRules,
+    tally: torch.Tensor,
+) -> Findings:
+    """The round's tokens ranked, ``facts`` but for its last column, and the round counted."""
+    assert tally.dtype == torch.int64, tally.dtype
+    assert tally.is_contiguous(), tally.stride()
+    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
     tokens, size = found.of_tokens.shape[0], rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     device = found.of_tokens.device
@@ -165,6 +184,7 @@ def rank(found: Products, banks: DeviceBanks, now: DeviceRound, rules: MemoryRul
         findings.shares,
         findings.slots,
         findings.members,
+        tally,
         SIZE=size,
         SLOTS_AT_ONCE=triton.next_power_of_2(size),
         SEGMENT=rules.segment_size,

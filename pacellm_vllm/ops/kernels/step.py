@@ -27,13 +27,16 @@ def advance_batch(
 
     ``a`` and ``out`` [tokens, width], contiguous, of one float dtype; tokens in no round are left
     as they are in ``out``. ``rules`` are the engine's, of which ``alpha``, ``noise`` and the
-    thresholds are taken from each piece instead. ``tally`` counts, see ``book``. ``reduce`` sums a
+    thresholds are taken from each piece instead. ``tally`` counts, see ``rank``. ``reduce`` sums a
     buffer over tensor parallel ranks. Waits for nothing.
     """
     for now in rounds:
+        if now.copies is not None:
+            sources, targets = now.copies
+            banks.cells.index_copy_(0, targets, banks.cells[sources])
         found = products_of(a, banks, now, rules)
         if reduce is not None:
             found = found.reduced(reduce)
-        findings = rank(found, banks, now, rules)
+        findings = rank(found, banks, now, rules, tally)
         plans = book(findings, banks, now, rules, tally)
         apply(a, out, banks, now, rules, findings, plans)

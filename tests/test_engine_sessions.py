@@ -1,0 +1,104 @@
+"""Sessions of streamed input: turns of one request, whose bank goes on from turn to turn."""
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine
+from oracle import MemoryRules, OracleModel
+from test_engine_oracle import GAP
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+
+PACE = {
+    "preset": "official",
+    "layers": [1, 3],
+    "bank_size": 23,
+    "segment_size": 32,
+    "max_insertions": 5,
+}
+OFF = {"pacellm_enabled": False}
+TURNS = {
+    "on": (None, None, None),
+    "on, off, on": (None, OFF, None),
+    "off, on": (OFF, None, None),
+    "another alpha": (None, {"pacellm_alpha": 0.7}, {"pacellm_alpha": 0.7}),
+}
+MAX_TOKENS = 20
+
+
+def truth(oracle, prompts, asks):
+    """Each turn's tokens. The last token that a turn sampled is not read by the next."""
+    oracle._reset({})
+    said = []
+    for prompt, ask in zip(prompts, asks, strict=True):
+        own = {"alpha": 0.0} if ask == OFF else {"alpha": (ask or {}).get("pacellm_alpha", 0.2)}
+        for bank in oracle.banks.values():
+            bank.rules = MemoryRules.of(**{**PACE, **own})
+        tokens = [int(oracle._feed(prompt)[-1].argmax())]
+        while len(tokens) < MAX_TOKENS:
+            tokens.append(int(oracle._feed(tokens[-1:])[-1].argmax()))
+        said.append(tokens)
+    return said, min(bank.closest_call for bank in oracle.banks.values())
+
+
+def add_turn(running, name, prompt, ask, first):
+    core = running.llm.llm_engine
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=ask,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    request = core.input_processor.process_inputs(
+        name,
+        {"prompt_token_ids": list(prompt)},
+        params,
+        supported_tasks=core.get_supported_tasks(),
+        resumable=True,
+    )
+    request.external_req_id = name
+    if first:
+        core.output_processor.add_request(request, None, None, 0)
+    core.engine_core.add_request(request)
+
+
+@pytest.mark.parametrize("turns", TURNS)
+def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkpoint):
+    """L4: what a turn asks for holds for that turn, and its bank knows the whole session."""
+    oracle, asks = OracleModel(checkpoint(), PACE), TURNS[turns]
+    for seed in range(40):
+        prompts = [make_prompt(90 * seed + i, length) for i, length in enumerate((70, 45, 38))]
+        want, gap = truth(oracle, prompts, asks)
+        if gap > GAP:
+            break
+    else:
+        raise AssertionError("no session without a near tie")
+    with engine(checkpoint(), PACE, enable_prefix_caching=True) as running:
+        for name in ("cold", "warm"):
+            got = []
+            for i, (prompt, ask) in enumerate(zip(prompts, asks, strict=True)):
+                add_turn(running, name, prompt, ask, first=i == 0)
+                tokens = []
+                for _ in range(200):
+                    outputs = running.core.step_fn()[0] or {}
+                    for group in outputs.values():
+                        for output in group.outputs:
+                            tokens += output.new_token_ids
+                    if len(tokens) >= MAX_TOKENS:
+                        break
+                got.append(tokens)
+            assert got == want, name
+            running.core.abort_requests([name])
+        assert running.all_blocks_are_back()
+
+
+def test_sessions_beside_asynchronous_scheduling_are_refused(checkpoint, monkeypatch):
+    """L3: a bank has read the token that vLLM takes back at the end of a turn."""
+    monkeypatch.setenv("PACELLM_CPU_ASYNC_SCHEDULING", "1")
+    with engine(checkpoint(), PACE, async_scheduling=True) as running:
+        assert running.core.vllm_config.scheduler_config.async_scheduling
+        with pytest.raises(VLLMValidationError, match=r"^pacellm: .*--no-async-scheduling"):
+            add_turn(running, "a", make_prompt(1, 40), None, first=True)
+        assert len(running.tokens([make_prompt(1, 40)])[0]) == 32

@@ -1,0 +1,39 @@
+"""The memory's custom op: who has no pages passes through, anything else unexpected is an error."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.forward_context import override_forward_context
+
+from pacellm_vllm.memory import layer as _registers_the_op  # noqa: F401
+
+NAME = "model.layers.1.mlp.memory"
+
+
+def run(metadata):
+    """What the op makes of three tokens when a step's attention metadata is ``metadata``."""
+    a, out = torch.randn(3, 8), torch.full((3, 8), float("nan"))
+    memory = SimpleNamespace(run=lambda a, out, mine: out.copy_(a + mine))
+    context = SimpleNamespace(attn_metadata=metadata, no_compile_layers={NAME: memory})
+    with override_forward_context(context):
+        torch.ops.vllm.pacellm_memory(a, out, NAME)
+    return out - a
+
+
+def test_a_profiling_run_passes_through():
+    assert torch.equal(run(None), torch.zeros(3, 8))
+
+
+def test_a_step_runs_the_layer_on_its_own_metadata():
+    assert run({NAME: 1.0, "model.layers.1.self_attn.attn": 5.0}).sub(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("metadata", [[{NAME: 1.0}, {NAME: 1.0}], (), SimpleNamespace(), {}])
+def test_metadata_that_names_no_bank_is_an_error_and_not_a_profiling_run(metadata):
+    with pytest.raises(RuntimeError) as error:
+        run(metadata)
+    message = str(error.value)
+    assert message.startswith(f"pacellm: vLLM ran {NAME} with attention metadata of type ")
+    assert type(metadata).__name__ in message
+    assert "\n" not in message
