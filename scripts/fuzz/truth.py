@@ -1,0 +1,77 @@
+"""Truth: what the oracle says of a sequence that an engine has read and written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from oracle import MemoryRules, OracleModel
+
+# How far from a tie every decision must lie for two implementations to take it alike.
+GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens that were read, or written, under one set of settings."""
+
+    tokens: tuple[int, ...]
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of a sequence of T tokens.
+
+    ``chosen`` [T - 1] is the log-probability of each token after the first, ``best`` [T - 1] that
+    of the likeliest token in its place. From token ``sure`` on nothing is certain: a decision of
+    the memory came too close to a tie.
+    """
+
+    chosen: list[float]
+    best: list[float]
+    sure: int
+
+
+class Truth(OracleModel):
+    """The oracle, reading sequences that are known already."""
+
+    def __init__(self, path: Any, pace: dict[str, Any]) -> None:
+        super().__init__(path, pace)
+        self._known: dict[tuple[Stretch, ...], Reading] = {}
+
+    def read(self, stretches: Sequence[Stretch]) -> Reading:
+        """What follows from an empty memory; later stretches may change settings."""
+        key = tuple(stretches)
+        if key not in self._known:
+            self._known[key] = self._read(key)
+        return self._known[key]
+
+    def _read(self, stretches: tuple[Stretch, ...]) -> Reading:
+        self._reset(dict(stretches[0].overrides))
+        size = self.rules.segment_size
+        text = [token for stretch in stretches for token in stretch.tokens]
+        logits, sure = [], None
+        for stretch in stretches:
+            self._change(dict(stretch.overrides))
+            rest = list(stretch.tokens)
+            while rest:
+                begin = self._position
+                room = size - begin % size
+                logits.append(self._feed(rest[:room]))
+                rest = rest[room:]
+                closest = min((bank.closest_call for bank in self.banks.values()), default=1.0)
+                if sure is None and closest <= GAP:
+                    sure = begin
+        logprobs = torch.cat(logits)[:-1].log_softmax(dim=-1)
+        chosen = logprobs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
+        best = logprobs.max(dim=-1).values.tolist()
+        return Reading(chosen, best, len(text) if sure is None else sure)
+
+    def _change(self, overrides: dict[str, Any]) -> None:
+        """From here on by other settings; a memory that is off stays off."""
+        rules = MemoryRules.of(**{**self.pace, **overrides})
+        if not rules.layers:
+            self.banks = {}
+        for bank in self.banks.values():
+            bank.rules = rules
