@@ -6,5 +6,7 @@
 FROM vllm/vllm-openai:v0.32.0
 COPY pyproject.toml README.md LICENSE /opt/pacellm-vllm/
 COPY pacellm_vllm /opt/pacellm-vllm/pacellm_vllm
-# Everything it needs is in the image already, so nothing else may move.
-RUN python3 -m pip install --no-cache-dir --no-deps /opt/pacellm-vllm
+# What the image has stays as it is, and what is missing (scikit-learn, which vLLM does not need) is
+# added; if the two do not go together, the build fails.
+RUN python3 -m pip list --format freeze > /tmp/in-the-image.txt \
+    && python3 -m pip install --no-cache-dir -c /tmp/in-the-image.txt /opt/pacellm-vllm

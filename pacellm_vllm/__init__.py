@@ -13,3 +13,6 @@
 """
 
 __version__ = "0.1.0"
+
+# Where our settings stand: in a checkpoint's config.json, in --additional-config, in a request.
+CONFIG_KEY = "pacellm"

@@ -65,9 +65,11 @@ def _add_inspect(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     # vLLM takes seconds to import: not for --help or a typo.
+    from pacellm_vllm.platform import check_platform
     from pacellm_vllm.serving.command import all_plugins, serve_arguments, shown, vllm_command
 
     arguments = serve_arguments(args.model, settings_of(args), rest)
+    check_platform()
     plugins = None if "VLLM_PLUGINS" in os.environ else all_plugins()
     print(shown(arguments, plugins), flush=True)
     if plugins:

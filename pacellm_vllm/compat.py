@@ -1,38 +1,78 @@
 """Everything that leans on vLLM internals: each with its symptom and when it can go.
 
-``tests/test_compat.py`` has one test per entry that tells when vLLM moved.
+``tests/test_compat.py`` has one test per entry that tells when vLLM moved. ``register()`` imports
+this module in every process, so it imports at its top only what vLLM has imported by then.
 """
+
+from __future__ import annotations
 
 import functools
 import logging
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Set
 from contextvars import ContextVar
+from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
-from starlette.datastructures import Headers
 from vllm import envs
-from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.config import VllmConfig
-from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.core import block_pool, kv_cache_utils
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_group_id
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.request import Request
 
-ConfigHook = Callable[[VllmConfig], None]
+from pacellm_vllm.sentences import shown
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import Headers
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.engine.protocol import EngineClient
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
+
+ConfigHook = Callable[["VllmConfig"], None]
+
+# What is patched in vLLM, by the function below that does it: nothing else is, and nothing at all
+# in a process where no engine of ours runs.
+PATCHED = {
+    "load_with_drafts": (
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+    ),
+    "check_http_requests": (
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
+        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+    ),
+    "refuse_in_beam_search": (
+        "vllm.entrypoints.openai.chat_completion.protocol:"
+        "ChatCompletionRequest.to_beam_search_params",
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
+    ),
+    "refuse_sessions": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "watch_requests": (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    ),
+    "add_block_hash_key": (
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+    ),
+    "count_cached_tokens_without": (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
+    ),
+    "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
+}
+# Too heavy to import for it; imported later, it takes the patched function from the other module.
+_TAKERS = ("vllm.v1.worker.gpu_model_runner",)
 
 
 def register_kv_cache_spec(spec: type, manager: type) -> None:
@@ -42,6 +82,8 @@ def register_kv_cache_spec(spec: type, manager: type) -> None:
     process, because ``_ensure_registered`` returns early when it finds any entry.
     Can go when ``KVCacheSpecRegistry.register`` registers the built-in specs first.
     """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
 
@@ -53,6 +95,8 @@ def add_config_hook(architecture: str, hook: ConfigHook) -> None:
     Symptom: vLLM has no public place where a plugin may check the finished configuration;
     ``MODELS_CONFIG_MAP`` is what its own models use. Can go when there is one.
     """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
     base = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
     if getattr(base, "_pacellm_hook", None) is hook:
         return
@@ -86,11 +130,14 @@ def eager_in_graphs(function: Callable[..., None]) -> Callable[..., None]:
 
     Symptom: as for ``add_splitting_op``, under VLLM_USE_BREAKABLE_CUDAGRAPH=1.
     """
+    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+
     return eager_break_during_capture(function)
 
 
 def register_custom_op(name: str, function: Callable[..., None], mutates: list[str]) -> None:
     """Register ``torch.ops.vllm.<name>``, which returns nothing and writes to ``mutates``."""
+    from vllm.utils.torch_utils import direct_register_custom_op
 
     def fake(*args: Any, **kwargs: Any) -> None:
         return None
@@ -143,42 +190,50 @@ def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
     return AuthenticationMiddleware(None, keys).verify_token  # type: ignore[arg-type]
 
 
-def add_logits_processor(vllm_config: VllmConfig, name: str) -> None:
-    """Load custom logits processor ``name`` (``module:class``) in this engine's workers.
+def add_logits_processor(vllm_config: VllmConfig, processor: type) -> None:
+    """Load custom logits processor ``processor`` in this engine's workers.
 
+    Given as a class, so that a process which is sent the configuration imports its module at once.
     Symptom: vLLM has no other way to add one for some models only; what plugins register is
     loaded for all. Can go when a model class can name its own.
     """
     model = vllm_config.model_config
-    names = list(model.logits_processors or ())
-    if name not in names:
-        model.logits_processors = [*names, name]
+    known = list(model.logits_processors or ())
+    if processor not in known:
+        model.logits_processors = [*known, processor]
 
 
-def _wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Make ``owner.name(...)`` call ``wrapper(original, ...)``, unless ours is there already.
+def _patch(patch: str, wrapper: Callable[..., Any]) -> None:
+    """Make the functions that ``PATCHED`` lists for ``patch`` call ``wrapper(original, ...)``.
 
-    The mark is our own: vLLM may decorate the original with wrappers of its own.
+    Once each: the mark is our own, as vLLM may decorate the original with wrappers of its own.
     """
-    original = getattr(owner, name)
-    if getattr(original, "_pacellm_wrapped", False):
-        return
+    for name in PATCHED[patch]:
+        module, _, path = name.partition(":")
+        if module in _TAKERS and module not in sys.modules:
+            continue
+        *outer, last = path.split(".")
+        owner = functools.reduce(getattr, outer, import_module(module))
+        original = getattr(owner, last)
+        if not getattr(original, "_pacellm_wrapped", False):
+            setattr(owner, last, _wrapped(original, wrapper))
 
+
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
     wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+    return wrapped
 
 
-def load_with_drafts(names: Set[str | type]) -> None:
-    """Let logits processors ``names``, which leave logits alone, be loaded beside a drafter.
+def load_with_drafts(processors: Set[type]) -> None:
+    """Let logits ``processors``, which leave logits alone, be loaded beside a drafter.
 
     Symptom: with speculative decoding, model runner V1 refuses custom logits processors of any
     kind. Can go when it loads those that are argmax invariant.
     """
-    from vllm.v1.sample import logits_processor
 
     def build(
         original: Callable[..., Any],
@@ -186,43 +241,79 @@ def load_with_drafts(names: Set[str | type]) -> None:
         device: Any,
         pin_memory: bool,
         pooling: bool,
-        custom: Iterable[str | type] = (),
+        custom: Iterable[Any] = (),
     ) -> Any:
         custom = tuple(custom)
-        if not vllm_config.speculative_config or not custom or not names >= {*custom}:
+        if not vllm_config.speculative_config or not custom or not processors >= {*custom}:
             return original(vllm_config, device, pin_memory, pooling, custom)
         built = original(vllm_config, device, pin_memory, pooling)
-        for name in custom:
-            processor = resolve_obj_by_qualname(str(name).replace(":", "."))
+        for processor in custom:
             built.argmax_invariant.append(processor(vllm_config, device, pin_memory))
         return built
 
-    runner = sys.modules.get("vllm.v1.worker.gpu_model_runner")
-    for module in (logits_processor, runner):
-        if module is not None:
-            _wrap_once(module, "build_logitsprocs", build)
+    _patch("load_with_drafts", build)
 
 
-def refuse_in_beam_search(prefix: str) -> None:
-    """Make beam search requests that carry ``vllm_xargs`` starting with ``prefix`` a 400.
+def check_http_requests(
+    is_ours: Callable[[Any], bool], check: Callable[[SamplingParams], None]
+) -> None:
+    """Make bad settings of a request over HTTP a 4xx, before anything of a stream is sent.
 
-    Symptom: vLLM drops ``vllm_xargs`` of a beam search request without a word.
-    Can go when ``BeamSearchParams`` carries extra arguments.
+    ``is_ours`` tells our keys from others, ``check`` raises ``ValueError`` for bad ones.
+    Symptom: vLLM checks parameters when a streamed answer has begun, which then is a 200 with an
+    error in it, or on ``/v1/responses`` breaks off; what stands beside ``vllm_xargs`` instead of in
+    it is ignored; and beam search drops ``vllm_xargs`` without a word.
+    Can go when requests are admitted before their stream begins, unknown fields can be refused,
+    and ``BeamSearchParams`` carries extra arguments.
     """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
 
-    def checked(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [key for key in request.vllm_xargs or () if key.startswith(prefix)]
-        if given:
-            raise ValueError(
-                f"{given[0]} is not supported with use_beam_search: vLLM does not pass "
+    def sampled(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        for key in filter(is_ours, request.model_extra or ()):
+            raise VLLMValidationError(
+                f"pacellm: {shown(key)} is not a field of a request; put it into vllm_xargs."
+            )
+        params = original(request, *args, **kwargs)
+        try:
+            check(params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from None
+        return params
+
+    def beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        for key in filter(is_ours, {**(request.vllm_xargs or {}), **(request.model_extra or {})}):
+            raise VLLMValidationError(
+                f"pacellm: {shown(key)} is not supported with use_beam_search: vLLM does not pass "
                 "vllm_xargs on to beams; drop one of the two."
             )
         return original(request, *args, **kwargs)
 
-    for protocol in (ChatCompletionRequest, CompletionRequest):
-        _wrap_once(protocol, "to_beam_search_params", checked)
+    _patch("check_http_requests", sampled)
+    _patch("refuse_in_beam_search", beams)
+
+
+def keep_booleans() -> None:
+    """Leave booleans in ``vllm_xargs`` booleans; before vLLM's routes are imported.
+
+    Symptom: its type has numbers and no booleans, so that ``true`` is 1, which is a number that a
+    setting may have. Can go when its type has booleans.
+    """
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    value = bool | str | int | float | list[str | int | float]
+    for protocol in (
+        AnthropicMessagesRequest,
+        ChatCompletionRequest,
+        CompletionRequest,
+        ResponsesRequest,
+    ):
+        field = protocol.model_fields["vllm_xargs"]
+        if field.annotation != dict[str, value] | None:
+            field.annotation = dict[str, value] | None
+            protocol.model_rebuild(force=True)
 
 
 def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
@@ -232,7 +323,7 @@ def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
     scheduler takes a token back at the end of a turn that the model has read already.
     Can go when turns end where the model's state does.
     """
-    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.exceptions import VLLMValidationError
 
     def checked(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
         why = refused(processor.vllm_config) if kwargs.get("resumable") else None
@@ -240,7 +331,7 @@ def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
             raise VLLMValidationError(why)
         return original(processor, *args, **kwargs)
 
-    _wrap_once(InputProcessor, "process_inputs", checked)
+    _patch("refuse_sessions", checked)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)
@@ -267,8 +358,7 @@ def watch_requests() -> None:
         finally:
             _in_hand.reset(token)
 
-    for name in ("get_computed_blocks", "allocate_slots"):
-        _wrap_once(KVCacheManager, name, watched)
+    _patch("watch_requests", watched)
 
 
 def request_in_hand() -> Request | None:
@@ -308,7 +398,7 @@ def count_cached_tokens_without(spec: type) -> None:
         )
         return original(view, request)
 
-    _wrap_once(KVCacheManager, "estimate_cached_tokens", counted)
+    _patch("count_cached_tokens_without", counted)
 
 
 def keep_out_of_events(pool: BlockPool, group: int) -> None:
@@ -318,6 +408,8 @@ def keep_out_of_events(pool: BlockPool, group: int) -> None:
     the pages of a bank are not: an IndexError, or events about attention blocks that are not there.
     Can go when a group can be left out of events.
     """
+    from vllm.v1.core.kv_cache_utils import get_group_id
+
     stored, removed = pool.emit_cached_block_events, pool._emit_block_removed_events
 
     def emit_stored(request: Request, blocks: int, size: int, kv_cache_group_id: int) -> None:
@@ -331,20 +423,39 @@ def keep_out_of_events(pool: BlockPool, group: int) -> None:
     pool._emit_block_removed_events = emit_removed  # type: ignore[assignment, method-assign]
 
 
-def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None]) -> None:
-    """Make ``key(request)``, unless None, part of every block hash of the request.
+# Pools that hold banks, and what hashes the blocks of requests in their engines.
+_keyed_pools: WeakSet[BlockPool] = WeakSet()
+_keyed_hashers: WeakSet[Callable[..., Any]] = WeakSet()
 
+
+def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None], pool: BlockPool) -> None:
+    """Make ``key(request)``, unless None, part of the block hashes of the engine with ``pool``.
+
+    It must not raise. Requests of other engines in this process keep vLLM's hashes.
     Symptom: vLLM hashes tokens, adapters, images and the salt; what else changes activations
     would be shared by prefix caching. Can go when requests can carry hash keys of their own.
     """
+    _keyed_pools.add(pool)
 
     def keyed(original: Callable[..., Any], request: Request, *args: Any, **kwargs: Any) -> Any:
         keys, next_mm = original(request, *args, **kwargs)
-        ours = key(request)
+        ours = key(request) if request._block_hasher in _keyed_hashers else None
         return ((*(keys or ()), ours) if ours else keys), next_mm
 
-    for module in (kv_cache_utils, block_pool):
-        _wrap_once(module, "generate_block_hash_extra_keys", keyed)
+    def told(original: Callable[..., Any], core: EngineCore, request: EngineCoreRequest) -> Any:
+        manager = getattr(core.scheduler, "kv_cache_manager", None)
+        if core.request_block_hasher and manager and manager.block_pool in _keyed_pools:
+            key_hashes_of(core.request_block_hasher)
+        return original(core, request)
+
+    _patch("add_block_hash_key", keyed)
+    # A request knows its hasher and no engine, the engine its hasher.
+    _patch("key_hashes_of", told)
+
+
+def key_hashes_of(hasher: Callable[..., Any]) -> None:
+    """Let the key of :func:`add_block_hash_key` into what ``hasher`` hashes."""
+    _keyed_hashers.add(hasher)
 
 
 def publish_block(

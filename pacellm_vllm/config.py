@@ -18,11 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from pacellm_vllm import CONFIG_KEY as CONFIG_KEY
 from pacellm_vllm.experts.settings import ExpertsConfig, merge_experts
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.sentences import first_mistake, not_allowed
-
-CONFIG_KEY = "pacellm"
 
 Preset = Literal["gentle", "official", "paper"]
 DEFAULT_PRESET: Preset = "gentle"

@@ -1,21 +1,58 @@
-"""What vLLM's entry points call, in every process that loads plugins."""
+"""What vLLM's entry points call, in every process that loads plugins.
+
+vLLM goes on with whatever it serves: what is imported here is little, what is needed by engines
+with memory or experts is imported when one is configured, and an error costs those engines only.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+from pacellm_vllm import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def register() -> None:
     """Make the ``Pace*`` architectures known, lazily; safe to call again."""
+    try:
+        _register()
+    except Exception as error:
+        # A name below vLLM's, whose handlers print it.
+        logging.getLogger("vllm.plugins.pacellm").exception(
+            "pacellm: the plugin could not be registered (%s: %s), so Pace* architectures are not "
+            "served and a pacellm configuration is not looked at; everything else is as without "
+            "the plugin.",
+            type(error).__name__,
+            error,
+        )
+
+
+def _register() -> None:
     from vllm.model_executor.models import ModelRegistry
 
-    from pacellm_vllm.compat import add_config_hook, load_with_drafts
-    from pacellm_vllm.models import checks
+    from pacellm_vllm.compat import add_config_hook
     from pacellm_vllm.models.table import ARCHITECTURES
 
-    load_with_drafts({checks.REQUEST_SETTINGS, checks.NO_REQUEST_SETTINGS})
-    known = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES:
-        if name not in known:
+        # The check first: without it there is to be no architecture.
+        add_config_hook(name, _check_engine)
+        if name not in ModelRegistry.models:
             ModelRegistry.register_model(name, f"pacellm_vllm.models:{name}")
     for name in ModelRegistry.get_supported_archs():
-        if name in ARCHITECTURES:
-            add_config_hook(name, checks.check_engine)
-        else:
-            add_config_hook(name, checks.check_not_configured)
+        if name not in ARCHITECTURES:
+            add_config_hook(name, _check_not_configured)
+
+
+def _check_engine(vllm_config: "VllmConfig") -> None:
+    from pacellm_vllm.models.checks import check_engine
+
+    check_engine(vllm_config)
+
+
+def _check_not_configured(vllm_config: "VllmConfig") -> None:
+    additional = vllm_config.additional_config
+    if isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None:
+        from pacellm_vllm.models.checks import refuse_configuration
+
+        refuse_configuration(vllm_config)

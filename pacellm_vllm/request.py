@@ -1,16 +1,16 @@
 """RequestSettings: what one request may set for itself, and how it asks for it."""
 
 import json
+import unicodedata
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.ops.rules import MemoryRules
-from pacellm_vllm.sentences import first_mistake, not_allowed
+from pacellm_vllm.sentences import first_mistake, not_allowed, shown
 
 _ALLOWED = {
     "enabled": "true or false",
@@ -21,6 +21,28 @@ _ALLOWED = {
 }
 
 _WHERE = " in a request"
+_SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _read_switch(given: Any) -> bool:
+    """A boolean, which plain ``vllm_xargs`` make 0 or 1, or its text."""
+    if isinstance(given, (bool, int, str)) and str(given).lower() in _SWITCHES:
+        return _SWITCHES[str(given).lower()]
+    raise ValueError
+
+
+def _read_number(given: Any) -> float:
+    """A number or its text, and no boolean; of two zeros the positive one."""
+    if isinstance(given, bool) or not isinstance(given, (int, float, str)):
+        raise ValueError
+    try:
+        return float(given) + 0.0
+    except OverflowError:
+        raise ValueError from None
+
+
+Switch = Annotated[bool, BeforeValidator(_read_switch)]
+Number = Annotated[float, BeforeValidator(_read_number)]
 
 
 class RequestSettings(BaseModel):
@@ -34,25 +56,21 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    enabled: bool = Field(True, description="false: no memory, and no pages claimed for any")
-    alpha: float | None = Field(None, ge=0, le=1, description="as in PaceConfig")
-    noise: float | None = Field(None, ge=0, le=1, description="as in PaceConfig")
-    theta_high: float | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
-    theta_low: float | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
+    enabled: Switch = Field(True, description="false: no memory, and no pages claimed for any")
+    alpha: Number | None = Field(None, ge=0, le=1, description="as in PaceConfig")
+    noise: Number | None = Field(None, ge=0, le=1, description="as in PaceConfig")
+    theta_high: Number | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
+    theta_low: Number | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
 
     @classmethod
-    def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestSettings":
+    def of(cls, extra_args: Any) -> "RequestSettings":
         """The settings among a request's ``extra_args``.
 
-        Raises ``PaceConfigError`` with one sentence about the first thing that is wrong.
+        Null is as good as nothing. What leaves no memory (``alpha`` 0) is ``enabled`` false, which
+        wins over all others. Raises ``PaceConfigError`` with one sentence about the first thing
+        that is wrong.
         """
-        given = _given(extra_args or {})
-        unknown = [name for name in given if name not in cls.model_fields]
-        if unknown:
-            raise PaceConfigError(
-                f"pacellm: a request cannot set {unknown[0]!r}; it can set "
-                f"{', '.join(cls.model_fields)}."
-            )
+        given = _given(extra_args)
         try:
             settings = cls.model_validate(given)
         except ValidationError as error:
@@ -66,16 +84,23 @@ class RequestSettings(BaseModel):
             raise PaceConfigError(
                 not_allowed("theta_low", low, f"at most theta_high = {high}", _WHERE)
             )
-        return settings
+        return (
+            settings
+            if settings.enabled and settings.alpha != 0
+            else cls.model_validate({"enabled": False})
+        )
 
     def overrides(self) -> dict[str, Any]:
         """The rules this request changes."""
         return self.model_dump(exclude_none=True, exclude={"enabled"})
 
-    def key(self) -> str:
-        """The same for equal settings only; empty for a request that sets nothing."""
-        given = self.overrides() if self.enabled else {"enabled": False}
-        return json.dumps(given, sort_keys=True) if given else ""
+    def key(self, rules: MemoryRules) -> str:
+        """The same for the same effect only, in an engine with ``rules``; empty for the engine's.
+
+        What a request says of fields that cannot matter beside the others is not part of it.
+        """
+        mine = _effect(self.applied_to(rules)) if self.enabled else {}
+        return json.dumps(mine) if mine != _effect(rules) else ""
 
     def applied_to(self, rules: MemoryRules) -> MemoryRules:
         """The engine's ``rules`` as this request wants them."""
@@ -85,23 +110,125 @@ class RequestSettings(BaseModel):
         return replace(rules, **self.overrides())
 
 
-def _given(extra_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys among ``extra_args``, without their prefix."""
-    whole = extra_args.get(CONFIG_KEY, {})
-    if isinstance(whole, str):
-        with suppress(json.JSONDecodeError):
-            whole = json.loads(whole)
-    if not isinstance(whole, Mapping):
+def is_ours(key: Any) -> bool:
+    """Whether a key of ``extra_args`` is one of ours, or was meant to be."""
+    return _folded(key).startswith(CONFIG_KEY)
+
+
+def settings_of(request: Any) -> RequestSettings:
+    """Those of a vLLM ``Request``, read once: it is asked for them at every block."""
+    return _read(request).settings
+
+
+def key_of(request: Any, rules: MemoryRules) -> str:
+    """``RequestSettings.key`` of a vLLM ``Request``, made once."""
+    read = _read(request)
+    if read.rules is not rules:
+        read.rules, read.key = rules, read.settings.key(rules)
+    return read.key
+
+
+@dataclass
+class _Read:
+    """What was read of a request's ``params``, and its key in an engine with ``rules``."""
+
+    params: Any
+    settings: RequestSettings
+    rules: MemoryRules | None = None
+    key: str = ""
+
+
+def _read(request: Any) -> _Read:
+    params = request.sampling_params
+    read = getattr(request, "_pacellm", None)
+    # The next turn of a session brings other parameters.
+    if read is None or read.params is not params:
+        read = _Read(params, RequestSettings.of(params.extra_args if params else None))
+        request._pacellm = read
+    return read
+
+
+def _effect(rules: MemoryRules) -> dict[str, float]:
+    """The fields a request can set, as far as they matter; none where memory does nothing."""
+    if not rules.alpha:
+        return {}
+    return {
+        "alpha": rules.alpha,
+        "noise": rules.noise if rules.negative_k else 0.0,
+        "theta_high": rules.theta_high,
+        "theta_low": rules.theta_low,
+    }
+
+
+def _given(extra_args: Any) -> dict[str, Any]:
+    """Our fields among ``extra_args``, by name and without those that are null."""
+    if not isinstance(extra_args, Mapping | None):
+        raise PaceConfigError(not_allowed("extra_args", extra_args, "an object", _WHERE))
+    given: dict[str, Any] = {}
+    for key, value in (extra_args or {}).items():
+        if not is_ours(key):
+            continue
+        together = key == CONFIG_KEY
+        prefix = "" if together else f"{CONFIG_KEY}_"
+        for written, setting in (_read_object(value) if together else {key: value}).items():
+            name = next((name for name in _ALLOWED if prefix + name == written), None)
+            if name is None:
+                raise _unknown(written, prefix)
+            if name in given:
+                raise _twice(name)
+            given[name] = setting
+    return {name: setting for name, setting in given.items() if setting is not None}
+
+
+def _read_object(given: Any) -> Mapping[str, Any]:
+    """``{"alpha": 0.5}``, or its JSON."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given, object_pairs_hook=_object)
+        except PaceConfigError:
+            raise
+        except (ValueError, RecursionError):  # no JSON, or too deep or too long a number in it
+            pass
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
         raise PaceConfigError(
-            f"pacellm: the request's {CONFIG_KEY!r} = {whole!r} is not allowed; it must be an "
+            f"pacellm: the request's {CONFIG_KEY!r} = {shown(given)} is not allowed; it must be an "
             "object such as {'alpha': 0.5}."
         )
-    given = dict(whole)
-    for key, value in extra_args.items():
-        name = key.removeprefix(f"{CONFIG_KEY}_")
-        if name == key:
-            continue
-        if name in given:
-            raise PaceConfigError(f"pacellm: the request sets {name!r} twice; drop one.")
-        given[name] = value
-    return given
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's own reading of it would keep the last of two equal names."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _twice(name)
+        found[name] = value
+    return found
+
+
+def _folded(key: Any) -> str:
+    """The beginning of a key as people tell keys apart: letters and digits, in one case."""
+    text = key.decode(errors="replace") if isinstance(key, bytes) else key
+    if not isinstance(text, str):
+        return ""
+    # Cut first: ordering long runs of combining marks takes time in the square of their length.
+    plain = unicodedata.normalize("NFKC", text[:80]).casefold()
+    return "".join(filter(str.isalnum, plain))
+
+
+def _unknown(written: Any, prefix: str) -> PaceConfigError:
+    """What is said about a key that is none of the fields behind ``prefix``."""
+    names = [prefix + name for name in _ALLOWED]
+    known = [*names, CONFIG_KEY] if prefix else names
+    meant = _folded(written).removeprefix(CONFIG_KEY)
+    right = [name for name in known if _folded(name).removeprefix(CONFIG_KEY) == meant]
+    remedy = f"write {right[0]}" if right else f"it can set {', '.join(names)}"
+    return PaceConfigError(f"pacellm: a request cannot set {shown(written)}; {remedy}.")
+
+
+def _twice(name: Any) -> PaceConfigError:
+    return PaceConfigError(f"pacellm: the request sets {shown(name)} twice; drop one.")

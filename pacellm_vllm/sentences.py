@@ -1,14 +1,30 @@
 """What is said about a setting that is not allowed, wherever settings are read."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+_SHOWN = 80
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = 20
+_SHORT.maxstring = _SHORT.maxother = _SHOWN
+
+
+def shown(value: Any) -> str:
+    """``value`` as one would write it, cut to 80 characters: it may be anything at all."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an integer of too many digits, or whatever its class raises
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
 
 def not_allowed(name: str, value: Any, allowed: str, where: str = "") -> str:
     """One sentence: which field, its value, and what it must be; ``where`` it was given."""
-    return f"pacellm: {name} = {value!r} is not allowed{where}; it must be {allowed}."
+    return f"pacellm: {name} = {shown(value)} is not allowed{where}; it must be {allowed}."
 
 
 def first_mistake(

@@ -103,6 +103,7 @@ class Worker:
             self.settings["additional_config"] = {"pacellm": pace}
         plugins = "pacellm_cpu" if variant == "absent" else "pacellm_cpu,pacellm"
         env = {
+            "PACELLM_CPU_PLATFORM": "1",
             **os.environ,
             "VLLM_PLUGINS": plugins,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

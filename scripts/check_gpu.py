@@ -201,6 +201,8 @@ def main() -> None:
     if args.worker:
         work(json.loads(sys.stdin.read()))
         return
+    if args.device == "cpu":
+        os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
 
     lengths = [int(n) for n in args.long.split(",") if n]
     rng = random.Random(0)

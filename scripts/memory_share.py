@@ -37,6 +37,7 @@ def watch(owner: type, name: str) -> None:
 
 def main() -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
     from vllm import LLM, SamplingParams
 
     from pacellm_vllm.memory.backend import BankMetadataBuilder

@@ -7,7 +7,10 @@ layers 12 and 26, default settings) with and without memory at several parallel 
 """
 
 import argparse
+import os
 from types import SimpleNamespace
+
+os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
 
 import torch
 from vllm.config import VllmConfig

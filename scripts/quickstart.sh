@@ -8,6 +8,8 @@ bin=${PACELLM_VENV:-.venv}/bin
 work=.quickstart
 log=$work/server.log
 mkdir -p "$work"
+# Where there is no GPU: the PyTorch CPU platform serves who asks for it.
+export PACELLM_CPU_PLATFORM=${PACELLM_CPU_PLATFORM:-1}
 
 port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 url=http://127.0.0.1:$port

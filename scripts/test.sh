@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 bin=${PACELLM_VENV:-.venv}/bin
+# As in tests/conftest.py: the PyTorch CPU platform serves who asks for it.
+export PACELLM_CPU_PLATFORM=${PACELLM_CPU_PLATFORM:-1}
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .

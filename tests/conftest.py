@@ -1,4 +1,9 @@
-"""Checkpoints shared by the whole test run."""
+"""Checkpoints shared by the whole test run, and the platform that it runs on."""
+
+import os
+
+# Before anything imports vLLM, and for the processes that tests start.
+os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
 
 import pytest
 from checkpoints import make_checkpoint

@@ -18,6 +18,11 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
+def python_path(directory: Path) -> str:
+    """PYTHONPATH for a child that also imports from ``directory``, before all else."""
+    return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @contextlib.contextmanager
 def serving(command: list[str], log: Path) -> Iterator[str]:
     """The base URL of the server that ``command`` starts; its output goes to ``log``."""

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,13 @@ from types import SimpleNamespace
 import torch
 import vllm
 from vllm.config import CompilationConfig
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.generate.api_router import register_generate_api_routers
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.forward_context import ForwardContext
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
@@ -220,6 +228,39 @@ def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
 
 def test_beam_search_still_drops_extra_arguments():
     assert "extra_args" not in BeamSearchParams.__struct_fields__
+
+
+OPENAI = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+
+
+def test_streams_still_begin_before_parameters_are_checked():
+    """The reason for ``check_http_requests``: nothing of a generator runs before it is asked."""
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    for protocol in OPENAI:
+        assert protocol.model_config["extra"] == "allow"
+        assert "vllm_xargs" in inspect.getsource(inspect.unwrap(protocol.to_sampling_params))
+    for protocol in (ChatCompletionRequest, CompletionRequest):
+        assert callable(protocol.to_beam_search_params)
+
+
+def test_extra_arguments_over_http_are_still_typed_without_booleans():
+    """The reason for ``keep_booleans``; and that it comes before the routes, which keep types."""
+    typed = "vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None"
+    asked = {"model": "m", "messages": [], "prompt": "x", "input": "", "max_tokens": 1}
+    compat.keep_booleans()
+    for protocol in (*OPENAI, AnthropicMessagesRequest):
+        assert typed in inspect.getsource(protocol)
+        given = {"vllm_xargs": {"a": True, "b": 1, "c": 1.0, "d": "x", "e": [1, "x"]}}
+        read = protocol.model_validate_json(json.dumps({**asked, **given})).vllm_xargs
+        assert {name: (type(v), v) for name, v in read.items()} == {
+            name: (type(v), v) for name, v in given["vllm_xargs"].items()
+        }
+    for function, imported in (
+        (build_and_serve, "build_app(args, supported_tasks"),
+        (register_api_routers, "    from vllm.entrypoints.generate.api_router import"),
+        (register_generate_api_routers, "    from vllm.entrypoints.openai.completion.api_router"),
+    ):
+        assert imported in inspect.getsource(function)
 
 
 def test_blocks_are_still_cached_and_copied_through_private_names():

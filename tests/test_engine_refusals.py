@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.models import checks
-from pacellm_vllm.models.checks import check_engine, check_not_configured
+from pacellm_vllm.models.checks import check_engine, refuse_configuration
 
 PACE_GEMMA = "PaceGemma3ForCausalLM"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -105,7 +105,7 @@ def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architectu
         additional_config={"pacellm": PACE},
     )
     with pytest.raises(PaceConfigError, match="carries neither memory nor experts") as refusal:
-        check_not_configured(config)
+        refuse_configuration(config)
     assert sentence in str(refusal.value)
 
 

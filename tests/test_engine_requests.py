@@ -1,13 +1,17 @@
 """Requests' own settings: each as if alone, whatever its neighbours ask for."""
 
+import sys
+
 import pytest
 from checkpoints import make_prompt
 from engines import engine
 from oracle import OracleModel
+from patches import ours_in_vllm
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from pacellm_vllm.compat import PATCHED
 from pacellm_vllm.memory.batch import NoSettings
 
 PACE = {
@@ -132,12 +136,28 @@ def test_who_cannot_use_memory_hits_the_cache_as_without_it(checkpoint):
         assert ask(running, [(prompt, None)])[0].num_cached_tokens == 0
 
 
+def test_the_cache_is_shared_by_what_comes_to_the_same(checkpoint):
+    prompt = make_prompt(3, 120)
+    asks = [
+        [None, {"pacellm_alpha": 0.2}, {"pacellm": '{"noise": 1e-1}'}, {"pacellm_enabled": True}],
+        [{"pacellm_alpha": 0.5}, {"pacellm": {"alpha": "5e-1"}, "pacellm_noise": 0.1}],
+        [{"pacellm_enabled": False}, {"pacellm_alpha": 0}],
+    ]
+    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
+        for same in asks:
+            first, *rest = [ask(running, [(prompt, extra)], max_tokens=2)[0] for extra in same]
+            assert first.num_cached_tokens == 0
+            for output in rest:
+                assert output.num_cached_tokens >= 96
+                assert said([output]) == said([first])
+
+
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
         ({"pacellm_alpha": 3}, "alpha = 3 is not allowed in a request; it must be a number from"),
         ({"pacellm": {"alhpa": 0.1}}, "a request cannot set 'alhpa'; it can set enabled, alpha"),
-        ({"pacellm_bank_size": 5}, "a request cannot set 'bank_size'"),
+        ({"pacellm_bank_size": 5}, "a request cannot set 'pacellm_bank_size'"),
         ({"pacellm_theta_low": 0.1}, "must set both"),
         (
             {"pacellm_theta_low": 0.5, "pacellm_theta_high": 0.4},
@@ -164,6 +184,28 @@ def shared_engine(checkpoint):
 
 
 def test_an_engine_with_experts_alone_refuses_settings():
-    NoSettings.validate_params(SamplingParams(extra_args={"other": 1}))
-    with pytest.raises(ValueError, match="carries no memory that a request could set"):
-        NoSettings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))
+    for extra in ({"other": 1}, {"pacellm_enabled": False}, {"pacellm": {}}):
+        NoSettings.validate_params(SamplingParams(extra_args=extra))
+    for extra in ({"pacellm_alpha": 0.5}, {"pacellm_enabled": True}):
+        with pytest.raises(ValueError, match="carries no memory that a request could set"):
+            NoSettings.validate_params(SamplingParams(extra_args=extra))
+    with pytest.raises(ValueError, match="write pacellm_alpha"):
+        NoSettings.validate_params(SamplingParams(extra_args={"pacellm-alpha": 0.5}))
+
+
+def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint):
+    prompt = make_prompt(3, 100)
+    cases = [(prompt, extra) for extra in (None, {"pacellm_alpha": 0.9}, {"pacellm_alpha": 3})]
+    with engine(checkpoint(), PACE) as running:
+        ask(running, cases[:2])
+    with engine(checkpoint()) as running:
+        outputs = [ask(running, [case])[0] for case in cases]
+    assert len({tuple(tokens) for tokens in said(outputs)}) == 1
+    assert [output.num_cached_tokens for output in outputs] == [0, 96, 96]
+
+
+def test_what_an_engine_with_memory_patches_is_what_the_table_says(checkpoint):
+    with engine(checkpoint(), PACE):
+        pass
+    names = {name for names in PATCHED.values() for name in names}
+    assert ours_in_vllm() == {name for name in names if name.partition(":")[0] in sys.modules}

@@ -15,13 +15,18 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from pacellm_vllm.compat import key_hashes_of
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
+from pacellm_vllm.request import RequestSettings
 
 BLOCK = 16
 SEGMENT = 64
 ATTENTION, BANK = 0, 1
+# Those of an engine with memory, and of one without.
+HASHER, PLAIN_HASHER = (kv_cache_utils.get_request_block_hasher(BLOCK, sha256) for _ in range(2))
+key_hashes_of(HASHER)
 
 
 def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=True):
@@ -32,6 +37,7 @@ def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=
         head_size=page_bytes // 2,
         dtype=torch.uint8,
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
+        rules=rules,
         num_layers=2,
         max_model_len=2048,
         max_step_tokens=512,
@@ -105,14 +111,14 @@ def run(manager, request, chunk):
     return hit
 
 
-def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False):
+def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False, hasher=HASHER):
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
         sampling_params=SamplingParams(max_tokens=max_tokens, extra_args=extra),
         pooling_params=None,
         resumable=resumable,
-        block_hasher=kv_cache_utils.get_request_block_hasher(BLOCK, sha256) if caching else None,
+        block_hasher=hasher if caching else None,
     )
 
 
@@ -393,6 +399,7 @@ def test_requests_without_a_bank_give_back_what_they_took():
 
 
 def test_block_hashes_tell_settings_apart():
+    make_manager(60, caching=True)
     prompt = list(range(3 * SEGMENT))
     asks = [None, {"pacellm_alpha": 0.5}, {"pacellm_noise": 0.5}, {"pacellm_enabled": False}]
     asks += [{"pacellm": {"alpha": 0.5}}, {"other": 1}, {"pacellm_enabled": True}]
@@ -401,3 +408,26 @@ def test_block_hashes_tell_settings_apart():
     assert hashes[5] == hashes[6] == hashes[0]
     for i in range(len(hashes[0])):
         assert len({blocks[i] for blocks in hashes[:4]}) == 4
+
+
+def test_a_requests_settings_are_read_once(monkeypatch):
+    """And not at every block: a prompt of 200,000 tokens has 12,500."""
+    read, of = [], RequestSettings.of
+    monkeypatch.setattr(RequestSettings, "of", lambda given: read.append(given) or of(given))
+    manager = make_manager(200, caching=True)
+    request = make_request("it", list(range(1000)), True, {"pacellm_alpha": 0.5})
+    assert len(request.block_hashes) == 1000 // BLOCK
+    manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, 100) is not None
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    "extra", [{"pacellm_alpha": 0.5}, {"pacellm_alpha": 3}, {"pacellm": "[["}, {"pacellm_x": 1}]
+)
+def test_block_hashes_look_at_settings_in_engines_with_memory_only_and_never_raise(extra):
+    make_manager(60, caching=True)
+    prompt = list(range(2 * SEGMENT))
+    plain = make_request("r", prompt, True).block_hashes
+    assert make_request("r", prompt, True, extra, hasher=PLAIN_HASHER).block_hashes == plain
+    assert set(make_request("r", prompt, True, extra).block_hashes).isdisjoint(plain)

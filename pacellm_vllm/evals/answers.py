@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
+from pacellm_vllm.platform import check_platform
 
 STOP = (".", "\n")
 
@@ -123,6 +124,7 @@ def offline_engine(
         given["additional_config"] = {CONFIG_KEY: dict(memory)}
     named = base if memory is None else pace
     overrides = {**given.pop("hf_overrides", {}), "architectures": [named]}
+    check_platform()
     llm = LLM(model=model, hf_overrides=overrides, **given)
     try:
         yield llm

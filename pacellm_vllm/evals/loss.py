@@ -106,7 +106,9 @@ def write_report(
     steps = [end for _, end in positions]
     # Up to the first that ends the texts; behind it may be one that spans others.
     count = steps.index(max(steps)) + 1
-    lines = {name: (steps[:count], report["loss"][name][:count]) for name in names}
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        name: (steps[:count], report["loss"][name][:count]) for name in names
+    }
     curves(out / "loss.png", lines, "up to position (tokens)", "loss (nats per token)")
     write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
     write_whole(out / "report.md", as_markdown(report, first))

@@ -123,14 +123,6 @@ def _first_difference(
             return None
         return "it runs with memory or experts" if running else "it runs without"
     for name, value in expected.items():
-        ours, theirs = (_without_path(x) for x in (value, running.get(name)))
-        if ours != theirs:
-            return f"its {name} is {theirs!r}, not {ours!r}"
+        if running.get(name) != value:
+            return f"its {name} is {running.get(name)!r}, not {value!r}"
     return None
-
-
-def _without_path(value: Any) -> Any:
-    # The server may know the same directory by another name.
-    if isinstance(value, Mapping) and value.get("path") is not None:
-        return {**value, "path": "given"}
-    return value

@@ -4,6 +4,7 @@
 ``cluster``     balanced clustering of neurons, a pure function of their features
 ``cache``       orders of layers already clustered
 ``layout``      which tensors of a checkpoint make an FFN, and where its neurons lie in them
+``files``       its JSON files, and where tensors lie in a checkpoint's shards
 ``checkpoint``  reads a safetensors checkpoint
 ``rewrite``     writes it in the clustered order, shard by shard
 ``orders``      what is stored beside a clustered checkpoint, and for which weights it is

@@ -16,6 +16,8 @@ from pacellm_vllm.experts.cluster import cluster, resolve_assignment
 from pacellm_vllm.experts.settings import ClusterSettings
 
 FORMAT = 2
+# Of one neuron, whose row has length 1.
+NO_INERTIA = 1e-5
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,16 @@ class LayerResult:
     order: torch.Tensor
     inertia: float
     random_inertia: float
+
+    @property
+    def explained(self) -> float | None:
+        """Share of a random split's inertia that this one does not have.
+
+        None where that is rounding alone: the neurons are alike, or each has an expert.
+        """
+        if self.random_inertia <= NO_INERTIA * len(self.order):
+            return None
+        return 1 - self.inertia / self.random_inertia
 
 
 class ResultCache:
@@ -66,8 +78,7 @@ class ResultCache:
             result = LayerResult(order, float(about["inertia"]), float(about["random_inertia"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        whole = torch.equal(order.sort().values, torch.arange(neurons))
-        return result if whole else None
+        return result if is_permutation(order, neurons) else None
 
     def put(self, key: str, result: LayerResult) -> None:
         """Store ``result``; another process sees it whole or not at all."""
@@ -78,6 +89,11 @@ class ResultCache:
             Path(folder, "about").write_text(json.dumps(about))
             os.replace(Path(folder, "about"), self.folder / f"{key}.json")
             os.replace(Path(folder, "order"), self.folder / f"{key}.safetensors")
+
+
+def is_permutation(order: torch.Tensor, neurons: int) -> bool:
+    """Whether ``order`` is one of ``neurons``, int64."""
+    return order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(neurons))
 
 
 def default_cache() -> Path:

@@ -1,6 +1,5 @@
-"""Reading a safetensors checkpoint: its headers, the tensors of its FFNs, and their features."""
+"""Reading a safetensors checkpoint: its configuration, the tensors of its FFNs, their features."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.files import check_copies, find_tensors, read_json
 from pacellm_vllm.experts.layout import Entry, FeedForward, Moved, find_feed_forwards
 from pacellm_vllm.experts.settings import Features
-
-_INDEX = "model.safetensors.index.json"
+from pacellm_vllm.sentences import not_allowed
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,53 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     shards: tuple[str, ...]
-    entries: Mapping[str, Entry]
+    copies: Mapping[str, tuple[Entry, ...]]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Of each tensor's copies the one that counts."""
+        return {name: copies[0] for name, copies in self.copies.items()}
 
     @property
     def num_layers(self) -> int:
-        text = self.config.get("text_config", self.config)
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            if isinstance(text.get(name), int):
-                return text[name]
+        for scope in (self.section("text_config"), self.config):
+            for name in ("num_hidden_layers", "n_layer", "num_layers"):
+                count = scope.get(name)
+                if count is None:
+                    continue
+                if type(count) is not int or count < 1:
+                    raise self._wrong(name, count, "an integer from 1")
+                if count > len(self.copies):
+                    raise ExpertsError(
+                        f"pacellm: {self.path}/config.json says {name} = {count}, but there are "
+                        f"{len(self.copies)} tensors in all; the checkpoint is damaged."
+                    )
+                return count
         raise ExpertsError(f"pacellm: {self.path}/config.json does not say num_hidden_layers.")
 
+    @property
+    def architecture(self) -> str | None:
+        """The first one that the configuration names."""
+        given = self.config.get("architectures")
+        if given is None:
+            return None
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._wrong("architectures", given, "a list of names")
+        return names[0] if names else None
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """An object in the configuration; empty if it is absent or null."""
+        found = self.config.get(name)
+        if found is not None and not isinstance(found, dict):
+            raise self._wrong(name, found, "an object")
+        return found or {}
+
+    def _wrong(self, name: str, value: Any, allowed: str) -> ExpertsError:
+        return ExpertsError(not_allowed(name, value, allowed, f" in {self.path}/config.json"))
+
     def tensor(self, name: str) -> torch.Tensor:
-        shard = self.path / self.entries[name].shard
+        shard = self.path / self.copies[name][0].shard
         try:
             with safe_open(shard, framework="pt") as opened:
                 return opened.get_tensor(name)
@@ -49,30 +83,17 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     source = Path(source)
     config = read_json(source / "config.json")
+    copies, shards = find_tensors(source)
+    checkpoint = Checkpoint(source, config, shards, copies)
     for name in ("quantization_config", "compression_config"):
-        if name in config or name in config.get("text_config", {}):
+        if any(
+            scope.get(name) is not None for scope in (config, checkpoint.section("text_config"))
+        ):
             raise ExpertsError(
                 f"pacellm: {source} is quantised ({name} in config.json); cluster the original "
                 "checkpoint and quantise the result."
             )
-    if (source / _INDEX).is_file():
-        listed = read_json(source / _INDEX).get("weight_map", {})
-        shards = tuple(sorted(set(listed.values())))
-    else:
-        listed = {}
-        shards = tuple(sorted(p.name for p in source.glob("model*.safetensors")))
-    if not shards:
-        raise ExpertsError(
-            f"pacellm: {source} has no model*.safetensors; convert the checkpoint first "
-            "(save_pretrained does)."
-        )
-    entries: dict[str, Entry] = {}
-    for shard in shards:
-        entries.update(_read_header(source / shard))
-    for name, shard in listed.items():
-        if name not in entries or entries[name].shard != shard:
-            raise ExpertsError(f"pacellm: {name} is missing from {source / shard}.")
-    return Checkpoint(source, config, shards, entries)
+    return checkpoint
 
 
 def feed_forwards(checkpoint: Checkpoint, layers: Sequence[int] | None) -> dict[int, FeedForward]:
@@ -86,7 +107,10 @@ def feed_forwards(checkpoint: Checkpoint, layers: Sequence[int] | None) -> dict[
             )
     if not chosen:
         raise ExpertsError("pacellm: no layers were chosen.")
-    return find_feed_forwards(checkpoint.entries, chosen)
+    found = find_feed_forwards(checkpoint.entries, chosen)
+    for name in (move.name for ffn in found.values() for move in ffn.moved):
+        check_copies(checkpoint.path, name, checkpoint.copies[name])
+    return found
 
 
 def read_features(
@@ -129,40 +153,3 @@ def features_of(rows: Sequence[torch.Tensor], features: Features) -> torch.Tenso
 
 def _neurons_first(tensor: torch.Tensor, move: Moved) -> torch.Tensor:
     return tensor if move.axis == 0 else tensor.T.contiguous()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise ExpertsError(f"pacellm: {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ExpertsError(f"pacellm: {path} is not valid JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ExpertsError(f"pacellm: {path} is not a JSON object.")
-    return found
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    """Where the tensors of one shard lie; opening it checks that the file is whole."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        raise ExpertsError(
-            f"pacellm: {path} is missing, truncated or damaged ({error}); download it again."
-        ) from None
-    header.pop("__metadata__", None)
-    base = 8 + length
-    return {
-        name: Entry(
-            path.name,
-            about["dtype"],
-            tuple(about["shape"]),
-            *(base + offset for offset in about["data_offsets"]),
-        )
-        for name, about in header.items()
-    }

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import Assignment, check_num_experts
@@ -69,9 +67,10 @@ def cluster(
     check_num_experts(num_experts, features.shape[0])
     rows = unit_rows(features)
     solve = assign_flow if resolve_assignment(assignment) == "flow" else assign_swaps
-    labels = np.zeros(len(rows), dtype=np.int64)
+    # One expert, or one for each neuron: nothing to choose.
+    labels = np.arange(len(rows)) if num_experts == len(rows) else np.zeros(len(rows), np.int64)
     inertia, share = np.inf, 1.0
-    if num_experts > 1:
+    if 1 < num_experts < len(rows):
         centres = first_centres(rows, num_experts, seed)
         for number in range(iterations):
             # Rows have one length and clusters one size: the nearest centres in sum are those
@@ -131,7 +130,19 @@ def unit_rows(features: torch.Tensor) -> np.ndarray:
 
 
 def first_centres(rows: np.ndarray, num_experts: int, seed: int) -> np.ndarray:
-    """Centres [K, F] float32 of unbalanced k-means on rows [D, F] from random rows."""
+    """Centres [K, F] float32 of unbalanced k-means on rows [D, F] from random rows.
+
+    Raises ``ExpertsError`` if scikit-learn is missing.
+    """
+    # Only who clusters needs it: engines without experts, or with a clustered checkpoint, do not.
+    try:
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise ExpertsError(
+            f"pacellm: clustering needs scikit-learn, which cannot be imported ({error}): pip "
+            "install scikit-learn, or serve a checkpoint that pacellm cluster has written."
+        ) from None
     # One OpenMP thread: with more, partial sums meet in whatever order threads end.
     # Random rows, not k-means++: for wide rows that takes longer than everything else together.
     with threadpool_limits(limits=1, user_api="openmp"):

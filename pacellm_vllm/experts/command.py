@@ -105,12 +105,14 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    kept = [1 - result.inertia / result.random_inertia for result in results.values()]
-    print(
-        f"pacellm: {args.out} has {len(results)} layers of {args.experts} experts; they explain "
-        f"{100 * min(kept):.1f} to {100 * max(kept):.1f} % of the variance between neurons, "
-        "beyond a random split."
+    found = [r.explained for r in results.values() if r.explained is not None]
+    explained = (
+        f"they explain {100 * min(found):.1f} to {100 * max(found):.1f} % of the variance between "
+        "neurons, beyond a random split"
+        if found
+        else "any split is as good, since nothing varies between neurons beyond it"
     )
+    print(f"pacellm: {args.out} has {len(results)} layers of {args.experts} experts; {explained}.")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Bringing neurons into expert order while a checkpoint's weights stream by."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,7 @@ class _Layer:
     """A layer's FFN as its tensors arrive: kept in ``waiting`` until its order is known."""
 
     waiting: dict[str, torch.Tensor] = field(default_factory=dict)
+    moved: Mapping[str, Moved] = field(default_factory=dict)
     order: torch.Tensor | None = None
     done: bool = False
 
@@ -130,7 +131,7 @@ class Reorder:
             if found is None or layer is None:
                 yield name, tensor
             elif layer.done:
-                yield name, self._late(name, found["part"], tensor, layer.order)
+                yield name, self._late(name, found["part"], tensor, layer)
             else:
                 # A loader may reuse its buffer for the next tensor.
                 layer.waiting[name] = tensor.clone()
@@ -153,14 +154,14 @@ class Reorder:
         gate, up = _gate_and_up(layer.waiting, ffn)
         order = self._order(index, gate, up)
         self.orders[index] = order
+        layer.moved = {move.name: move for move in ffn.moved}
         layer.order, layer.done = order, True
         if self._observe is not None:
             rows = slice(None) if order is None else order.to(gate.device)
             self._observe(index, gate[rows], None if up is None else up[rows])
-        moved = {move.name: move for move in ffn.moved}
         for name in list(layer.waiting):
             tensor = layer.waiting.pop(name)
-            yield name, _moved(tensor, moved.get(name), order)
+            yield name, _moved(tensor, layer.moved.get(name), order)
 
     def _order(
         self, index: int, gate: torch.Tensor, up: torch.Tensor | None
@@ -179,19 +180,24 @@ class Reorder:
                 "clustered layers are kept; set XDG_CACHE_HOME to a folder that can."
             ) from error
 
-    def _late(
-        self, name: str, part: str, tensor: torch.Tensor, order: torch.Tensor | None
-    ) -> torch.Tensor:
-        """A tensor that came after its layer's weights: a bias."""
+    def _late(self, name: str, part: str, tensor: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        """A tensor that came after its layer's weights: a bias, or a copy."""
+        if name in layer.moved and layer.order is None:
+            return tensor
         if part.removesuffix(".bias") in OUTPUTS:
             return tensor
         bias = bias_of(part)
+        if bias is None and name in layer.moved:
+            raise ExpertsError(
+                f"pacellm: {name} comes twice from the checkpoint, again after its layer was "
+                "brought into expert order; serve what pacellm cluster makes of the checkpoint."
+            )
         if bias is None:
             raise ExpertsError(
                 f"pacellm: {name} is part of an FFN, but not one of the tensors known there; the "
                 "model cannot be brought into expert order."
             )
-        return _moved(tensor, bias, order)
+        return _moved(tensor, bias, layer.order)
 
 
 def _moved(tensor: torch.Tensor, move: Moved | None, order: torch.Tensor | None) -> torch.Tensor:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pacellm_vllm.experts.checkpoint import read_json
+from pacellm_vllm.experts.cache import is_permutation
 from pacellm_vllm.experts.cluster import resolve_assignment
 from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.files import read_json
 from pacellm_vllm.experts.settings import ClusterSettings
 
 EXPERTS_JSON = "pacellm_experts.json"
@@ -37,6 +39,13 @@ class LayerExperts:
     random_inertia: float
     source_gate: str
     clustered_gate: str
+
+
+class _Description(BaseModel):
+    """What is read of a description."""
+
+    num_experts: PositiveInt
+    layers: dict[NonNegativeInt, LayerExperts] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class StoredExperts:
                 f"pacellm: the order of layer {layer} cannot be read from {path} ({error}); write "
                 "it again with pacellm cluster."
             ) from None
-        if not torch.equal(order.sort().values, torch.arange(self.layers[layer].neurons)):
+        if not is_permutation(order, self.layers[layer].neurons):
             raise ExpertsError(
                 f"pacellm: the order of layer {layer} in {path} is no permutation of "
                 f"{self.layers[layer].neurons} neurons; write it again with pacellm cluster."
@@ -135,13 +144,14 @@ def open_experts(path: str | Path) -> StoredExperts:
             f"reads {FORMAT}; write it again with pacellm cluster."
         )
     try:
-        layers = {int(i): LayerExperts(**layer) for i, layer in about["layers"].items()}
-        return StoredExperts(folder, int(about["num_experts"]), layers)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = _Description.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
         raise ExpertsError(
-            f"pacellm: {folder / EXPERTS_JSON} is damaged ({error}); write it again with pacellm "
-            "cluster."
+            f"pacellm: {folder / EXPERTS_JSON} is damaged ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}); write it again with pacellm cluster."
         ) from None
+    return StoredExperts(folder, found.num_experts, found.layers)
 
 
 def _find(path: str | Path) -> Path:

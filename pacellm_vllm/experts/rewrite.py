@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from pacellm_vllm.config import CONFIG_KEY
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.experts.cache import LayerResult, ResultCache, default_cache
 from pacellm_vllm.experts.checkpoint import (
     Checkpoint,
@@ -32,6 +32,7 @@ from pacellm_vllm.experts.settings import (
     ClusterSettings,
     Features,
     check_num_experts,
+    check_seed,
     merge_experts,
 )
 
@@ -89,6 +90,8 @@ def cluster_checkpoint(
         raise ExpertsError(
             "pacellm: the features 'activations' need a file of activations, and only they do."
         )
+    check_seed(settings.seed)
+    config = _served_config(checkpoint, settings.num_experts, rename)
     given = None if activations is None else Path(activations)
     store = ResultCache(Path(cache) if cache else default_cache())
     results = {}
@@ -98,7 +101,6 @@ def cluster_checkpoint(
         count = settings.num_experts
         about = {i: _describe(checkpoint, ffn, results[i], count) for i, ffn in ffns.items()}
         orders = {layer: result.order for layer, result in results.items()}
-        config = _served_config(checkpoint.config, rename)
 
         def finish(folder: Path) -> None:
             write_experts(folder, settings, about, orders)
@@ -145,11 +147,11 @@ def write_permuted(
                 shutil.copyfile(checkpoint.path / shard, folder / shard)
                 with open(folder / shard, "r+b") as out:
                     for name, (move, order) in moved.items():
-                        entry = checkpoint.entries[name]
-                        if entry.shard == shard:
-                            tensor = permute(checkpoint.tensor(name), move, order)
-                            out.seek(entry.start)
-                            out.write(tensor.view(torch.uint8).numpy().data)
+                        for entry in checkpoint.copies[name]:
+                            if entry.shard == shard:
+                                tensor = permute(checkpoint.tensor(name), move, order)
+                                out.seek(entry.start)
+                                out.write(tensor.view(torch.uint8).numpy().data)
                 bar.update(sizes[shard])
         if finish is not None:
             finish(folder)
@@ -185,18 +187,31 @@ def _describe(
     )
 
 
-def _served_config(config: Mapping[str, Any], rename: Rename) -> dict[str, Any] | None:
-    """``config`` with the experts and the architecture that reads them; None if none does."""
-    given = (config.get("architectures") or [""])[0]
-    name = rename(given)
+def _served_config(
+    checkpoint: Checkpoint, num_experts: int, rename: Rename
+) -> dict[str, Any] | None:
+    """The configuration with the experts and the architecture that reads them, or None.
+
+    ``ExpertsError`` if what it says of memory or experts cannot be served.
+    """
+    given = checkpoint.architecture
+    name = None if given is None else rename(given)
     if name is None:
         return None
-    ours = dict(config.get(CONFIG_KEY) or {})
-    if given == name and not ours.get("experts"):
-        # It had memory in these layers without saying so; beside experts that must be said.
-        ours.setdefault("layers", "auto")
-    ours["experts"] = merge_experts(ours.get("experts"), {"path": "."})
-    return {**config, "architectures": [name], CONFIG_KEY: ours}
+    ours = dict(checkpoint.section(CONFIG_KEY))
+    try:
+        PaceConfig.from_sources(ours)
+        if given == name and not ours.get("experts"):
+            # It had memory in these layers without saying so; beside experts that must be said.
+            ours.setdefault("layers", "auto")
+        ours["experts"] = merge_experts(ours.get("experts"), {"path": "."})
+        experts = PaceConfig.from_sources(ours).experts
+    except PaceConfigError as error:
+        where = f"{checkpoint.path}/config.json"
+        raise ExpertsError(f"{str(error).removesuffix('.')} (in {where}).") from None
+    assert experts is not None
+    experts.check_top_k(num_experts)
+    return {**checkpoint.config, "architectures": [name], CONFIG_KEY: ours}
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:

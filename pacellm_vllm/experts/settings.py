@@ -16,12 +16,15 @@ Features = Literal["gate", "gate_up", "activations"]
 # How neurons come into expert order, and how tokens choose experts: one of each, or neither.
 _SOURCES, _ROUTINGS = ("path", "num_experts"), ("top_k", "mass")
 
+# What scikit-learn takes.
+MAX_SEED = 2**32 - 1
+
 _ALLOWED = {
     "path": "a clustered checkpoint's directory, or one with its pacellm_experts.json and orders",
     "num_experts": "an integer from 1",
     "layers": "a non-empty list of distinct 0-based layer indices",
     "features": '"gate" or "gate_up"',
-    "seed": "an integer from 0",
+    "seed": f"an integer from 0 to {MAX_SEED}",
     "top_k": "an integer from 1 to the number of experts",
     "mass": "a number above 0, at most 1",
 }
@@ -55,7 +58,9 @@ class ExpertsConfig(BaseModel):
     features: Literal["gate", "gate_up"] = Field(
         "gate", description="what neurons are compared by, with num_experts"
     )
-    seed: int = Field(0, ge=0, strict=True, description="of the first centres, with num_experts")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, strict=True, description="of the first centres, with num_experts"
+    )
     top_k: int | None = Field(
         None, ge=1, strict=True, description="experts that a token computes; absent: all"
     )
@@ -158,6 +163,12 @@ def check_num_experts(num_experts: int, neurons: int) -> None:
         f"pacellm: num_experts = {num_experts} does not split {neurons} neurons into equal "
         f"experts; {' or '.join(str(k) for k in below + above)} would."
     )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ``ExpertsError`` for a seed that cannot be one."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ExpertsError(not_allowed("seed", seed, _ALLOWED["seed"]))
 
 
 def check_ranks(num_experts: int, ranks: int) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from pacellm_vllm.compat import load_with_drafts
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.request import RequestSettings
 
@@ -73,7 +74,8 @@ class NoSettings(BatchSettings):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        if RequestSettings.of(sampling_params.extra_args).overrides():
+        settings = RequestSettings.of(sampling_params.extra_args)
+        if settings.enabled and settings.model_fields_set:
             raise PaceConfigError(
                 "pacellm: this engine carries no memory that a request could set; serve it with "
                 "layers, or drop the setting."
@@ -85,3 +87,8 @@ def _settings(params: SamplingParams) -> RequestSettings | None:
         return None
     settings = RequestSettings.of(params.extra_args)
     return settings if settings.overrides() or not settings.enabled else None
+
+
+# At import: a worker builds its logits processors before it loads the model, and what has reached
+# it by then is the engine's configuration, which holds one of these classes.
+load_with_drafts({BatchSettings, NoSettings})

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -18,6 +19,7 @@ from vllm.v1.request import Request
 from pacellm_vllm.compat import (
     add_block_hash_key,
     copy_blocks_before_forward,
+    count_cached_tokens_without,
     groups_in_hand,
     keep_out_of_events,
     plugin_logger,
@@ -28,7 +30,8 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import CONFIG_KEY
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
-from pacellm_vllm.request import RequestSettings
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.request import key_of, settings_of
 
 logger = plugin_logger()
 
@@ -60,6 +63,8 @@ class PagedBankManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._layout: BankLayout = kv_cache_spec.layout
+        self.rules: MemoryRules = kv_cache_spec.rules
+        _MANAGERS.add(self)
         self._grid: SnapshotGrid | None = kv_cache_spec.grid
         self._max_step_tokens: int = kv_cache_spec.max_step_tokens
         snapshot_bytes = (
@@ -76,6 +81,9 @@ class PagedBankManager(CircularBufferManager):
         self._restored = 0
         keep_out_of_events(self.block_pool, self.kv_cache_group_id)
         self._log_start(kv_cache_spec)
+        watch_requests()
+        count_cached_tokens_without(type(kv_cache_spec))
+        add_block_hash_key(_hash_key, self.block_pool)
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
@@ -379,22 +387,30 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
     if request is None or request.sampling_params is None or request.resumable:
         # A session may grow, and its next turn may turn the memory on again.
         return False
-    if not RequestSettings.of(request.sampling_params.extra_args).enabled:
+    if not settings_of(request).enabled:
         return True
     # The last token sampled is never computed.
     return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
 
 
+# Requests do not say which engine they are of, and one process may hold several.
+_MANAGERS: WeakSet[PagedBankManager] = WeakSet()
+
+
 def _hash_key(request: Request) -> tuple[str, str] | None:
-    params = request.sampling_params
-    if params is None or not params.extra_args:
+    """Of requests of engines with memory only."""
+    if request.sampling_params is None or not request.sampling_params.extra_args:
         return None
-    key = RequestSettings.of(params.extra_args).key()
+    try:
+        rules = {manager.rules for manager in _MANAGERS}
+        if len(rules) == 1:
+            key = key_of(request, *rules)
+        else:
+            key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
+    except Exception:
+        # A hasher must not raise. What is not allowed shares nothing with what is.
+        key = "not allowed"
     return (CONFIG_KEY, key) if key else None
-
-
-watch_requests()
-add_block_hash_key(_hash_key)
 
 
 def _page_hash(prefix: bytes, page: int) -> BlockHash:

@@ -117,14 +117,15 @@ def bank_spec(
 
     ``drafts`` tokens at most are speculative in a step; ``copied`` is whether prefixes are cached.
     """
-    stored = config.stored_dtype(dtype)
+    stored, rules = config.stored_dtype(dtype), config.rules()
     return PagedBankSpec(
         block_size=block_size,
         num_kv_heads=1,
         head_size=page_bytes // 2,
         head_size_v=page_bytes - page_bytes // 2,
         dtype=torch.uint8,
-        layout=BankLayout.plan(config.rules(), width, stored, page_bytes, drafts),
+        layout=BankLayout.plan(rules, width, stored, page_bytes, drafts),
+        rules=rules,
         num_layers=len(layers),
         summary=f"{where}, preset {config.preset}",
         max_model_len=max_model_len,

@@ -10,10 +10,11 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
-from pacellm_vllm.compat import count_cached_tokens_without, register_kv_cache_spec
+from pacellm_vllm.compat import register_kv_cache_spec
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.manager import PagedBankManager
 from pacellm_vllm.memory.snapshots import SnapshotGrid
+from pacellm_vllm.ops.rules import MemoryRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,14 @@ class PagedBankSpec(CircularBufferSpec):
     ``block_size`` is the attention layers' (it only enters the scheduler's block arithmetic) and
     ``dtype`` is uint8: a dtype unlike the KV cache's makes vLLM zero new attention blocks, which
     may have held a bank whose bytes read as NaN. Banks' own pages need no zeroing: what counts is
-    decided by position. ``num_layers`` carry memory in the whole model, ``summary`` says which,
-    for the start-up line, ``max_model_len`` is the longest request's, ``max_step_tokens`` the most
-    tokens of a step, and ``copied`` whether banks are copied for the prefix cache.
+    decided by position. ``rules`` are those of requests that set none of their own. ``num_layers``
+    carry memory in the whole model, ``summary`` says which, for the start-up line,
+    ``max_model_len`` is the longest request's, ``max_step_tokens`` the most tokens of a step, and
+    ``copied`` whether banks are copied for the prefix cache.
     """
 
     layout: BankLayout
+    rules: MemoryRules
     num_layers: int
     summary: str
     max_model_len: int
@@ -75,4 +78,3 @@ class PagedBankSpec(CircularBufferSpec):
 
 
 register_kv_cache_spec(PagedBankSpec, PagedBankManager)
-count_cached_tokens_without(PagedBankSpec)

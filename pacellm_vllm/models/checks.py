@@ -3,23 +3,25 @@
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from pacellm_vllm import CONFIG_KEY
 from pacellm_vllm.compat import (
     add_logits_processor,
     add_worker_extension,
+    check_http_requests,
+    keep_booleans,
     plugin_logger,
-    refuse_in_beam_search,
     refuse_sessions,
 )
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.memory.batch import BatchSettings, NoSettings
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
-from pacellm_vllm.models.settings import additional_settings, read_config
+from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.request import is_ours
 
 logger = plugin_logger()
 
 REPORT_EXTENSION = "pacellm_vllm.serving.report.MemoryReport"
-REQUEST_SETTINGS = "pacellm_vllm.memory.batch:BatchSettings"
-NO_REQUEST_SETTINGS = "pacellm_vllm.memory.batch:NoSettings"
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -27,6 +29,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
+    from pacellm_vllm.memory.batch import BatchSettings
+
     config = read_config(vllm_config)
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers or config.experts is None:
@@ -36,14 +40,15 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.experts is not None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)
-    add_logits_processor(vllm_config, REQUEST_SETTINGS if layers else NO_REQUEST_SETTINGS)
-    refuse_in_beam_search(CONFIG_KEY)
+    add_logits_processor(vllm_config, BatchSettings if layers else NoSettings)
+    keep_booleans()
+    check_http_requests(is_ours, (BatchSettings if layers else NoSettings).validate_params)
     refuse_sessions(_why_no_sessions)
 
 
 def _why_no_sessions(vllm_config: VllmConfig) -> str | None:
     """Why an engine takes no streamed input; None where it may, as every engine without memory."""
-    carries = REQUEST_SETTINGS in (vllm_config.model_config.logits_processors or ())
+    carries = BatchSettings in (vllm_config.model_config.logits_processors or ())
     if not carries or not vllm_config.scheduler_config.async_scheduling:
         return None
     return (
@@ -136,12 +141,9 @@ def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
     )
 
 
-def check_not_configured(vllm_config: VllmConfig) -> None:
-    """For every other architecture: refuse a configuration that would silently do nothing."""
+def refuse_configuration(vllm_config: VllmConfig) -> None:
+    """For every other architecture: refuse a configuration, which would silently do nothing."""
     architecture = vllm_config.model_config.architecture
-    if additional_settings(vllm_config) is None:
-        logger.info("pacellm: installed, not active for %s.", architecture)
-        return
     pace = pace_architecture(architecture)
     reason = WHY_NOT.get(architecture, "pacellm serves dense decoders that it knows")
     remedy = (

@@ -33,6 +33,10 @@ def read_config(vllm_config: VllmConfig) -> PaceConfig:
 
 
 def as_json(config: PaceConfig, num_layers: int) -> dict[str, Any]:
-    """All of ``config`` as JSON, its layers by index, for a model of ``num_layers``."""
+    """All of ``config`` as JSON, its layers by index, for a model of ``num_layers``.
+
+    But for ``experts.path``: clients have no business with a server's directories, and the same
+    one may go by several names.
+    """
     layers = list(config.resolve_layers(num_layers))
-    return {**config.model_dump(mode="json"), "layers": layers}
+    return {**config.model_dump(mode="json", exclude={"experts": {"path"}}), "layers": layers}

@@ -47,12 +47,42 @@ class LookUp:
         return ~self.mean_top.isnan()
 
 
+def key_squares(keys: torch.Tensor) -> torch.Tensor:
+    """Squared norms [m] of ``keys`` [m, D] fp32, equal exactly where keys are equal.
+
+    Where different keys have one squared norm, all but the first are moved to the next free number.
+    """
+    squares = torch.linalg.vecdot(keys, keys)
+    if len(squares.unique()) == len(keys):
+        return squares
+    owners: dict[float, torch.Tensor] = {}
+    for key, square in zip(keys, squares, strict=True):
+        while not torch.equal(owners.setdefault(float(square), key), key):
+            square.copy_(square.nextafter(square.new_tensor(float("inf"))))
+    return squares
+
+
+def twins_of(squares: torch.Tensor) -> list[int] | None:
+    """For each slot the first one of an equal key, by ``squares`` [m] of ``key_squares``.
+
+    None if no two are equal. Slots that are merged together come to be equal, and then their
+    products must be too, which a matrix product does not promise: what it adds up in which order
+    depends on where in it a row lies, and on its shape.
+    """
+    # As integers they make faster sets; none is -0.
+    bits = squares.view(torch.int32).tolist()
+    if len(set(bits)) == len(bits):
+        return None
+    first: dict[int, int] = {}
+    return [first.setdefault(square, slot) for slot, square in enumerate(bits)]
+
+
 def similarities(
     a: torch.Tensor, keys: torch.Tensor, squares: torch.Tensor | None, reduce: Reduce | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine of every token with every slot, and which tokens are unsound.
 
-    ``a`` [n, D] any float dtype, ``keys`` [m, D] fp32, ``squares`` [m] the keys' squared norms if
+    ``a`` [n, D] any float dtype, ``keys`` [m, D] fp32, ``squares`` [m] their ``key_squares`` if
     they are known; returns [n, m] fp32, NaN for unsound tokens, and [n, 1] bool. Under tensor
     parallelism D is this rank's shard and
     ``reduce`` sums over ranks: partial products and squared norms travel together, so every rank
@@ -65,7 +95,10 @@ def similarities(
         torch.mm(wide, keys.t(), out=parts[:n][tokens, :m])
         # Of the ways to add up squares the one that makes no second [n, D] tensor.
         parts[:n][tokens, m] = torch.linalg.vector_norm(wide, dim=1).square_()
-    parts[n, :m] = torch.linalg.vecdot(keys, keys) if squares is None else squares
+    parts[n, :m] = squares = key_squares(keys) if squares is None else squares
+    twins = twins_of(squares)
+    if twins is not None:
+        parts[:n, :m] = parts[:n, twins]
     parts[n, m] = 0
     if reduce is not None:
         parts = reduce(parts)
@@ -88,7 +121,7 @@ def look_up(
     """Enhance n tokens with the m valid slots of one bank.
 
     ``a`` [n, D] any float dtype; ``keys``, ``values`` [m, D] any float dtype, m may be 0;
-    ``squares`` [m] fp32 the keys' squared norms, if known; ``out`` like ``a`` takes the output.
+    ``squares`` [m] fp32 the keys' ``key_squares``, if known; ``out`` like ``a`` takes the output.
     Arithmetic is fp32. Ties go to the lower slot index.
     """
     n, m = a.shape[0], keys.shape[0]

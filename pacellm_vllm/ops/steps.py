@@ -11,7 +11,7 @@ from heapq import nlargest, nsmallest
 
 import torch
 
-from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR, Reduce
+from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR, Reduce, twins_of
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.ops.sums import TILE, add_one
 from pacellm_vllm.ops.update import BankStore, Header, Progress, commit
@@ -75,7 +75,11 @@ def _find(
     for store, row, token, header, count in zip(stores, parts, a32, words, valid, strict=True):
         if count:
             store.products(token, row[:count])
-            row[size : size + count] = Header.squares_of(header)[:count]
+            squares = Header.squares_of(header)[:count]
+            row[size : size + count] = squares
+            twins = twins_of(squares)
+            if twins is not None:
+                row[:count] = row[twins]
         torch.dot(token, token, out=row[-1])
     if reduce is not None:
         parts = reduce(parts)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from pacellm_vllm.ops.lookup import Reduce, look_up
+from pacellm_vllm.ops.lookup import Reduce, key_squares, look_up
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.ops.sums import TILE, running_sum, tile_turns
 
@@ -15,8 +15,8 @@ from pacellm_vllm.ops.sums import TILE, running_sum, tile_turns
 class Header:
     """The small state of a bank; int32, the counters 0-d, the rest one entry per slot [M].
 
-    ``valid`` committed slots, always the first ones; ``usage`` of each, and fp32 ``squares``, their
-    keys' squared norms (over this rank's share of D). Of the running segment:
+    ``valid`` committed slots, always the first ones; ``usage`` of each, and fp32 ``squares``, the
+    ``key_squares`` of their keys (over this rank's share of D). Of the running segment:
     ``mids`` and ``lows`` its tokens so far by kind; ``merge`` the slots (0/1) its mid tokens
     touch; ``confirm`` how often its high tokens found each slot.
     """
@@ -252,5 +252,5 @@ def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> 
     header.usage[valid : valid + taken] = 1
     header.valid.fill_(valid + taken)
     keys = store.read_keys(valid + taken).float()
-    header.squares[: valid + taken] = torch.linalg.vecdot(keys, keys)
+    header.squares[: valid + taken] = key_squares(keys)
     return valid + taken

@@ -11,15 +11,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from pacellm_vllm.compat import api_key_check, ask_all_engines
-from pacellm_vllm.models.checks import REPORT_EXTENSION
 from pacellm_vllm.models.table import ARCHITECTURES
-from pacellm_vllm.serving.report import (
-    EXPERTS_METHOD,
-    REPORT_METHOD,
-    add_engines,
-    describe_engine,
-    merge_reports,
-)
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
 
@@ -38,6 +30,16 @@ async def memory(request: Request) -> dict[str, Any]:
         raise HTTPException(401, "Unauthorized")
     if state.engine is None:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
+    # A server without memory, which has this route too, imports nothing of it before it is asked.
+    from pacellm_vllm.models.checks import REPORT_EXTENSION
+    from pacellm_vllm.serving.report import (
+        EXPERTS_METHOD,
+        REPORT_METHOD,
+        add_engines,
+        describe_engine,
+        merge_reports,
+    )
+
     config = state.engine.vllm_config
     if config.model_config.architecture not in ARCHITECTURES:
         return {"active": False, **describe_engine(config), "layers": {}, "experts": {}}

@@ -44,6 +44,15 @@ def test_order_is_a_permutation_into_equal_clusters(count, experts, dtype, assig
         assert torch.equal(members, (found.labels == expert).nonzero().squeeze(1))
 
 
+def test_an_expert_for_each_neuron_needs_no_assignment(monkeypatch):
+    """All pairs of neurons and experts would be 360 million at 7B."""
+    for name in ("first_centres", "assign_flow", "assign_swaps"):
+        monkeypatch.setattr(module, name, lambda *args: 1 / 0)
+    found = cluster(mixture(0, 64, 8, 5), 64)
+    assert torch.equal(found.order, torch.arange(64))
+    assert (found.inertia, found.random_inertia) == (pytest.approx(0, abs=1e-5), 0)
+
+
 def test_inertias_are_those_of_the_definition(assignment):
     features = mixture(1, 120, 16, 6)
     found = cluster(features, 6, assignment=assignment)

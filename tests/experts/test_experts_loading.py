@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from ffn_models import NEURONS, tiny_model
+from safetensors.torch import load_file, save_file
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
+from pacellm_vllm.experts.orders import EXPERTS_JSON, EXPERTS_ORDERS
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings, ExpertsConfig, check_ranks
 from pacellm_vllm.models.table import experts_architecture
@@ -109,6 +111,94 @@ def test_a_layer_that_cannot_be_reordered_is_refused(change, sentence):
     change(weights)
     with pytest.raises(ExpertsError, match=sentence):
         list(Reorder(plan(num_experts=8))(weights.items()))
+
+
+@pytest.mark.parametrize("part", ["gate_proj.weight", "up_proj.weight", "down_proj.weight"])
+def test_a_tensor_that_comes_again_is_refused(part):
+    """Its layer has passed already, in the order of what came first."""
+    weights = state("llama")
+    name = f"model.layers.1.mlp.{part}"
+    with pytest.raises(ExpertsError, match=f"{name} comes twice"):
+        list(Reorder(plan(num_experts=8))([*weights.items(), (name, weights[name])]))
+
+
+def test_a_copy_passes_where_nothing_moves(stored):
+    weights = load_file(stored / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = list(Reorder(plan(path=str(stored)))([*weights.items(), (name, weights[name])]))
+    assert len(found) == len(weights) + 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found)
+
+
+def test_a_bias_that_comes_again_is_put_in_order():
+    weights = state("llama")
+    name = "model.layers.1.mlp.up_proj.bias"
+    reorder = Reorder(plan(num_experts=8))
+    found = list(reorder([*weights.items(), (name, weights[name] + 1)]))
+    assert found[-1][0] == name
+    assert torch.equal(found[-1][1], (weights[name] + 1)[reorder.orders[1]])
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A clustered checkpoint whose description and orders a test may change."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    cluster_checkpoint(tmp_path / "model", tmp_path / "out", ClusterSettings(8), progress=False)
+    return tmp_path / "out"
+
+
+def about_layer(**changes):
+    def edit(about):
+        about["layers"]["1"] |= changes
+        return about
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: [about],
+        lambda about: None,
+        lambda about: {**about, "layers": None},
+        lambda about: {**about, "layers": []},
+        lambda about: {**about, "layers": {}},
+        lambda about: {**about, "layers": {"x": {}}},
+        lambda about: {**about, "layers": {**about["layers"], "-1": about["layers"]["1"]}},
+        lambda about: {**about, "layers": {"1": None}},
+        lambda about: {**about, "num_experts": None},
+        lambda about: {**about, "num_experts": float("inf")},
+        lambda about: {**about, "num_experts": "many"},
+        lambda about: {**about, "num_experts": 0},
+        about_layer(neurons="many"),
+        about_layer(neurons=[NEURONS]),
+        about_layer(neurons=None),
+        about_layer(source_gate=3),
+        about_layer(clustered_gate=None),
+    ],
+)
+def test_a_damaged_description_is_one_sentence(stored, damage):
+    path = stored / EXPERTS_JSON
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ExpertsError, match=EXPERTS_JSON) as raised:
+        plan(path=str(stored))
+    assert str(raised.value).startswith("pacellm: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        torch.arange(NEURONS).float(),
+        torch.arange(NEURONS).reshape(2, -1),
+        torch.arange(NEURONS) - 1,
+        torch.tensor(0),
+    ],
+)
+def test_orders_that_are_none_are_one_sentence(stored, order):
+    save_file({f"layers.{i}.order": order.clone() for i in range(LAYERS)}, stored / EXPERTS_ORDERS)
+    with pytest.raises(ExpertsError, match="no permutation of 96 neurons"):
+        list(Reorder(plan(path=str(stored)))(state("llama").items()))
 
 
 def test_a_gate_that_is_not_there_is_missed():

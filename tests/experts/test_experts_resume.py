@@ -59,7 +59,7 @@ def test_the_cache_knows_weights_and_settings_apart(save, run_cluster, tmp_path,
     assert again() == 1
 
 
-@pytest.mark.parametrize("damage", ["truncate", "wrong order", "no json", "pickle"])
+@pytest.mark.parametrize("damage", ["truncate", "wrong order", "no json", "floats", "pickle"])
 def test_a_damaged_cache_is_not_trusted(save, run_cluster, tmp_path, monkeypatch, damage):
     source = save()
     run_cluster(source)
@@ -70,6 +70,8 @@ def test_a_damaged_cache_is_not_trusted(save, run_cluster, tmp_path, monkeypatch
         files[0].write_bytes(files[0].read_bytes()[:-8])
     elif damage == "wrong order":
         save_file({"order": torch.zeros(NEURONS, dtype=torch.int64)}, files[0])
+    elif damage == "floats":
+        save_file({"order": torch.arange(NEURONS).float()}, files[0])
     elif damage == "no json":
         files[0].with_suffix(".json").unlink()
     else:

@@ -27,6 +27,7 @@ STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
     ("width", "dtype", "bank_dtype", "preset", "page_bytes", "settings"),
     [
         (62, torch.float32, None, "official", 2048, {}),
+        (62, torch.float32, None, "official", 2048, {"momentum": 0.0}),
         (604, torch.bfloat16, torch.float32, "paper", 1812, {}),
         (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
         (72, torch.float16, None, "paper", 1500, LONG_LISTS),

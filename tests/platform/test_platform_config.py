@@ -1,6 +1,9 @@
 """When the CPU platform is chosen, and what it chooses."""
 
 import inspect
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from pacellm_vllm.platform import activate
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.platform import activate, check_platform
 from pacellm_vllm.platform.attention import TorchAttentionBackend
 from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
 
@@ -33,8 +37,50 @@ def failing_probe():
 )
 def test_stands_aside_for_the_platforms_of_vllm(monkeypatch, probes, chosen):
     monkeypatch.setattr(vllm.platforms, "builtin_platform_plugins", probes)
+    monkeypatch.setenv("PACELLM_CPU_PLATFORM", "1")
     name = "pacellm_vllm.platform.torch_cpu.TorchCpuPlatform"
     assert activate() == (name if chosen else None)
+
+
+@pytest.mark.parametrize("asked", [None, "", "0"])
+def test_nobody_gets_it_who_has_not_asked(asked):
+    """Nor does looking cost anything: neither vLLM nor PyTorch is imported for it."""
+    program = """
+import sys
+from pacellm_vllm.platform import activate
+print(activate(), sys.modules.keys() & {"torch", "vllm"})
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PACELLM_CPU_PLATFORM"}
+    if asked is not None:
+        env["PACELLM_CPU_PLATFORM"] = asked
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "None set()\n"
+
+
+def test_it_says_once_that_it_serves():
+    program = """
+from multiprocessing import Process
+from pacellm_vllm.platform import activate
+from vllm.platforms import current_platform
+current_platform.is_cpu(), activate()
+child = Process(target=activate)
+child.start()
+child.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    [line] = [line for line in (done.stdout + done.stderr).splitlines() if "pacellm:" in line]
+    assert "models run on the PyTorch CPU platform (PACELLM_CPU_PLATFORM=1), which is slow." in line
+
+
+def test_commands_that_start_engines_say_what_to_do_without_a_platform(monkeypatch):
+    nothing = SimpleNamespace(is_unspecified=lambda: True)
+    monkeypatch.setattr(vllm.platforms, "_current_platform", nothing)
+    with pytest.raises(PaceConfigError, match="finds no platform to run on; set PACELLM_CPU_PLA"):
+        check_platform()
 
 
 class PackedBackend:

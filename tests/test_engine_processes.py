@@ -1,0 +1,80 @@
+"""However vLLM starts its processes, each has what it needs of ours, and no more."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_prompt
+from engines import engine
+from servers import python_path
+from test_engine_drafts import ngram
+from test_engine_requests import PACE, ask, said
+
+from pacellm_vllm.compat import PATCHED
+
+# The second run finds the first one's prefixes, each under its own settings.
+RUN = """
+import json, sys
+from patches import ours_in_vllm
+from vllm import LLM, SamplingParams
+
+def main(model, settings, cases):
+    llm = LLM(model, **settings)
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in cases]
+    params = [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False,
+                             extra_args=extra) for _, extra in cases]
+    runs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+    print(json.dumps({
+        "said": [[list(o.outputs[0].token_ids) for o in outputs] for outputs in runs],
+        "cached": [o.num_cached_tokens for o in runs[1]],
+        "patched": list(ours_in_vllm()),
+    }))
+
+if __name__ == "__main__":
+    main(*map(json.loads, sys.argv[1:]))
+"""
+ASKS = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_front_end_engine_core_and_workers_are_each_patched(method, checkpoint, tmp_path):
+    cases = [(make_prompt(seed, 150), extra) for seed in range(2) for extra in ASKS]
+    with engine(checkpoint("llama"), PACE, speculative_config=ngram(2)) as running:
+        truth = said(ask(running, cases, max_tokens=20))
+    program = tmp_path / "program.py"
+    program.write_text(RUN)
+    settings = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "block_size": 16,
+        "kv_cache_memory_bytes": 64 << 20,
+        "tensor_parallel_size": 2,
+        "speculative_config": ngram(2),
+        "hf_overrides": {"architectures": ["PaceLlamaForCausalLM"]},
+        "additional_config": {"pacellm": PACE},
+    }
+    done = subprocess.run(
+        [sys.executable, program, *map(json.dumps, (str(checkpoint("llama")), settings, cases))],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": method,
+            "PYTHONPATH": python_path(Path(__file__).parent),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["said"] == [truth, truth]
+    assert min(found["cached"]) >= 128
+    assert {*found["patched"]} <= {
+        *PATCHED["load_with_drafts"],
+        *PATCHED["refuse_in_beam_search"],
+    }
