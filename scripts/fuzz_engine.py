@@ -27,6 +27,7 @@ BREAKS = (
     "commit-early",
     "settings-not-in-key",
     "page-not-refreshed",
+    "snapshot-not-copied",
     "hit-on-top",
 )
 COUNTED = (

@@ -3,10 +3,12 @@
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from pacellm_vllm.memory import manager, plain
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.manager import PagedBankManager
 from pacellm_vllm.ops import steps, update
@@ -15,8 +17,9 @@ from pacellm_vllm.request import RequestSettings
 
 def snapshot_of_a_segment() -> None:
     """A snapshot's pages hold as many slots as a segment has tokens, its header counts more."""
-    BankLayout.committed_pages = property(  # type: ignore[assignment]
-        lambda layout: layout.pages_for(layout.segment_size)
+    count = BankLayout.committed_pages
+    BankLayout.committed_pages = (  # type: ignore[method-assign]
+        lambda layout, tokens: count(layout, min(tokens, layout.segment_size))
     )
 
 
@@ -69,24 +72,42 @@ def settings_left_out_of_the_key() -> None:
 
 
 def page_not_refreshed() -> None:
-    """Every third page that should be copied is not."""
-    copy, count = PagedBankManager._copy, itertools.count(1)
+    """Every third page of a bank that should be restored from a snapshot is not."""
+    copy, count = manager.copy_blocks_before_forward, itertools.count(1)
 
-    def sometimes(manager: Any, source: Any, target: Any) -> None:
-        if next(count) % 3:
-            copy(manager, source, target)
+    def some(group: Any, pairs: Any) -> None:
+        kept = [(s, t) if next(count) % 3 else (t, t) for s, t in pairs]
+        for (source, _), (now, target) in zip(pairs, kept, strict=True):
+            if now is target:
+                # The scheduler lets go of both ends.
+                group.block_pool.touch([target])
+                group.block_pool.free_blocks([source])
+        copy(group, kept)
 
-    PagedBankManager._copy = sometimes  # type: ignore[method-assign]
+    manager.copy_blocks_before_forward = some
+
+
+def snapshot_not_copied() -> None:
+    """The last page of a bank that should be copied for the prefix cache is not."""
+    run = plain.PlainStep.run
+
+    def shorter(step: Any, *args: Any) -> Any:
+        step.chunks = [replace(chunk, copy=chunk.copy[:-1]) for chunk in step.chunks]
+        return run(step, *args)
+
+    plain.PlainStep.run = shorter  # type: ignore[method-assign]
 
 
 def hit_pages_counted_on_top() -> None:
     """A hit needs its pages besides all that the request needs without it."""
     count = PagedBankManager.get_num_blocks_to_allocate
 
-    def more(
-        manager: Any, request_id: str, num_tokens: int, new: Any, *args: Any, **kwargs: Any
-    ) -> int:
-        return count(manager, request_id, num_tokens, new, *args, **kwargs) + 2 * len(new)
+    def more(group: Any, request_id: str, tokens: int, new: Any, *args: Any, **more: Any) -> int:
+        need = count(group, request_id, tokens, new, *args, **more)
+        if request_id not in group._taking_over:
+            return need
+        group._taking_over.discard(request_id)
+        return need + len(new)
 
     PagedBankManager.get_num_blocks_to_allocate = more  # type: ignore[method-assign]
 
@@ -96,6 +117,7 @@ BREAKS: dict[str, Callable[[], None]] = {
     "commit-early": commit_one_token_early,
     "settings-not-in-key": settings_left_out_of_the_key,
     "page-not-refreshed": page_not_refreshed,
+    "snapshot-not-copied": snapshot_not_copied,
     "hit-on-top": hit_pages_counted_on_top,
 }
 

@@ -28,6 +28,7 @@ WINDOWS = {"gemma3", "gemma3, six groups", "granite_swa", "exaone4"}
 PLAIN = ("qwen2", "llama")
 
 RELATIONS = ("bank above segment", "bank equals segment", "bank below segment", "bank of one")
+PRESETS = ("gentle", "official", "paper")
 POOLS = ("pool just enough", "pool tight", "pool of two", "pool plenty")
 LONGEST_SEGMENT, LARGEST_BANK = 192, 224
 # Steps that one engine's prompts may take, so that tiny chunks go with few tokens.
@@ -198,8 +199,7 @@ class EngineCase:
 FEATURES = frozenset(
     {
         *ARCHITECTURES,
-        "official",
-        "paper",
+        *PRESETS,
         *RELATIONS,
         *POOLS,
         *(f"blocks of {size}" for size in (16, 32, 48, 64)),
@@ -313,7 +313,7 @@ def _pace(rng: random.Random, architecture: str, block: int | None) -> dict[str,
     layers = rng.sample(range(LAYERS.get(architecture, 4)), rng.choice([1, 2, 2]))
     pace: dict[str, Any] = {
         "layers": sorted(layers),
-        "preset": rng.choice(["official", "paper"]),
+        "preset": rng.choice(PRESETS),
         "segment_size": size,
         "bank_size": bank,
         "max_insertions": rng.choice([0, rng.randint(0, bank), min(5, bank), bank]),
@@ -343,8 +343,13 @@ class _Requests:
         self._settings = [self._some_settings() for _ in range(2)]
         self._before: list[RequestCase] = []
         steps = case.settings["max_num_batched_tokens"] * PROMPT_STEPS
-        self._budget = min(steps, 2000)
-        self._has_sessions = rng.random() < 0.3
+        # Every segment costs a commit.
+        self._budget = min(steps, 2000, 200 + 40 * self._segment)
+        # Sessions hold their blocks while they wait for a turn, so vLLM lets two of them wait for
+        # each other for ever where both do not fit.
+        at_once = 4 if case.pool == "pool plenty" else 1
+        self._sessions_at_once = at_once if rng.random() < 0.3 else 0
+        self._sessions_left = 0
         self._count = 0
 
     def added(self) -> EngineCase:
@@ -353,8 +358,12 @@ class _Requests:
         number = rng.choice([2, 3, 3, 4])
         for index in range(number):
             share = max(total // number, 1)
+            self._sessions_left = self._sessions_at_once
             requests = [self._request(index) for _ in range(share)]
-            reset = rng.randint(0, 25) if rng.random() < 0.07 else None
+            reset = rng.randint(0, 25) if rng.random() < 0.1 else None
+            if any(request.is_session for request in requests):
+                # vLLM cannot preempt a session that waits for its next turn.
+                reset = None
             waves.append(Wave(tuple(requests), reset))
             self._before += requests
         return EngineCase(**{**vars(self._case), "waves": tuple(waves)})
@@ -373,7 +382,8 @@ class _Requests:
             "priority": rng.randint(-2, 2) if "scheduling_policy" in self._case.settings else 0,
             "salt": "salt" if rng.random() < 0.08 else None,
         }
-        if self._has_sessions and rng.random() < 0.35:
+        if self._sessions_left and rng.random() < 0.35:
+            self._sessions_left -= 1
             return self._session(name, settings, plain, common)
         max_tokens = rng.choice([1, 2, rng.randint(3, 12), rng.randint(10, 40)])
         follows, tokens = None, self._prompt(wave, max_tokens)

@@ -105,9 +105,7 @@ def _settings(case: EngineCase) -> dict[str, Any]:
             "prompt_lookup_max": 3,
         }
     if case.events:
-        settings["kv_events_config"] = KVEventsConfig(
-            enable_kv_cache_events=True, publisher="null"
-        )
+        settings["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     if any(request.embeddings for request in case.requests()):
         settings["enable_prompt_embeds"] = True
     return settings
@@ -143,9 +141,7 @@ def _sized_pool(case: EngineCase) -> Iterator[None]:
 
 
 class _Driver:
-    def __init__(
-        self, case: EngineCase, models: Models, running: Engine, record: Record
-    ) -> None:
+    def __init__(self, case: EngineCase, models: Models, running: Engine, record: Record) -> None:
         self._case, self._running, self._record = case, running, record
         self._engine = running.llm.llm_engine
         self._scheduler = running.core.scheduler
@@ -248,7 +244,7 @@ class _Driver:
         """A sentence of ours is an answer, where there is a reason for one."""
         talk.refused = str(error)
         session = talk.case.is_session
-        may = session and (self._case.asynchronous or talk.case.changes_settings)
+        may = session and self._case.asynchronous
         self._record.counts["refused"] += 1
         if not may or not talk.refused.startswith("pacellm: "):
             self._record.faults.append(f"{talk.case.name} was refused: {_one_line(error)}")

@@ -36,9 +36,9 @@ def _impossible(case: EngineCase, record: Record, talk: Talk) -> Iterator[str]:
 
 
 def _missing(case: EngineCase, record: Record, talk: Talk) -> Iterator[str]:
-    """Where nothing is evicted, what two earlier requests left behind has to be found by a third.
+    """Where nothing is evicted, a prefix that a prompt before it had too has to be found.
 
-    Within a segment, and where it saves more blocks than a bank's copy takes.
+    Up to a segment's end, less as many segments as hold the blocks of a bank's copy.
     """
     if (
         not case.caching
@@ -50,27 +50,25 @@ def _missing(case: EngineCase, record: Record, talk: Talk) -> Iterator[str]:
     ):
         return
     prompt = talk.answers[0].prompts[0]
-    shared = sorted(
+    shared = max(
         (
-            _common(prompt, other.answers[0].text()[:-1])
+            _common(prompt, other.answers[0].prompts[0])
             for other in record.talks.values()
             if other.wave < talk.wave
             and not (other.aborted or other.refused or other.case.is_session)
-            and not other.case.prompt_logprobs
             and _key(other) == _key(talk)
             and has_bank(case, other)
         ),
-        reverse=True,
+        default=0,
     )
-    if len(shared) < 2:
-        return
     size = case.pace["segment_size"]
-    due = min(shared[1], len(prompt) - 1) // size * size - size
-    saved = due // case.settings["block_size"]
-    if due > 0 and saved >= 2 * record.bank_pages and (talk.cached or 0) < due:
+    apart = -(-record.bank_pages * case.settings["block_size"] // size) * size
+    due = min(shared, len(prompt) - 1) // size * size - apart
+    assert talk.cached is not None
+    if talk.cached < due:
         yield (
-            f"{talk.case.name} hit {talk.cached} cached tokens though two others before it share "
-            f"{shared[1]} of its {len(prompt)}"
+            f"{talk.case.name} hit {talk.cached} cached tokens and not {due}: a prompt before it "
+            f"shares {shared} of its {len(prompt)}"
         )
 
 

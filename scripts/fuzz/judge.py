@@ -37,9 +37,7 @@ def judge(seed: int, models: Models, plain: bool = False) -> Verdict:
     )
 
 
-def _wrong_words(
-    truth: Truth, talk: Talk, counts: Counter[str], plain: bool
-) -> Iterator[str]:
+def _wrong_words(truth: Truth, talk: Talk, counts: Counter[str], plain: bool) -> Iterator[str]:
     """Sentences about tokens and log-probabilities that are not the oracle's."""
     if talk.refused:
         return
@@ -48,18 +46,16 @@ def _wrong_words(
             if answer.tokens[turn]:
                 fault = _wrong_turn(truth, talk, answer, turn, counts, plain)
                 if fault:
-                    which = f", answer {index}" if talk.case.n > 1 else ""
-                    which += f", turn {turn}" if talk.case.is_session else ""
-                    read = len(answer.prompts[turn])
-                    yield f"{talk.case.name} ({read} tokens read, {talk.cached} cached{which}): {fault}"
+                    about = f"{len(answer.prompts[turn])} tokens read, {talk.cached} cached"
+                    about += f", answer {index}" if talk.case.n > 1 else ""
+                    about += f", turn {turn}" if talk.case.is_session else ""
+                    yield f"{talk.case.name} ({about}): {fault}"
                     break
 
 
 def _wrong_turn(
     truth: Truth, talk: Talk, answer: Answer, turn: int, counts: Counter[str], plain: bool
 ) -> str | None:
-    if not plain and _comes_back(talk, turn):
-        return "a session's memory was turned on between turns without a word"
     stretches = list(_stretches(talk, answer, turn, plain))
     reading = truth.read(stretches)
     said = answer.tokens[turn]
@@ -90,17 +86,12 @@ def _wrong_token(reading: Reading, at: int, logprob: float, greedy: bool) -> str
     return None
 
 
-def _comes_back(talk: Talk, turn: int) -> bool:
-    overrides = [t.overrides for t in talk.case.turns[: turn + 1]]
-    return any(
-        "layers" in a and "layers" not in b for a, b in zip(overrides, overrides[1:], strict=False)
-    )
-
-
 def _stretches(talk: Talk, answer: Answer, turn: int, plain: bool) -> Iterator[Stretch]:
     """What was read and said up to the end of a turn; a new turn forgets the last token said."""
     for i in range(turn + 1):
         overrides = {} if plain else talk.case.turns[i].overrides
+        if talk.case.is_session and "layers" in overrides:
+            overrides = {"alpha": 0.0}
         said = answer.tokens[i] if i == turn else answer.tokens[i][:-1]
         tokens = (*answer.prompts[i], *said)
         yield Stretch(tokens, tuple(sorted(overrides.items())))

@@ -69,9 +69,7 @@ class Truth(OracleModel):
         return Reading(chosen, best, len(text) if sure is None else sure)
 
     def _change(self, overrides: dict[str, Any]) -> None:
-        """From here on by other settings; a memory that is off stays off."""
+        """From here on by other settings. A session's bank goes on recording while it is off."""
         rules = MemoryRules.of(**{**self.pace, **overrides})
-        if not rules.layers:
-            self.banks = {}
         for bank in self.banks.values():
             bank.rules = rules
