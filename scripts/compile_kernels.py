@@ -135,7 +135,8 @@ def main() -> None:
                 use = resources(found)
                 print(
                     f"| {kernel} | {name} | {preset} | {found.metadata.num_warps} | "
-                    f"{use['instructions']} | {use['loads']} | {use['registers']} | {use['local']} B | {use['shared']} B |"
+                    f"{use['instructions']} | {use['loads']} | {use['registers']} | "
+                    f"{use['local']} B | {use['shared']} B |"
                 )
 
 
