@@ -246,12 +246,14 @@ def test_streams_still_begin_before_parameters_are_checked():
 def test_extra_arguments_over_http_are_still_typed_without_booleans():
     """The reason for ``keep_booleans``; and that it comes before the routes, which keep types."""
     typed = "vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None"
-    asked = {"model": "m", "messages": [], "prompt": "x", "input": "", "max_tokens": 1}
+    asked = {"model": "m", "messages": [], "input": "", "max_tokens": 1}
     compat.keep_booleans()
     for protocol in (*OPENAI, AnthropicMessagesRequest):
         assert typed in inspect.getsource(protocol)
         given = {"vllm_xargs": {"a": True, "b": 1, "c": 1.0, "d": "x", "e": [1, "x"]}}
-        read = protocol.model_validate_json(json.dumps({**asked, **given})).vllm_xargs
+        # A prompt is what completions need and responses refuse.
+        prompt = {"prompt": "x"} if protocol is CompletionRequest else {}
+        read = protocol.model_validate_json(json.dumps({**asked, **prompt, **given})).vllm_xargs
         assert {name: (type(v), v) for name, v in read.items()} == {
             name: (type(v), v) for name, v in given["vllm_xargs"].items()
         }

@@ -29,8 +29,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
-    from pacellm_vllm.memory.batch import BatchSettings
-
     config = read_config(vllm_config)
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers or config.experts is None:

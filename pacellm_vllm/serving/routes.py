@@ -17,8 +17,14 @@ MEMORY_ROUTE = "/plugins/pacellm/memory"
 
 router = APIRouter()
 
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The server has an API key, and the request does not carry it."},
+    501: {"description": "The server's workers cannot report."},
+    503: {"description": "The server has no engine."},
+}
 
-@router.get(MEMORY_ROUTE)
+
+@router.get(MEMORY_ROUTE, responses=_REFUSALS)
 async def memory(request: Request) -> dict[str, Any]:
     """``{"active": bool, "config": {...}, "engine": {...}, "layers": ..., "experts": ...}``.
 
