@@ -66,6 +66,9 @@ PATCHED = {
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
     ),
+    "hash_turns_by_their_own": (
+        "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
+    ),
     "count_cached_tokens_without": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
     ),
@@ -374,6 +377,21 @@ def groups_in_hand() -> int:
     """
     held = _in_hand.get()
     return len(held[0].coordinator.single_type_managers) if held else 2
+
+
+def hash_turns_by_their_own() -> None:
+    """Let the blocks of a session's next turn be hashed with that turn's parameters.
+
+    Symptom: vLLM hashes the turn's tokens before it gives the request the turn's parameters, so a
+    key of :func:`add_block_hash_key` would be the last turn's, and other requests would find blocks
+    computed with other settings. Can go when it changes parameters first.
+    """
+
+    def updated(original: Callable[..., Any], scheduler: Any, session: Request, update: Any) -> Any:
+        session.sampling_params = update.sampling_params
+        return original(scheduler, session, update)
+
+    _patch("hash_turns_by_their_own", updated)
 
 
 def count_cached_tokens_without(spec: type) -> None:

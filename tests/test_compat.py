@@ -343,3 +343,12 @@ def test_cached_tokens_are_still_the_least_of_all_groups():
     assert "self.kv_cache_config.kv_cache_groups" in source
     assert "self.get_blocks(request.request_id).blocks" in source
     assert "min(cached_tokens, group_cached_tokens)" in source
+
+
+def test_a_turn_is_still_hashed_before_it_has_its_parameters():
+    """The reason for ``hash_turns_by_their_own``."""
+    source = inspect.getsource(inspect.unwrap(Scheduler._update_request_as_session))
+    assert source.index("update_block_hashes()") < source.index("session.sampling_params = ")
+    assert list(inspect.signature(inspect.unwrap(Scheduler._update_request_as_session)).parameters)[
+        1:
+    ] == ["session", "update"]

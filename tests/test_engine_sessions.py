@@ -91,6 +91,11 @@ def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkp
                 got.append(tokens)
             assert got == want, name
             running.core.abort_requests([name])
+        # Who says the same text under the engine's settings finds nothing of other turns'.
+        text = [*prompts[0], *want[0][:-1], *prompts[1], *want[1][:-1], *prompts[2], 7]
+        cold, _ = oracle.generate(text, 8)
+        if min(bank.closest_call for bank in oracle.banks.values()) > GAP:
+            assert running.tokens([text], 8) == [cold]
         assert running.all_blocks_are_back()
 
 

@@ -123,9 +123,9 @@ def run(store, a, position, r, reduce):
 @pytest.mark.parametrize("poison", POISONS)
 def test_drafts_that_cannot_be_kept(poison):
     """Each step but every third is a token and three drafts, the last of which is taken back."""
-    r = rules(**PACE)
+    r = rules(**PACE, preset="official")
     stream = streams(62, torch.float32)[1][poison]
-    want, bank = told(stream, **PACE)
+    want, bank = told(stream, **PACE, preset="official")
     layout = BankLayout.plan(r, 62, torch.float32, 2048, drafts=3)
     store = paged_store(layout, torch.float32)
     outputs, position = [], 0

@@ -21,6 +21,7 @@ from pacellm_vllm.compat import (
     copy_blocks_before_forward,
     count_cached_tokens_without,
     groups_in_hand,
+    hash_turns_by_their_own,
     keep_out_of_events,
     plugin_logger,
     publish_block,
@@ -82,6 +83,7 @@ class PagedBankManager(CircularBufferManager):
         keep_out_of_events(self.block_pool, self.kv_cache_group_id)
         self._log_start(kv_cache_spec)
         watch_requests()
+        hash_turns_by_their_own()
         count_cached_tokens_without(type(kv_cache_spec))
         add_block_hash_key(_hash_key, self.block_pool)
 
