@@ -10,12 +10,10 @@ import pytest
 from fuzz.breaks import BREAKS
 from fuzz.cases import FEATURES, PLAIN, RequestCase, Turn, make_case
 from fuzz.drive import Answer, Record, Talk
-from fuzz.events import Subscriber
 from fuzz.hits import faults_of_hits
 from fuzz.judge import _wrong_token
 from fuzz.truth import GAP, Reading, Stretch, Truth
 from oracle import OracleModel
-from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "fuzz_engine.py"
 PACE = {"preset": "official", "layers": [1, 3], "bank_size": 23, "segment_size": 32}
@@ -123,32 +121,6 @@ def test_hits_are_bounded_from_both_sides():
     assert "shares 0" in hits(talk("a", text, 0), talk("b", text, 160, wave=1, **other))[0]
     off = {"overrides": {"layers": ()}}
     assert hits(talk("a", text, 0, **off), talk("b", text, 192, wave=1, **off)) == []
-
-
-def stored(key, group=0):
-    return BlockStored([key], None, list(range(16)), 16, None, None, None, group_idx=group)
-
-
-@pytest.mark.parametrize(
-    ("events", "cached", "fault"),
-    [
-        ([stored(1)], [1], None),
-        ([stored(1), BlockRemoved([1], None, group_idx=0)], [], None),
-        ([stored(1)], [], "1 stored blocks that are not there"),
-        ([stored(1)], [1, 2], "1 cached blocks that were never told of"),
-        ([BlockRemoved([1], None, group_idx=0)], [], "removed that was never stored"),
-        ([stored(1), stored(2)], [1, 2], None),
-    ],
-)
-def test_a_subscriber_believes_what_is_so(events, cached, fault):
-    keys = {bytes([key]) * 32 + bytes(4): None for key in cached}
-    pool = SimpleNamespace(
-        take_events=lambda: list(events), cached_block_hash_to_block=SimpleNamespace(_cache=keys)
-    )
-    for event in events:
-        event.block_hashes = [bytes([key]) * 32 for key in event.block_hashes]
-    found = Subscriber(pool).compare()
-    assert (fault in found[0]) if fault else not found
 
 
 def test_breaks_are_those_the_command_knows():
