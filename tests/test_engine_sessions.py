@@ -90,7 +90,7 @@ def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkp
                         break
                 got.append(tokens)
             assert got == want, name
-            running.core.abort_requests([name])
+            running.llm.llm_engine.abort_request([name], internal=True)
         # Who says the same text under the engine's settings finds nothing of other turns'.
         text = [*prompts[0], *want[0][:-1], *prompts[1], *want[1][:-1], *prompts[2], 7]
         cold, _ = oracle.generate(text, 8)
