@@ -18,7 +18,6 @@ from weakref import WeakSet
 
 import torch
 from vllm import envs
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from pacellm_vllm.sentences import shown
@@ -508,6 +507,8 @@ def rows_of_requests(rows: int) -> torch.Tensor | None:
     it; where keys and values go is what it marks padding in, with -1.
     Can go when the forward context says how many tokens a step has, on the device.
     """
+    from vllm.forward_context import get_forward_context
+
     mapping = get_forward_context().slot_mapping
     if not isinstance(mapping, dict):
         return None

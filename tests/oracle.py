@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from hf import load_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 EPS = 1e-8
 # Tokens whose squared norm is not a number up to this are unsound: the memory passes them by.
@@ -220,9 +221,7 @@ class OracleModel:
     """
 
     def __init__(self, path: Any, pace: dict[str, Any], **config: Any):
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", **config
-        ).eval()
+        self.model = load_model(path, dtype=torch.float32, attn_implementation="eager", **config)
         self.pace = pace
         self.banks: dict[int, Bank] = {}
         self.widths: list[int] = []

@@ -296,7 +296,7 @@ def test_padding_is_still_minus_one_in_slot_mappings():
 def test_rows_of_requests_leaves_padding_out(monkeypatch):
     slots = {"a.memory": torch.full((4,), -1), "a.attn": torch.tensor([7, 3, -1, -1])}
     context = SimpleNamespace(slot_mapping=slots)
-    monkeypatch.setattr(compat, "get_forward_context", lambda: context)
+    monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
     assert compat.rows_of_requests(3).tolist() == [True, True, False]
     context.slot_mapping = {}
     assert compat.rows_of_requests(3) is None

@@ -37,6 +37,7 @@ LIGHT = {
     "pacellm_vllm.compat",
     "pacellm_vllm.models",
     "pacellm_vllm.models.table",
+    "pacellm_vllm.sentences",
 }
 
 

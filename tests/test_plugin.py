@@ -48,7 +48,8 @@ register()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     imported, _ = child(program)
-    assert {*imported} == {*LIGHT, "pacellm_vllm", "vllm.model_executor.models.config"}
+    # The package itself was imported when vLLM looked for platforms.
+    assert {*imported} == {*LIGHT, "vllm.model_executor.models.config"}
 
 
 @pytest.mark.parametrize("broken", ["pacellm_vllm.compat", "pacellm_vllm.models.table"])
@@ -78,7 +79,8 @@ from vllm import LLM, SamplingParams
 assert find_spec("sklearn") is None
 pace = {"layers": [1, 3], "segment_size": 32, "bank_size": 23}
 llm = LLM(sys.argv[1], dtype="float32", skip_tokenizer_init=True, max_model_len=256,
-          kv_cache_memory_bytes=16 << 20, hf_overrides={"architectures": ["PaceQwen2ForCausalLM"]},
+          block_size=16, kv_cache_memory_bytes=16 << 20,
+          hf_overrides={"architectures": ["PaceQwen2ForCausalLM"]},
           additional_config={"pacellm": pace})
 [output] = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}],
                         SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False))

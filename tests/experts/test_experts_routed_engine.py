@@ -4,7 +4,7 @@ import pytest
 import torch
 from checkpoints import make_prompt
 from engines import engine, prompt_logprobs
-from transformers import AutoModelForCausalLM
+from hf import load_model
 
 from pacellm_vllm.experts import fused
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
@@ -85,7 +85,7 @@ def truth(clustered):
     def get(arch="qwen2", top_k=TOP_K):
         if (arch, top_k) in made:
             return made[arch, top_k]
-        model = AutoModelForCausalLM.from_pretrained(clustered(arch), dtype=torch.float32).eval()
+        model = load_model(clustered(arch), dtype=torch.float32)
         for layer in model.model.layers:
             layer.mlp.forward = routed(layer.mlp, top_k)
         tokens, logprobs = [], []
@@ -136,7 +136,6 @@ def test_a_routed_engine_is_the_routed_model(way, arch, clustered, truth, monkey
         monkeypatch.setattr(glue, "way_of", lambda vllm_config: way)
     monkeypatch.setattr(fused, "grouped_product", emulated_product)
     monkeypatch.setattr(fused, "FEW_TOKENS", 0)
-    # Before the engine: vLLM's Transformers backend changes classes of transformers.
     expected = truth(arch)
     with engine(clustered(arch), ROUTED, max_num_batched_tokens=64) as running:
         assert_same(answers(running), expected)

@@ -52,9 +52,9 @@ def test_a_bank_stays_empty_while_nothing_can_be_kept():
 
 
 def test_ranks_that_hold_only_sound_shares_of_a_token_pass_it_by_too():
-    r = rules(**PACE)
+    r = rules(**PACE, preset="official")
     stream = streams(124, torch.float32)[1]["mixed"]
-    want, bank = told(stream, **PACE)
+    want, bank = told(stream, **PACE, preset="official")
     shares = [part.contiguous() for part in stream.chunk(2, dim=1)]
     pools = [Pool(r, 62, torch.float32, 1) for _ in shares]
     outputs = [[], []]

@@ -104,7 +104,7 @@ def token_logprobs(server, settings):
 def test_a_request_sets_its_own_memory(server):
     settings = {
         "engine's": {},
-        "the same, said": {"pacellm_alpha": 0.2},
+        "the same, said": {"pacellm_alpha": 0.1},
         "strong": {"pacellm": '{"alpha": 1.0, "noise": 0.9}'},
         "off": {"pacellm_enabled": False},
         "off, as text": {"pacellm_enabled": "false"},

@@ -1,0 +1,17 @@
+"""Models of transformers as they are, whatever vLLM has done to their classes in this process."""
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+
+
+def load_model(path: Any, **settings: Any) -> Any:
+    """The model in ``path``, for inference.
+
+    vLLM's Transformers backend makes the decoder classes that it serves ask for a vLLM config from
+    then on, in everybody's hands; with one that compiles nothing they are as they were.
+    """
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    with set_current_vllm_config(config):
+        return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
