@@ -62,9 +62,12 @@ class Tally:
             self.requests[kind] += 1
 
     def fail(self, kind: str, example: str = "") -> None:
+        """Count it; the first of a kind is said at once."""
         with self._lock:
             self.failures[kind] += 1
-            self.examples.setdefault(kind, example)
+            if kind not in self.examples:
+                self.examples[kind] = example
+                print(f"failed: {kind}: {example}", flush=True)
 
     def count(self, name: str, by: int = 1) -> None:
         with self._lock:
