@@ -24,13 +24,13 @@ def python_path(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], log: Path) -> Iterator[str]:
+def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     """The base URL of the server that ``command`` starts; its output goes to ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"}
+    env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"} | environment
     with log.open("w") as out:
         running = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],

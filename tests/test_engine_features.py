@@ -1,15 +1,21 @@
 """vLLM features beside memory: each gives the same under two very different schedules."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import make_prompt
 from engines import engine
+from fastapi import HTTPException
+from oracle import OracleModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+
+from pacellm_vllm.serving import routes
 
 PACE = {
     "preset": "official",
@@ -122,3 +128,27 @@ def test_allowed_tokens(choice, checkpoint):
     first, second = under_both(checkpoint, ask)
     assert first == second
     assert {token for tokens in first for token in tokens} <= set(choice)
+
+
+class Extension:
+    """Somebody else's worker extension."""
+
+    def answer(self):
+        return 42
+
+
+def test_another_worker_extension_keeps_its_place_and_only_the_report_says_no(checkpoint):
+    prompt = PROMPTS[0]
+    truth, _ = OracleModel(checkpoint(), PACE).generate(prompt, 20)
+    taken = {"worker_extension_cls": f"{__name__}.Extension"}
+    with engine(checkpoint(), pace=PACE, **taken) as running:
+        assert running.tokens([prompt], 20) == [truth]
+        assert running.llm.collective_rpc("answer") == [42]
+        config = running.core.vllm_config
+    state = SimpleNamespace(
+        authorized=lambda headers: True, engine=SimpleNamespace(vllm_config=config)
+    )
+    app = SimpleNamespace(state=SimpleNamespace(pacellm=state))
+    with pytest.raises(HTTPException, match="drop that flag to see the memory") as refusal:
+        asyncio.run(routes.memory(SimpleNamespace(app=app, headers={})))
+    assert refusal.value.status_code == 501

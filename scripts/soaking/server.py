@@ -71,12 +71,19 @@ class Server:
         self.up.set()
 
     def end(self, how: signal.Signals) -> bool:
-        """Signal every process of the server; whether all were gone in time."""
+        """Ask the server to end, or kill all of its processes; whether all were gone in time.
+
+        Only its first process is asked, as a supervisor does: vLLM's front end waits for ever for
+        answers of an engine that was asked too.
+        """
         self.up.clear()
         process, self._process = self._process, None
         if process is None:
             return True
-        os.killpg(process.pid, how)
+        if how is signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
