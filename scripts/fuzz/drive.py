@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import torch
 from engines import Engine, engine, poisoned_pages
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.math_utils import cdiv
@@ -26,6 +28,7 @@ ASYNCHRONOUS = "PACELLM_CPU_ASYNC_SCHEDULING"
 # Steps without any change after which nothing will change any more.
 IDLE_STEPS = 30
 PLENTY_BLOCKS = 3000
+REFUSALS = (ValueError, VLLMClientError)
 
 
 @dataclass
@@ -236,7 +239,7 @@ class _Driver:
                     lora_request=self._adapter,
                     priority=request.priority,
                 )
-        except ValueError as error:
+        except REFUSALS as error:
             self._refuse(talk, error)
         return talk
 
@@ -300,12 +303,15 @@ class _Driver:
 
     def _send_turn(self, talk: Talk) -> None:
         turn = talk.case.turns[talk.turns_sent]
-        # A copy: the scheduler's session goes on in the list that it was given.
-        tokens = list(talk.answers[0].prompts[0] if talk.turns_sent == 0 else turn.tokens)
+        tokens = talk.answers[0].prompts[0] if talk.turns_sent == 0 else list(turn.tokens)
         sent = self._session_input(talk, talk.session.request_id, tokens, turn, True)
         sent.external_req_id = talk.case.name
-        self._engine.output_processor.add_request(sent, None)
-        self._engine.engine_core.add_request(sent)
+        # Both sides lengthen the list that they get; in a server it is one of their own.
+        front, core = (
+            msgspec.structs.replace(sent, prompt_token_ids=list(tokens)) for _ in range(2)
+        )
+        self._engine.output_processor.add_request(front, None)
+        self._engine.engine_core.add_request(core)
         talk.turns_sent += 1
 
     def _close(self, talk: Talk) -> None:
@@ -321,7 +327,7 @@ class _Driver:
             if not talk.case.eager:
                 try:
                     self._send_turn(talk)
-                except ValueError as error:
+                except REFUSALS as error:
                     self._refuse(talk, error)
         else:
             if not talk.case.eager:
