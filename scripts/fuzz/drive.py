@@ -66,12 +66,11 @@ class Talk:
 
 @dataclass
 class Record:
-    """What became of an engine: ``faults`` are sentences, ``crashed`` if it cannot go on."""
+    """What became of an engine: ``faults`` are sentences."""
 
     talks: dict[str, Talk] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    crashed: bool = False
     bank_pages: int = 0
 
 
@@ -91,7 +90,6 @@ def drive(case: EngineCase, models: Models, plain: bool = False) -> Record:
         ):
             _Driver(case, models, running, record).run()
     except Exception as error:
-        record.crashed = True
         record.faults.append(f"the engine died: {_one_line(error)}")
     return record
 
@@ -148,7 +146,11 @@ class _Driver:
         self._case, self._running, self._record = case, running, record
         self._engine = running.llm.llm_engine
         self._scheduler = running.core.scheduler
-        self._subscriber = Subscriber(running.pool) if case.events else None
+        self._subscriber = None
+        if case.events:
+            groups = self._scheduler.kv_cache_config.kv_cache_groups
+            kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+            self._subscriber = Subscriber(running.pool, kinds)
         self._embeddings = self._adapter = None
         if any(request.embeddings for request in case.requests()):
             self._embeddings = models.embeddings(case.architecture)
