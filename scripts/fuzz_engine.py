@@ -21,7 +21,7 @@ from pathlib import Path
 import fuzz
 from fuzz.cases import FEATURES
 from fuzz.children import verdicts, work
-from fuzz.own import are_vllms
+from fuzz.own import are_vllms, kind_of
 from fuzz.verdict import Verdict
 
 BREAKS = (
@@ -62,6 +62,8 @@ def main() -> None:
                 alone = range(verdict.seed, verdict.seed + 1)
                 [plain] = verdicts(alone, models, ["--plain"], 1, args.patience)
                 verdict.vllms = are_vllms(verdict.faults, plain.faults)
+                # Those that are surely ours first.
+                verdict.faults.sort(key=lambda fault: kind_of(fault) is not None)
             done.append(verdict)
             _say(verdict, len(done), options)
             if verdict.failed and args.first:

@@ -185,6 +185,8 @@ def test_a_subscriber_follows_a_pool_that_stores_and_evicts():
 
 NEVER = "never scheduled although 18 of 28 blocks are free: r3 (181 tokens)"
 EVENTS = "KV events: 192 tokens in 1 blocks of 64, SlidingWindowSpec after wave 0"
+GONE = "KV events: 3 stored blocks that are not there, SlidingWindowSpec after wave 2"
+UNTOLD = "KV events: 3 cached blocks that were never told of, SlidingWindowSpec after wave 2"
 DIED = "the engine died: IndexError: out of range (gpu_input_batch.py:12)"
 
 
@@ -194,7 +196,10 @@ DIED = "the engine died: IndexError: out of range (gpu_input_batch.py:12)"
         ([NEVER], ["never scheduled although 9 of 16 blocks are free: r3 (181 tokens)"], True),
         ([NEVER], ["never scheduled although 9 of 16 blocks are free: r4 (181 tokens)"], False),
         ([EVENTS, EVENTS], [EVENTS.replace("192", "64")], True),
-        ([EVENTS], [EVENTS.replace("Sliding", "Other")], False),
+        ([EVENTS], [EVENTS.replace("SlidingWindow", "FullAttention")], False),
+        ([GONE], [EVENTS], True),
+        ([GONE.replace("there", "there, FullAttentionSpec")], [EVENTS], False),
+        ([UNTOLD], [UNTOLD], False),
         ([DIED], [DIED.replace("out of", "beyond")], True),
         ([DIED], [DIED.replace("12", "13")], False),
         ([NEVER], [EVENTS], False),

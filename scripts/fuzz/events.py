@@ -49,9 +49,9 @@ class Subscriber:
             ),
         ):
             if entries:
-                groups = sorted({group for group, _ in entries})
-                faults.append(f"KV events: {len(entries)} {what}, groups {groups}")
-        return faults[:3]
+                kinds = sorted({self._kinds[group] for group, _ in entries})
+                faults.append(f"KV events: {len(entries)} {what}, {', '.join(kinds)}")
+        return faults
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, AllBlocksCleared):

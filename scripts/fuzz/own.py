@@ -6,7 +6,10 @@ from collections.abc import Sequence
 # What makes a fault the same; wrong tokens and lost blocks are never vLLM's.
 _SAME = (
     re.compile(r"(never scheduled) .*: (.*)"),
-    re.compile(r"(KV events): \d+ tokens in \d+ blocks of \d+, (\w+)"),
+    # vLLM tells of a window's blocks as if those it has let go of were there.
+    re.compile(
+        r"(KV events): \d+ (?:tokens in|stored blocks that are not there)[^,]*, (\w+Spec)(?!,)"
+    ),
     re.compile(r"the engine died: (\w+): .*\((\w+\.py:\d+)\)$"),
 )
 
