@@ -58,7 +58,7 @@ def main() -> None:
         options += ["--plain"] if args.plain else []
         seeds = range(args.seed, args.seed + args.engines)
         for verdict in verdicts(seeds, models, options, args.per_process, args.patience):
-            if verdict.faults and not options:
+            if verdict.faults and not args.plain:
                 alone = range(verdict.seed, verdict.seed + 1)
                 [plain] = verdicts(alone, models, ["--plain"], 1, args.patience)
                 verdict.vllms = are_vllms(verdict.faults, plain.faults)
