@@ -218,12 +218,12 @@ def test_breaks_are_those_the_command_knows():
 
 
 def test_a_few_engines_answer_as_the_oracle_does(tmp_path):
-    done = fuzz("--engines", 10, "--seed", 40, "--models", tmp_path)
+    done = fuzz("--engines", 4, "--seed", 40, "--models", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "10 of 10 engines, 0 failed" in done.stdout
+    assert "4 of 4 engines, 0 failed" in done.stdout
 
 
 def test_a_fault_is_found_and_said_how_to_see_again(tmp_path):
-    done = fuzz("--engines", 1, "--seed", 44, "--break", "commit-early", "--models", tmp_path)
+    done = fuzz("--engines", 1, "--seed", 0, "--break", "commit-early", "--models", tmp_path)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "--seed 44 --engines 1 --break commit-early" in done.stdout
+    assert "--seed 0 --engines 1 --break commit-early" in done.stdout
