@@ -4,8 +4,9 @@
 
 Engine i is a function of seed S + i alone. A line for each says what it was; one that fails comes
 with a command that repeats it, and the exit code is then 1. ``--break NAME`` puts a fault into the
-package first, ``--plain`` runs the same engines without memory. An engine that fails is run without
-memory at once: faults that are there too are counted as vLLM's own, and no failure.
+package first, ``--plain`` runs the same engines without memory. An engine that fails in a
+way that vLLM may is run without memory at once: faults that are there too are counted as vLLM's
+own, and no failure.
 Ctrl-C ends with the summary of what was done.
 """
 
@@ -58,12 +59,12 @@ def main() -> None:
         options += ["--plain"] if args.plain else []
         seeds = range(args.seed, args.seed + args.engines)
         for verdict in verdicts(seeds, models, options, args.per_process, args.patience):
-            if verdict.faults and not args.plain:
+            # Those that are surely ours first.
+            verdict.faults.sort(key=lambda fault: kind_of(fault) is not None)
+            if verdict.faults and kind_of(verdict.faults[0]) and not args.plain:
                 alone = range(verdict.seed, verdict.seed + 1)
                 [plain] = verdicts(alone, models, ["--plain"], 1, args.patience)
                 verdict.vllms = are_vllms(verdict.faults, plain.faults)
-                # Those that are surely ours first.
-                verdict.faults.sort(key=lambda fault: kind_of(fault) is not None)
             done.append(verdict)
             _say(verdict, len(done), options)
             if verdict.failed and args.first:
