@@ -4,7 +4,9 @@
 
 Engine i is a function of seed S + i alone. A line for each says what it was; one that fails comes
 with a command that repeats it, and the exit code is then 1. ``--break NAME`` puts a fault into the
-package first, ``--plain`` runs the same engines without memory: what fails there too is vLLM's.
+package first, ``--plain`` runs the same engines without memory. An engine that fails in a
+way that vLLM may is run without memory at once: faults that are there too are counted as vLLM's
+own, and no failure.
 Ctrl-C ends with the summary of what was done.
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 import fuzz
 from fuzz.cases import FEATURES
 from fuzz.children import verdicts, work
+from fuzz.own import are_vllms, kind_of
 from fuzz.verdict import Verdict
 
 BREAKS = (
@@ -56,9 +59,15 @@ def main() -> None:
         options += ["--plain"] if args.plain else []
         seeds = range(args.seed, args.seed + args.engines)
         for verdict in verdicts(seeds, models, options, args.per_process, args.patience):
+            # Those that are surely ours first.
+            verdict.faults.sort(key=lambda fault: kind_of(fault) is not None)
+            if verdict.faults and kind_of(verdict.faults[0]) and not args.plain:
+                alone = range(verdict.seed, verdict.seed + 1)
+                [plain] = verdicts(alone, models, ["--plain"], 1, args.patience)
+                verdict.vllms = are_vllms(verdict.faults, plain.faults)
             done.append(verdict)
             _say(verdict, len(done), options)
-            if verdict.faults and args.first:
+            if verdict.failed and args.first:
                 break
     failed = _summary(done, args.engines)
     if args.json:
@@ -92,12 +101,11 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 
 def _say(verdict: Verdict, number: int, options: list[str]) -> None:
-    state = "FAILED" if verdict.faults else "ok"
     hits = verdict.counts.get("hit tokens", 0)
     requests = verdict.counts.get("requests", 0)
     print(
-        f"{number:4d}  seed {verdict.seed}  {state}  {verdict.seconds:.1f} s  {verdict.about}; "
-        f"{requests} requests, {hits} tokens hit",
+        f"{number:4d}  seed {verdict.seed}  {verdict.state}  {verdict.seconds:.1f} s  "
+        f"{verdict.about}; {requests} requests, {hits} tokens hit",
         flush=True,
     )
     for fault in verdict.faults[:3]:
@@ -110,18 +118,22 @@ def _say(verdict: Verdict, number: int, options: list[str]) -> None:
 
 
 def _summary(done: list[Verdict], wanted: int) -> int:
-    failed = [verdict for verdict in done if verdict.faults]
+    failed = [verdict for verdict in done if verdict.failed]
+    own = [verdict for verdict in done if verdict.vllms]
     counts: Counter[str] = Counter()
     features: Counter[str] = Counter()
     for verdict in done:
         counts.update(verdict.counts)
         features.update(verdict.features)
     seconds = sum(verdict.seconds for verdict in done)
-    print(f"\n{len(done)} of {wanted} engines, {len(failed)} failed, {seconds:.0f} s")
+    print(
+        f"\n{len(done)} of {wanted} engines, {len(failed)} failed, {len(own)} vLLM's own, "
+        f"{seconds:.0f} s"
+    )
     print(", ".join(f"{name}: {counts[name]}" for name in COUNTED))
     print("engines with: " + ", ".join(f"{name} {features[name]}" for name in sorted(FEATURES)))
-    for verdict in failed:
-        print(f"seed {verdict.seed}: {verdict.faults[0]}")
+    for verdict in failed + own:
+        print(f"seed {verdict.seed}: {verdict.state}: {verdict.faults[0]}")
     return len(failed)
 
 

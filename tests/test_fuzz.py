@@ -10,10 +10,19 @@ import pytest
 from fuzz.breaks import BREAKS
 from fuzz.cases import FEATURES, PLAIN, RequestCase, Turn, make_case
 from fuzz.drive import Answer, Record, Talk
+from fuzz.events import Subscriber
 from fuzz.hits import faults_of_hits
 from fuzz.judge import _wrong_token
+from fuzz.own import are_vllms
 from fuzz.truth import GAP, Reading, Stretch, Truth
 from oracle import OracleModel
+from test_manager import make_manager, make_request, run
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    make_block_hash_with_group_id,
+    maybe_convert_block_hash,
+)
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "fuzz_engine.py"
 PACE = {"preset": "official", "layers": [1, 3], "bank_size": 23, "segment_size": 32}
@@ -123,18 +132,98 @@ def test_hits_are_bounded_from_both_sides():
     assert hits(talk("a", text, 0, **off), talk("b", text, 192, wave=1, **off)) == []
 
 
+def block_hash(number):
+    return BlockHash(bytes([number]) * 32)
+
+
+def stored(*numbers, tokens=16, group=0):
+    hashes = [maybe_convert_block_hash(block_hash(number)) for number in numbers]
+    return BlockStored(hashes, None, [7] * tokens, 16, None, None, None, group_idx=group)
+
+
+def removed(number):
+    return BlockRemoved([maybe_convert_block_hash(block_hash(number))], None, group_idx=0)
+
+
+@pytest.mark.parametrize(
+    ("events", "cached", "fault"),
+    [
+        ([stored(1)], [1], None),
+        ([stored(1, 2, tokens=32)], [1, 2], None),
+        ([stored(1), removed(1)], [], None),
+        ([stored(1), removed(1), stored(1)], [1], None),
+        # A group that is kept out of events.
+        ([], [1], None),
+        ([stored(1)], [], "1 stored blocks that are not there"),
+        ([stored(1)], [1, 2], "1 cached blocks that were never told of"),
+        ([stored(1), removed(1), removed(1)], [], "removed that was never stored"),
+        ([stored(1, tokens=48)], [1], "48 tokens in 1 blocks of 16, Window"),
+    ],
+)
+def test_a_subscriber_says_what_it_heard_and_is_not_so(events, cached, fault):
+    keys = [make_block_hash_with_group_id(block_hash(number), 0) for number in cached]
+    pool = SimpleNamespace(
+        take_events=lambda: events,
+        cached_block_hash_to_block=SimpleNamespace(_cache=dict.fromkeys(keys)),
+    )
+    found = Subscriber(pool, ["Window"]).compare()
+    assert (len(found) == 1 and fault in found[0]) if fault else not found
+
+
+def test_a_subscriber_follows_a_pool_that_stores_and_evicts():
+    manager = make_manager(blocks=60, caching=True, events=True)
+    subscriber = Subscriber(manager.block_pool, ["Attention", "Bank"])
+    for number in range(4):
+        tokens = list(range(1000 * number, 1000 * number + 200))
+        assert run(manager, make_request(f"r{number}", tokens, caching=True), chunk=64) == 0
+        assert not subscriber.compare()
+    # Behind its back.
+    manager.block_pool.enable_kv_cache_events = False
+    manager.block_pool.evict_blocks({block.block_id for block in manager.block_pool.blocks})
+    assert "stored blocks that are not there" in subscriber.compare()[0]
+
+
+NEVER = "never scheduled although 18 of 28 blocks are free: r3 (181 tokens)"
+EVENTS = "KV events: 192 tokens in 1 blocks of 64, SlidingWindowSpec after wave 0"
+GONE = "KV events: 3 stored blocks that are not there, SlidingWindowSpec after wave 2"
+UNTOLD = "KV events: 3 cached blocks that were never told of, SlidingWindowSpec after wave 2"
+DIED = "the engine died: IndexError: out of range (gpu_input_batch.py:12)"
+
+
+@pytest.mark.parametrize(
+    ("faults", "plain", "vllms"),
+    [
+        ([NEVER], ["never scheduled although 9 of 16 blocks are free: r3 (181 tokens)"], True),
+        ([NEVER], ["never scheduled although 9 of 16 blocks are free: r4 (181 tokens)"], False),
+        ([EVENTS, EVENTS], [EVENTS.replace("192", "64")], True),
+        ([EVENTS], [EVENTS.replace("SlidingWindow", "FullAttention")], False),
+        ([GONE], [EVENTS], True),
+        ([GONE.replace("there", "there, FullAttentionSpec")], [EVENTS], False),
+        ([UNTOLD], [UNTOLD], False),
+        ([DIED], [DIED.replace("out of", "beyond")], True),
+        ([DIED], [DIED.replace("12", "13")], False),
+        ([NEVER], [EVENTS], False),
+        ([NEVER], [], False),
+        ([EVENTS, "3 of 28 blocks are not back"], [EVENTS, "3 of 28 blocks are not back"], False),
+        (["r3 (9 tokens read): token 1 of 5 is wrong"] * 2, ["r3: token 1 of 5 is wrong"], False),
+    ],
+)
+def test_a_fault_is_vllms_only_if_it_is_the_same_without_memory(faults, plain, vllms):
+    assert are_vllms(faults, plain) == vllms
+
+
 def test_breaks_are_those_the_command_knows():
     said = fuzz("--help").stdout
     assert all(name in said for name in BREAKS)
 
 
 def test_a_few_engines_answer_as_the_oracle_does(tmp_path):
-    done = fuzz("--engines", 10, "--seed", 40, "--models", tmp_path)
+    done = fuzz("--engines", 4, "--seed", 40, "--models", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "10 of 10 engines, 0 failed" in done.stdout
+    assert "4 of 4 engines, 0 failed" in done.stdout
 
 
 def test_a_fault_is_found_and_said_how_to_see_again(tmp_path):
-    done = fuzz("--engines", 1, "--seed", 44, "--break", "commit-early", "--models", tmp_path)
+    done = fuzz("--engines", 1, "--seed", 0, "--break", "commit-early", "--models", tmp_path)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "--seed 44 --engines 1 --break commit-early" in done.stdout
+    assert "--seed 0 --engines 1 --break commit-early" in done.stdout

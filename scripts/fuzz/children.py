@@ -1,4 +1,4 @@
-"""Children: engines in processes of their own, a few in each, so that a crash costs one engine."""
+"""Children: engines in processes of their own, a few in each, up to one that fails."""
 
 import gc
 import json
@@ -56,7 +56,7 @@ def _one_child(
                     verdict = Verdict(**json.loads(line.removeprefix(MARK)))
                     left.remove(verdict.seed)
                     yield verdict
-                    if verdict.crashed:
+                    if verdict.faults:
                         return
             if left:
                 errors.seek(0)
@@ -73,7 +73,7 @@ def _one_child(
 
 def _died(seed: int, what: str) -> Verdict:
     case = make_case(seed)
-    return Verdict(seed, case.describe(), [what], features=sorted(case.features()), crashed=True)
+    return Verdict(seed, case.describe(), [what], features=sorted(case.features()))
 
 
 def _read(stream: Any, lines: "queue.Queue[str | None]") -> None:
@@ -83,7 +83,7 @@ def _read(stream: Any, lines: "queue.Queue[str | None]") -> None:
 
 
 def work(seeds: range, models: Path, broken: str | None, plain: bool) -> None:
-    """The child: a line for each engine; it ends early when one has died."""
+    """The child: a line for each engine; it ends early when one has failed."""
     from vllm.platforms import current_platform
 
     from fuzz.breaks import BREAKS
@@ -102,5 +102,5 @@ def work(seeds: range, models: Path, broken: str | None, plain: bool) -> None:
     for seed in seeds:
         verdict = judge(seed, Models(models), plain)
         print(MARK + json.dumps(verdict.as_dict()), flush=True)
-        if verdict.crashed:
+        if verdict.faults:
             return

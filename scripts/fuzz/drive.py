@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import torch
 from engines import Engine, engine, poisoned_pages
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.math_utils import cdiv
@@ -26,6 +28,7 @@ ASYNCHRONOUS = "PACELLM_CPU_ASYNC_SCHEDULING"
 # Steps without any change after which nothing will change any more.
 IDLE_STEPS = 30
 PLENTY_BLOCKS = 3000
+REFUSALS = (ValueError, VLLMClientError)
 
 
 @dataclass
@@ -63,12 +66,11 @@ class Talk:
 
 @dataclass
 class Record:
-    """What became of an engine: ``faults`` are sentences, ``crashed`` if it cannot go on."""
+    """What became of an engine: ``faults`` are sentences."""
 
     talks: dict[str, Talk] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    crashed: bool = False
     bank_pages: int = 0
 
 
@@ -88,7 +90,6 @@ def drive(case: EngineCase, models: Models, plain: bool = False) -> Record:
         ):
             _Driver(case, models, running, record).run()
     except Exception as error:
-        record.crashed = True
         record.faults.append(f"the engine died: {_one_line(error)}")
     return record
 
@@ -145,7 +146,11 @@ class _Driver:
         self._case, self._running, self._record = case, running, record
         self._engine = running.llm.llm_engine
         self._scheduler = running.core.scheduler
-        self._subscriber = Subscriber(running.pool) if case.events else None
+        self._subscriber = None
+        if case.events:
+            groups = self._scheduler.kv_cache_config.kv_cache_groups
+            kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+            self._subscriber = Subscriber(running.pool, kinds)
         self._embeddings = self._adapter = None
         if any(request.embeddings for request in case.requests()):
             self._embeddings = models.embeddings(case.architecture)
@@ -236,7 +241,7 @@ class _Driver:
                     lora_request=self._adapter,
                     priority=request.priority,
                 )
-        except ValueError as error:
+        except REFUSALS as error:
             self._refuse(talk, error)
         return talk
 
@@ -300,12 +305,15 @@ class _Driver:
 
     def _send_turn(self, talk: Talk) -> None:
         turn = talk.case.turns[talk.turns_sent]
-        # A copy: the scheduler's session goes on in the list that it was given.
-        tokens = list(talk.answers[0].prompts[0] if talk.turns_sent == 0 else turn.tokens)
+        tokens = talk.answers[0].prompts[0] if talk.turns_sent == 0 else list(turn.tokens)
         sent = self._session_input(talk, talk.session.request_id, tokens, turn, True)
         sent.external_req_id = talk.case.name
-        self._engine.output_processor.add_request(sent, None)
-        self._engine.engine_core.add_request(sent)
+        # Both sides lengthen the list that they get; in a server it is one of their own.
+        front, core = (
+            msgspec.structs.replace(sent, prompt_token_ids=list(tokens)) for _ in range(2)
+        )
+        self._engine.output_processor.add_request(front, None)
+        self._engine.engine_core.add_request(core)
         talk.turns_sent += 1
 
     def _close(self, talk: Talk) -> None:
@@ -321,7 +329,7 @@ class _Driver:
             if not talk.case.eager:
                 try:
                     self._send_turn(talk)
-                except ValueError as error:
+                except REFUSALS as error:
                     self._refuse(talk, error)
         else:
             if not talk.case.eager:

@@ -14,10 +14,10 @@ Entry = tuple[int, Any]
 
 
 class Subscriber:
-    """Hears all events of one block pool, from now on."""
+    """Hears all events of one block pool, from now on; ``kinds`` are those of its groups."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self, pool: Any, kinds: list[str]) -> None:
+        self._pool, self._kinds = pool, kinds
         self._stored: Counter[Entry] = Counter()
         self._there: set[Entry] = set()
         self._faults: list[str] = []
@@ -49,9 +49,9 @@ class Subscriber:
             ),
         ):
             if entries:
-                groups = sorted({group for group, _ in entries})
-                faults.append(f"KV events: {len(entries)} {what}, groups {groups}")
-        return faults[:3]
+                kinds = sorted({self._kinds[group] for group, _ in entries})
+                faults.append(f"KV events: {len(entries)} {what}, {', '.join(kinds)}")
+        return faults
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, AllBlocksCleared):
@@ -64,7 +64,7 @@ class Subscriber:
             if len(event.token_ids) != event.block_size * len(entries):
                 self._faults.append(
                     f"KV events: {len(event.token_ids)} tokens in {len(entries)} blocks of "
-                    f"{event.block_size}"
+                    f"{event.block_size}, {self._kinds[event.group_idx]}"
                 )
         elif isinstance(event, BlockRemoved):
             for key in event.block_hashes:

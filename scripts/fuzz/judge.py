@@ -33,7 +33,6 @@ def judge(seed: int, models: Models, plain: bool = False) -> Verdict:
         dict(record.counts),
         sorted(case.features()),
         time.perf_counter() - begun,
-        record.crashed,
     )
 
 

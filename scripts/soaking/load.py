@@ -152,8 +152,11 @@ class Load:
         )
         if not self._answered(answer):
             return
-        said = answer.json()["choices"][0]["token_ids"]
-        if said != sample.tokens:
+        [choice] = answer.json()["choices"]
+        said = choice["token_ids"]
+        if choice["finish_reason"] == "abort" and not self._server.up.is_set():
+            self._tally.count("requests cut by a restart")
+        elif said != sample.tokens:
             self._tally.fail(
                 "answers that are not the oracle's",
                 f"{len(sample.prompt)} tokens, {sample.settings}: {said} and not {sample.tokens}",
