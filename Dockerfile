@@ -3,7 +3,8 @@
 #   docker run --gpus all -p 8000:8000 pacellm-vllm Qwen/Qwen2.5-7B-Instruct \
 #       --hf-overrides '{"architectures": ["PaceQwen2ForCausalLM"]}' \
 #       --additional-config '{"pacellm": {"layers": [12, 26]}}'
-FROM vllm/vllm-openai:v0.32.0
+ARG VLLM=0.33.0
+FROM vllm/vllm-openai:v${VLLM}
 COPY pyproject.toml README.md LICENSE /opt/pacellm-vllm/
 COPY pacellm_vllm /opt/pacellm-vllm/pacellm_vllm
 # What the image has stays as it is, and what is missing (scikit-learn, which vLLM does not need) is

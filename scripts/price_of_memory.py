@@ -15,7 +15,11 @@ os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
 import torch
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core import kv_cache_utils
+
+try:
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -52,10 +56,16 @@ def plan(
             specs |= {f"model.layers.{i}.mlp.memory": bank for i in layers if first <= i < last}
         stages.append(specs)
     config = VllmConfig()
-    config.model_config = SimpleNamespace(max_model_len=32768, original_max_model_len=32768)
+    config.model_config = SimpleNamespace(
+        max_model_len=32768, original_max_model_len=32768, supports_kv_cache_grouping=False
+    )
     layout = KVCacheLayout.BLNHC if memory else KVCacheLayout.LBNHC
     config.cache_config.kv_cache_layout = layout.name
-    caches = kv_cache_utils.get_kv_cache_configs(config, stages, [budget] * pipeline_parallel)
+    groups = getattr(kv_cache_planning, "get_global_kv_cache_groups", None)  # since vLLM 0.33
+    given = [] if groups is None else [groups(config, stages)]
+    caches = kv_cache_planning.get_kv_cache_configs(
+        config, stages, [budget] * pipeline_parallel, *given
+    )
     return SimpleNamespace(blocks=caches[0].num_blocks, layout=bank.layout)
 
 

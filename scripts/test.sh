@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: lint, format, types, tests. Arguments go to pytest.
+# Sets up .venv and runs every check: lint, format, types, tests; then, in an environment of its own,
+# the tests of engines on the vLLM before the newest. Arguments go to pytest, and leave the latter out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -13,3 +14,10 @@ export PACELLM_CPU_PLATFORM=${PACELLM_CPU_PLATFORM:-1}
 # One OpenMP thread: the models are tiny, and two engines at once would fight over the cores.
 # Two files at a time; what stands in the arguments wins (-n 0: one process, as --pdb needs).
 OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+
+if [ $# -eq 0 ]; then
+    export PACELLM_VLLM=0.32.0 PACELLM_VENV=.venv-before
+    scripts/setup.sh
+    OMP_NUM_THREADS=1 "$PACELLM_VENV/bin/python" -m pytest -n 2 --dist loadfile \
+        tests/test_compat.py tests/test_plan.py tests/test_manager*.py tests/test_engine_*.py
+fi

@@ -1,8 +1,9 @@
 """Models of transformers as they are, whatever vLLM has done to their classes in this process."""
 
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 
 
@@ -13,5 +14,6 @@ def load_model(path: Any, **settings: Any) -> Any:
     then on, in everybody's hands; with one that compiles nothing they are as they were.
     """
     config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    config.model_config = SimpleNamespace(hf_config=AutoConfig.from_pretrained(path))
     with set_current_vllm_config(config):
         return AutoModelForCausalLM.from_pretrained(path, **settings).eval()

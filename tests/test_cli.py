@@ -5,7 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pacellm_vllm import cli

@@ -52,7 +52,7 @@ from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 
 
 def test_the_tested_vllm_is_installed():
-    assert vllm.__version__.startswith("0.32.")
+    assert vllm.__version__.startswith(("0.32.", "0.33."))
 
 
 def test_registering_first_would_still_hide_the_built_in_specs():
@@ -129,7 +129,10 @@ def test_every_text_generation_architecture_of_vllm_is_served_or_has_a_reason():
     }
     served = {base.architecture for base in ARCHITECTURES.values()}
     assert served & WHY_NOT.keys() == set()
-    assert served | WHY_NOT.keys() == listed
+    # The table is of the newest vLLM; an older one knows fewer.
+    assert served | WHY_NOT.keys() >= listed
+    if not vllm.__version__.startswith("0.32."):
+        assert served | WHY_NOT.keys() == listed
 
 
 def test_runner_v1_still_computes_a_slot_mapping_for_every_group():

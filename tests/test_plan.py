@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core import kv_cache_utils
+
+try:
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
 from pacellm_vllm.config import PaceConfig
@@ -23,9 +27,13 @@ def attention(dtype, mode=KVQuantMode.NONE):
 
 def planned(specs):
     config = VllmConfig()
-    config.model_config = SimpleNamespace(max_model_len=32768, original_max_model_len=32768)
+    config.model_config = SimpleNamespace(
+        max_model_len=32768, original_max_model_len=32768, supports_kv_cache_grouping=False
+    )
     config.cache_config.kv_cache_layout = "BLNHC"
-    (cache,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [8 << 30])
+    groups = getattr(kv_cache_planning, "get_global_kv_cache_groups", None)  # since vLLM 0.33
+    given = [] if groups is None else [groups(config, [specs])]
+    (cache,) = kv_cache_planning.get_kv_cache_configs(config, [specs], [8 << 30], *given)
     return cache
 
 

@@ -129,7 +129,7 @@ def _metadata_of(layer_name: str, metadata: Any) -> BankMetadata:
         raise RuntimeError(
             f"pacellm: vLLM ran {layer_name} with attention metadata of type "
             f"{type(metadata).__name__} that does not say whose tokens these are, so its banks "
-            "cannot be found; serve with vLLM 0.32 and without --enable-dbo and --ubatch-size."
+            "cannot be found; serve with vLLM 0.32 or 0.33, without --enable-dbo and --ubatch-size."
         )
     return metadata[layer_name]
 

@@ -86,22 +86,23 @@ _WITHOUT_EXPERTS = (
 # vLLM's other text generation architectures.
 _NOT_SERVED = {
     "its FFNs are a mixture of experts, with no single activation to remember": """
-        AfmoeForCausalLM AXK1ForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM
-        BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM Cohere2MoeForCausalLM DbrxForCausalLM
-        DeepseekForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV32ForCausalLM
-        DeepseekV4ForCausalLM Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM ExaoneMoEForCausalLM
-        FlexOlmoForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm5NextForCausalLM
-        GlmMoeDsaForCausalLM GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM
-        GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM HunYuanMoEV1ForCausalLM
-        HYV3ForCausalLM HYV4ForCausalLM InklingForCausalLM JambaForCausalLM K2HorizonForCausalLM
-        KimiLinearForCausalLM LagunaForCausalLM Lfm2MoeForCausalLM Llama4ForCausalLM
-        LongcatFlashForCausalLM LongcatFlashNgramForCausalLM MellumForCausalLM
+        AfmoeForCausalLM AliceAIForCausalLM AXK1ForCausalLM BailingMoeForCausalLM
+        BailingMoeV2_5ForCausalLM BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM BeamForCausalLM
+        Cohere2MoeForCausalLM DbrxForCausalLM DeepseekForCausalLM DeepseekV2ForCausalLM
+        DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM Ernie4_5_MoeForCausalLM
+        ExaoneMoeForCausalLM ExaoneMoEForCausalLM FlexOlmoForCausalLM FlintForCausalLM
+        Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm5NextForCausalLM GlmMoeDsaForCausalLM
+        GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM
+        GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM HunYuanMoEV1ForCausalLM HYV3ForCausalLM
+        HYV4ForCausalLM InklingForCausalLM JambaForCausalLM K2HorizonForCausalLM
+        KimiLinearForCausalLM Kolibri1ForCausalLM LagunaForCausalLM Lfm2MoeForCausalLM
+        Llama4ForCausalLM LongcatFlashForCausalLM LongcatFlashNgramForCausalLM MellumForCausalLM
         MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiniMaxM2ForCausalLM MiniMaxM3SparseForCausalLM
         MistralLarge3ForCausalLM MixtralForCausalLM OlmoeForCausalLM PanguProMoEV2ForCausalLM
         PanguUltraMoEForCausalLM Param2MoEForCausalLM PhiMoEForCausalLM Qwen2MoeForCausalLM
-        Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5MoeForCausalLM Qwen4ExpForCausalLM
-        SarvamMLAForCausalLM SarvamMoEForCausalLM Step3TextForCausalLM Step3p5ForCausalLM
-        TransformersMoEForCausalLM
+        Qwen3_5MoeForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen4ExpForCausalLM
+        SarvamMLAForCausalLM SarvamMoEForCausalLM Step3p5ForCausalLM Step3TextForCausalLM
+        Step5ForCausalLM TransformersMoEForCausalLM
     """,
     "layers of it keep a recurrent state, whose pages have not been tried beside banks": """
         FalconH1ForCausalLM FalconMambaForCausalLM Lfm2ForCausalLM Mamba2ForCausalLM
@@ -109,7 +110,7 @@ _NOT_SERVED = {
         Qwen3_5ForCausalLM Zamba2ForCausalLM
     """,
     "a token passes through its layers more than once": """
-        HrmTextForCausalLM IQuestLoopCoderForCausalLM
+        DoryForCausalLM HrmTextForCausalLM IQuestLoopCoderForCausalLM
     """,
     "its attention layers share KV caches or have pages of several sizes": """
         DeciLMForCausalLM Gemma3nForCausalLM Gemma4ForCausalLM
@@ -119,9 +120,9 @@ _NOT_SERVED = {
         BloomForCausalLM MiniCPM3ForCausalLM
     """,
     "transformers 5 has no code for it, so it could not be compared with any": """
-        ChatGLMForConditionalGeneration ChatGLMModel ExaoneForCausalLM InternLM2ForCausalLM
-        MiMoForCausalLM MiniCPMForCausalLM NanbeigeForCausalLM OrionForCausalLM
-        PanguEmbeddedForCausalLM Plamo3ForCausalLM Rnj1ForCausalLM SolarForCausalLM
+        ChatGLMForConditionalGeneration ChatGLMModel DomynEdgeForCausalLM ExaoneForCausalLM
+        InternLM2ForCausalLM MiMoForCausalLM MiniCPMForCausalLM NanbeigeForCausalLM
+        OrionForCausalLM PanguEmbeddedForCausalLM Plamo3ForCausalLM Rnj1ForCausalLM SolarForCausalLM
         Step1ForCausalLM TeleChat2ForCausalLM TeleFLMForCausalLM
     """,
     "it reads images as well, and memory was tested on text only": """

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
