@@ -4,6 +4,7 @@ import contextlib
 import gc
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
@@ -17,12 +18,20 @@ STOP = (".", "\n")
 Prompt = list[int] | list[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and whether ``max_tokens`` ended it: a model that thinks may not be done."""
+
+    text: str
+    cut: bool
+
+
 class Answerer(Protocol):
     max_model_len: int
 
     def answer(
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
-    ) -> list[str]:
+    ) -> list[Answer]:
         """Greedy continuations, by default up to the end of a sentence or line."""
         ...
 
@@ -44,8 +53,9 @@ class Offline:
 
     def answer(
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
-    ) -> list[str]:
-        return [output.outputs[0].text for output in self._run(prompts, max_tokens, list(stop))]
+    ) -> list[Answer]:
+        outputs = [output.outputs[0] for output in self._run(prompts, max_tokens, list(stop))]
+        return [Answer(output.text, output.finish_reason == "length") for output in outputs]
 
     def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         outputs = self._run([ids for ids, _ in prompts], 1, [], prompt_logprobs=0)

@@ -36,6 +36,7 @@ def started(
 
     # Before a model is loaded: pictures come last and must not be what fails.
     from pacellm_vllm.evals.plots import require_matplotlib
+    from pacellm_vllm.evals.prompts import rendered_chat
 
     require_matplotlib()
     grid = Grid(
@@ -59,6 +60,8 @@ def started(
         "server": bool(getattr(args, "base_url", None)),
     }
     tokenizer = read_tokenizer(args.model)
+    if grid.chat:
+        rendered_chat(tokenizer, [{"role": "user", "content": "?"}])
     with Records(args.out / "items.jsonl", described) as records:
         yield grid, tokenizer, records, described
 

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pacellm_vllm.evals.answers import Answerer
+from pacellm_vllm.evals.prompts import rendered_chat
 from pacellm_vllm.evals.records import EvalError, Records
 from pacellm_vllm.evals.rouge import rouge_l_recall
 from pacellm_vllm.evals.text import KEYS, NEEDLE, QUESTION, sentences
@@ -120,9 +121,10 @@ def run_grid(
                         "sample": item.sample,
                         "tokens": len(item.prompt),
                         "answer": item.answer,
-                        "output": output,
-                        "exact": exact_match(item.answer, output),
-                        "rouge_l": rouge_l_recall(item.answer, output),
+                        "output": output.text,
+                        "cut": output.cut,
+                        "exact": exact_match(item.answer, output.text),
+                        "rouge_l": rouge_l_recall(item.answer, output.text),
                     }
                 )
                 bar.update()
@@ -220,11 +222,8 @@ def _prompt(
     if not grid.chat:
         ids = tokenizer(f"{joined} {question}").input_ids
     else:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{joined}\n\n{question}"}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text_of_user = f"{joined}\n\n{question}"
+        rendered = rendered_chat(tokenizer, [{"role": "user", "content": text_of_user}])
         ids = tokenizer(rendered, add_special_tokens=False).input_ids
     return list(ids)
 

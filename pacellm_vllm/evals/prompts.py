@@ -1,8 +1,10 @@
 """From an item's prompt to token ids or messages that fit, cut in the middle (LongBench)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.tasks import Messages
@@ -28,7 +30,12 @@ class Fitter:
         self._tokenizer, self._max_length = tokenizer, max_length
 
     def fit(self, prompt: str | Messages, room: int) -> Fitted:
-        """``prompt`` in at most ``room`` tokens."""
+        """``prompt`` in at most ``room`` tokens, of which there must be one."""
+        if room < 1:
+            raise EvalError(
+                f"pacellm: an answer leaves {room} tokens of the model's length for its prompt; "
+                "give the engine a larger max_model_len, or leave that task out."
+            )
         if isinstance(prompt, Messages):
             return self._fit_chat(prompt, room)
         ids = self._tokenizer(prompt).input_ids
@@ -38,7 +45,7 @@ class Fitter:
     def fit_pair(self, prompt: str | Messages, continuation: str, room: int) -> tuple[Fitted, int]:
         """``prompt`` and then ``continuation``, which stays whole, and its tokens."""
         if isinstance(prompt, Messages):
-            prompt, special = self._rendered(prompt), False
+            prompt, special = rendered_chat(self._tokenizer, prompt), False
         else:
             special = True
         # A space at the end belongs to the first word of what follows.
@@ -48,6 +55,11 @@ class Fitter:
         n = len(whole) - len(self._ids(text, special))
         if n < 1:
             raise EvalError(f"pacellm: {continuation!r} adds no token to its prompt.")
+        if room - n < 1:
+            raise EvalError(
+                f"pacellm: an answer to score has {n} tokens, and with a prompt the model has room "
+                f"for {room}; give the engine a larger max_model_len, or leave that task out."
+            )
         before = whole[:-n] or [self._start()]
         kept = middle_cut(before, min(room - n, self._max_length or room))
         return Fitted([*kept, *whole[-n:]], len(before) - len(kept)), n
@@ -62,7 +74,7 @@ class Fitter:
                 text = self._tokenizer.decode(middle_cut(content, length))
                 fitted = Messages([*messages[:at], {**messages[at], "content": text}])
                 fitted.extend(messages[at + 1 :])
-            ids = self._ids(self._rendered(fitted), False)
+            ids = self._ids(rendered_chat(self._tokenizer, fitted), False)
             over = len(ids) - room
             if over <= 0:
                 return Fitted(ids, len(content) - length, fitted)
@@ -70,25 +82,28 @@ class Fitter:
             if length <= 0:
                 raise EvalError(f"pacellm: a chat template alone needs more than {room} tokens.")
 
-    def _rendered(self, messages: Messages) -> str:
-        begun = messages[-1]["role"] == "assistant"
-        how: Mapping[str, Any] = (
-            {"continue_final_message": True} if begun else {"add_generation_prompt": True}
-        )
-        try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
-        except ValueError as error:
-            raise EvalError(
-                f"pacellm: the tokenizer has no chat template that fits ({error}); ask without "
-                "--chat."
-            ) from None
-
     def _ids(self, text: str, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special).input_ids)
 
     def _start(self) -> int:
         first = self._tokenizer.bos_token_id
         return int(self._tokenizer.eos_token_id if first is None else first)
+
+
+def rendered_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """``messages`` as the model's chat template writes them, up to where its answer goes on.
+
+    ``EvalError`` for a tokenizer without a template, or with one that does not take them.
+    """
+    begun = messages[-1]["role"] == "assistant"
+    how = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
+    except (ValueError, TemplateError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EvalError(
+            f"pacellm: the tokenizer has no chat template that fits ({reason}); ask without --chat."
+        ) from None
 
 
 def middle_cut(ids: list[int], length: int) -> list[int]:

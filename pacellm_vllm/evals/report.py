@@ -45,6 +45,7 @@ def write_report(
         cells = {score: cell_means(records.done, name, grid, score) for score in SCORES}
         report["configs"][name] = {
             **{score: fmean(scores_of(records, name, score)) for score in SCORES},
+            **_endings_of(records, name),
             "by_length": {
                 str(n): fmean(scores_of(records, name, "exact", n)) for n in grid.lengths
             },
@@ -94,8 +95,34 @@ def as_markdown(report: dict[str, Any], first: str) -> str:
     for name, by_length in report["differences"].items():
         cells = [str(Difference(**by_length[n])) for n in ["all", *lengths]]
         lines.append(f"| {name} - {first} | " + " | ".join(cells) + " | |")
+    for name, config in report["configs"].items():
+        lines += endings(f"`{name}`", config["cut"], config["empty"], config["answers"])
     lines += unchecked(report["engines"])
     return "\n".join(lines) + "\n"
+
+
+def _endings_of(records: Records, name: str) -> dict[str, int]:
+    mine = [result for (config, _), result in records.done.items() if config == name]
+    return {
+        "answers": len(mine),
+        "cut": sum(result.get("cut", False) for result in mine),
+        "empty": sum(not result["output"].strip() for result in mine),
+    }
+
+
+def endings(where: str, cut: int, empty: int, answers: int) -> list[str]:
+    """A sentence about answers that say little of what a model knows; none where all are whole."""
+    said = [
+        f"{count} were {what}"
+        for count, what in ((cut, "cut at the limit"), (empty, "empty"))
+        if count
+    ]
+    if not said:
+        return []
+    return [
+        f"\nOf {answers} answers of {where}, {' and '.join(said)}: a model that thinks first needs "
+        "more tokens to come to its answer."
+    ]
 
 
 def unchecked(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import requests
 
-from pacellm_vllm.evals.answers import STOP, Prompt
+from pacellm_vllm.evals.answers import STOP, Answer, Prompt
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
 
@@ -57,11 +57,12 @@ class Server:
 
     def answer(
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
-    ) -> list[str]:
-        def one(prompt: Prompt) -> str:
+    ) -> list[Answer]:
+        def one(prompt: Prompt) -> Answer:
             sampling: dict[str, Any] = {"temperature": 0, "stop": list(stop)}
             if not isinstance(prompt[0], dict):
-                return self._complete(prompt, max_tokens=max_tokens, **sampling).text
+                said = self._complete(prompt, max_tokens=max_tokens, **sampling)
+                return Answer(said.text, said.finish_reason == "length")
             # A last message of the assistant's is the beginning of its answer.
             begun = prompt[-1]["role"] == "assistant"
             reply = self._client.chat.completions.create(
@@ -71,7 +72,8 @@ class Server:
                 extra_body={"add_generation_prompt": not begun, "continue_final_message": begun},
                 **sampling,
             )
-            return reply.choices[0].message.content or ""
+            [choice] = reply.choices
+            return Answer(choice.message.content or "", choice.finish_reason == "length")
 
         return self._all(one, prompts)
 

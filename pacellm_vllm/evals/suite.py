@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pacellm_vllm.evals.answers import Answerer
+from pacellm_vllm.evals.answers import Answer, Answerer
 from pacellm_vllm.evals.prompts import Fitted, Fitter
 from pacellm_vllm.evals.protocol import Ask
 from pacellm_vllm.evals.records import Records
@@ -98,8 +98,9 @@ def run_tasks(
                             "cut": max(f.cut for f in fitted),
                             "prompt": _hash(fitted),
                             "target": task.task.doc_to_target(item.instances[0].doc),
-                            "output": outputs,
-                            "scores": score(task.task, item, outputs),
+                            "output": [_said(output) for output in outputs],
+                            "ended": [_ended(output) for output in outputs],
+                            "scores": score(task.task, item, [_said(o) for o in outputs]),
                         }
                     )
                     bar.update()
@@ -131,6 +132,17 @@ def _ask(
         end = at + len(item.instances)
         yield item, fitted[at:end], list(outputs[at:end])
         at = end
+
+
+def _said(output: Any) -> Any:
+    return output.text if isinstance(output, Answer) else output
+
+
+def _ended(output: Any) -> str:
+    """How an answer ended: ``cut`` at the task's number of tokens, ``empty``, or ``whole``."""
+    if not isinstance(output, Answer):
+        return "whole"
+    return "cut" if output.cut else "whole" if output.text.strip() else "empty"
 
 
 def _room_for_answer(item: Item) -> int:

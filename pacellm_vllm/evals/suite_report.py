@@ -8,7 +8,7 @@ from typing import Any
 
 from pacellm_vllm.evals.bootstrap import grouped_difference
 from pacellm_vllm.evals.records import EvalError, Records, write_whole
-from pacellm_vllm.evals.report import unchecked
+from pacellm_vllm.evals.report import endings, unchecked
 from pacellm_vllm.evals.suite import Loaded, by_label
 from pacellm_vllm.evals.tasks import Category
 
@@ -41,6 +41,13 @@ def write_report(
         tasks[label] = {
             "metric": metrics[task],
             "cut": sum(row["cut"] > 0 for row in rows[names[0]]),
+            "endings": {
+                name: {
+                    how: sum(how in row.get("ended", ()) for row in rows[name])
+                    for how in ("cut", "empty")
+                }
+                for name in names
+            },
             "tokens": {"median": sorted(tokens)[len(tokens) // 2], "most": max(tokens)},
             **_compared([scores[label]], names, by_size=False),
         }
@@ -175,6 +182,10 @@ def _how(settings: Mapping[str, Any], tasks: Mapping[str, Any], room: int) -> li
             f"{row['cut']} of {row['items']}",
         ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for label, row in tasks.items():
+        for name, ended in row["endings"].items():
+            where = f"{label}, `{name}`"
+            lines += endings(where, ended["cut"], ended["empty"], row["items"])
     return [*lines, ""]
 
 

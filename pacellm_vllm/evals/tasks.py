@@ -39,6 +39,9 @@ _RULER = {
     "ruler_qa_hotpot": ("qa_2", 32, True),
 }
 
+# What lm-eval generates until it is long enough, and then does not fit.
+_RULER_ENDLESS, _RULER_SHORTEST = ("ruler_cwe", "ruler_vt"), 4096
+
 
 @dataclass(frozen=True)
 class Category:
@@ -120,6 +123,13 @@ class Library:
 
     def load(self, name: str) -> Any:
         """The task ``name`` with its data, as an lm-eval ``ConfigurableTask``."""
+        short = [length for length in self._lengths if length < _RULER_SHORTEST]
+        if self._data is None and name in _RULER_ENDLESS and short:
+            raise EvalError(
+                f"pacellm: lm-eval never ends making {name} of {short[0]} tokens; ask for "
+                f"--lengths of {_RULER_SHORTEST} or more, leave it out of --tasks, or give its "
+                "files with --data."
+            )
         # What lm-eval generates comes from these.
         random.seed(0)
         np.random.seed(0)
