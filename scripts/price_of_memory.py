@@ -20,7 +20,7 @@ try:
     from vllm.v1.core import kv_cache_planning
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as kv_cache_planning
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
@@ -55,18 +55,23 @@ def plan(
         if memory:
             specs |= {f"model.layers.{i}.mlp.memory": bank for i in layers if first <= i < last}
         stages.append(specs)
+    layout = KVCacheLayout.BLNHC if memory else KVCacheLayout.LBNHC
+    caches = kv_cache_configs(stages, budget, layout)
+    return SimpleNamespace(blocks=caches[0].num_blocks, layout=bank.layout)
+
+
+def kv_cache_configs(
+    stages: list[dict[str, KVCacheSpec]], budget: int, layout: KVCacheLayout
+) -> list[KVCacheConfig]:
+    """vLLM's plan for ``stages`` of layers by name, each with ``budget`` bytes."""
     config = VllmConfig()
     config.model_config = SimpleNamespace(
         max_model_len=32768, original_max_model_len=32768, supports_kv_cache_grouping=False
     )
-    layout = KVCacheLayout.BLNHC if memory else KVCacheLayout.LBNHC
     config.cache_config.kv_cache_layout = layout.name
     groups = getattr(kv_cache_planning, "get_global_kv_cache_groups", None)  # since vLLM 0.33
     given = [] if groups is None else [groups(config, stages)]
-    caches = kv_cache_planning.get_kv_cache_configs(
-        config, stages, [budget] * pipeline_parallel, *given
-    )
-    return SimpleNamespace(blocks=caches[0].num_blocks, layout=bank.layout)
+    return kv_cache_planning.get_kv_cache_configs(config, stages, [budget] * len(stages), *given)
 
 
 def main(gib: float) -> None:

@@ -84,10 +84,7 @@ class Soak:
 
     def _restart(self, how: signal.Signals) -> None:
         self._note_counters()
-        if not self._server.end(how):
-            # vLLM 0.32, without memory too: a front end that has ended its engine may go on
-            # waiting for the connections of requests that were in it.
-            self._tally.count(f"servers killed {STOP_SECONDS} s after {how.name}")
+        _end(self._server, how, self._tally)
         with self._noting:
             self._seen = {}
         self._tally.count(f"restarts after {how.name}")
@@ -130,6 +127,13 @@ class Soak:
             )
 
 
+def _end(server: Server, how: signal.Signals, tally: Tally) -> None:
+    if not server.end(how):
+        # vLLM 0.32, without memory too: a front end that has ended its engine may go on waiting for
+        # the connections of requests that were in it.
+        tally.count(f"servers killed {STOP_SECONDS} s after {how.name}")
+
+
 def _times(begun: float, every: float, length: float) -> list[float]:
     return [begun + every * i for i in range(1, int(length / every) + 1)]
 
@@ -152,8 +156,7 @@ def main() -> None:
         except KeyboardInterrupt:
             print("ended early")
         finally:
-            if not server.end(signal.SIGTERM):
-                tally.count(f"servers killed {STOP_SECONDS} s after SIGTERM")
+            _end(server, signal.SIGTERM, tally)
     wrong = tally.verdict(args.growth_mb)
     print("\n" + tally.table((time.monotonic() - begun) / 60))
     if args.json:

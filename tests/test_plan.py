@@ -4,13 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import VllmConfig
-
-try:
-    from vllm.v1.core import kv_cache_planning
-except ImportError:  # vLLM 0.32
-    from vllm.v1.core import kv_cache_utils as kv_cache_planning
+from price_of_memory import kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.plan import bank_spec, page_bytes, page_bytes_beside
@@ -26,14 +22,7 @@ def attention(dtype, mode=KVQuantMode.NONE):
 
 
 def planned(specs):
-    config = VllmConfig()
-    config.model_config = SimpleNamespace(
-        max_model_len=32768, original_max_model_len=32768, supports_kv_cache_grouping=False
-    )
-    config.cache_config.kv_cache_layout = "BLNHC"
-    groups = getattr(kv_cache_planning, "get_global_kv_cache_groups", None)  # since vLLM 0.33
-    given = [] if groups is None else [groups(config, [specs])]
-    (cache,) = kv_cache_planning.get_kv_cache_configs(config, [specs], [8 << 30], *given)
+    (cache,) = kv_cache_configs([specs], 8 << 30, KVCacheLayout.BLNHC)
     return cache
 
 

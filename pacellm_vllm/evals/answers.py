@@ -25,6 +25,11 @@ class Answer:
     text: str
     cut: bool
 
+    @property
+    def ended(self) -> str:
+        """``cut``, ``empty`` or ``whole``."""
+        return "cut" if self.cut else "whole" if self.text.strip() else "empty"
+
 
 class Answerer(Protocol):
     max_model_len: int

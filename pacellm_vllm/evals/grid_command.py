@@ -36,7 +36,7 @@ def started(
 
     # Before a model is loaded: pictures come last and must not be what fails.
     from pacellm_vllm.evals.plots import require_matplotlib
-    from pacellm_vllm.evals.prompts import rendered_chat
+    from pacellm_vllm.evals.prompts import require_chat_template
 
     require_matplotlib()
     grid = Grid(
@@ -61,7 +61,7 @@ def started(
     }
     tokenizer = read_tokenizer(args.model)
     if grid.chat:
-        rendered_chat(tokenizer, [{"role": "user", "content": "?"}])
+        require_chat_template(tokenizer)
     with Records(args.out / "items.jsonl", described) as records:
         yield grid, tokenizer, records, described
 

@@ -122,7 +122,7 @@ def run_grid(
                         "tokens": len(item.prompt),
                         "answer": item.answer,
                         "output": output.text,
-                        "cut": output.cut,
+                        "ended": output.ended,
                         "exact": exact_match(item.answer, output.text),
                         "rouge_l": rouge_l_recall(item.answer, output.text),
                     }

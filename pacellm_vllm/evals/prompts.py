@@ -90,6 +90,11 @@ class Fitter:
         return int(self._tokenizer.eos_token_id if first is None else first)
 
 
+def require_chat_template(tokenizer: Any) -> None:
+    """Raise ``EvalError`` where ``tokenizer`` cannot write a question as a chat."""
+    rendered_chat(tokenizer, [{"role": "user", "content": "?"}])
+
+
 def rendered_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
     """``messages`` as the model's chat template writes them, up to where its answer goes on.
 

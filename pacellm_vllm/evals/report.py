@@ -1,6 +1,7 @@
 """What a needle run found: tables, intervals and pictures."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -103,11 +104,8 @@ def as_markdown(report: dict[str, Any], first: str) -> str:
 
 def _endings_of(records: Records, name: str) -> dict[str, int]:
     mine = [result for (config, _), result in records.done.items() if config == name]
-    return {
-        "answers": len(mine),
-        "cut": sum(result.get("cut", False) for result in mine),
-        "empty": sum(not result["output"].strip() for result in mine),
-    }
+    ended = Counter(result.get("ended") for result in mine)
+    return {"answers": len(mine), "cut": ended["cut"], "empty": ended["empty"]}
 
 
 def endings(where: str, cut: int, empty: int, answers: int) -> list[str]:

@@ -89,6 +89,7 @@ def run_tasks(
             for begin in range(0, len(waiting), batch):
                 items = waiting[begin : begin + batch]
                 for item, fitted, outputs in _ask(items, fitter, answerer, render):
+                    said = [o.text if isinstance(o, Answer) else o for o in outputs]
                     records.add(
                         {
                             "config": name,
@@ -98,9 +99,9 @@ def run_tasks(
                             "cut": max(f.cut for f in fitted),
                             "prompt": _hash(fitted),
                             "target": task.task.doc_to_target(item.instances[0].doc),
-                            "output": [_said(output) for output in outputs],
+                            "output": said,
                             "ended": [_ended(output) for output in outputs],
-                            "scores": score(task.task, item, [_said(o) for o in outputs]),
+                            "scores": score(task.task, item, said),
                         }
                     )
                     bar.update()
@@ -134,15 +135,9 @@ def _ask(
         at = end
 
 
-def _said(output: Any) -> Any:
-    return output.text if isinstance(output, Answer) else output
-
-
 def _ended(output: Any) -> str:
-    """How an answer ended: ``cut`` at the task's number of tokens, ``empty``, or ``whole``."""
-    if not isinstance(output, Answer):
-        return "whole"
-    return "cut" if output.cut else "whole" if output.text.strip() else "empty"
+    """How an answer ended; what was scored and not said is whole."""
+    return output.ended if isinstance(output, Answer) else "whole"
 
 
 def _room_for_answer(item: Item) -> int:

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         stay_offline()
 
     from pacellm_vllm.evals.answers import answering
-    from pacellm_vllm.evals.prompts import rendered_chat
+    from pacellm_vllm.evals.prompts import require_chat_template
     from pacellm_vllm.evals.protocol import Ask, plan
     from pacellm_vllm.evals.suite import load, longest_generation, missing, run_tasks
     from pacellm_vllm.evals.suite_report import as_markdown, write_report
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.route == "chat":
         _refuse_choices(loaded)
     elif any(ask.chat for ask in asks):
-        rendered_chat(tokenizer, [{"role": "user", "content": "?"}])
+        require_chat_template(tokenizer)
     engine = given(args, "engine")
     engine.setdefault("seed", args.seed)
     longest = [ask.max_length for ask in asks if ask.max_length is not None]
