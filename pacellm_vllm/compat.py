@@ -499,6 +499,60 @@ def copy_blocks_before_forward(
     manager._pending_cow_copies.extend(pairs)
 
 
+def pack_cpu_attention(vllm_config: VllmConfig) -> None:
+    """Let the attention layers of vLLM's own CPU builds share blocks with banks.
+
+    Symptom: CPU_ATTN declares one KV cache layout, which keeps layers apart; its kernels follow
+    strides, and on block-outermost caches do the same.
+    Can go when ``CPUAttentionBackend`` declares BLHNC.
+    """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(layer, Attention):
+            layer.attn_backend = _packing(layer.attn_backend)
+
+
+@functools.cache
+def _packing(backend: Any) -> Any:
+    """``backend`` if it is none of the CPU's or packs already, else a subclass that does."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    if not issubclass(backend, CPUAttentionBackend):
+        return backend
+    known = backend.supported_kv_cache_layouts()
+    if KVCacheLayout.BLHNC in known:
+        return backend
+    layouts = (*known, KVCacheLayout.BLHNC)
+    body = {"supported_kv_cache_layouts": classmethod(lambda cls: layouts)}
+    return type(f"Packed{backend.__name__}", (backend,), body)
+
+
+def set_cpu_worker(vllm_config: VllmConfig, name: str) -> None:
+    """Have class ``name`` as the worker of an engine on a CPU, where the user named none.
+
+    Symptom: ``CPUModelRunner._zero_block_ids`` leaves out groups whose layers have specs of their
+    own (``UniformTypeKVCacheSpecs``), as all groups beside banks do, so attention would find NaN
+    where a bank's bytes were. Can go when it zeroes those too.
+    Raises ``ValueError`` where another worker is named.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", name):
+        raise ValueError(
+            f"pacellm: worker class {parallel.worker_cls} does not work with memory on a CPU: it "
+            "does not zero what banks have written before attention gets it; drop --worker-cls."
+        )
+    parallel.worker_cls = name
+
+
 def rows_of_requests(rows: int) -> torch.Tensor | None:
     """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
 

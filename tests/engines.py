@@ -1,6 +1,7 @@
 """Real engines for tests: in this process, on tiny checkpoints, with what a test wants to see."""
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,25 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
+
+# Whether this is vLLM's own CPU build, whose attention kernels take blocks of whole 32 tokens.
+NATIVE = type(current_platform).__module__ == "vllm.platforms.cpu"
+BLOCK_SIZE = 32 if NATIVE else 16
+
+
+def blocks(tokens: int) -> int:
+    """How many blocks of a pool hold ``tokens`` of attention."""
+    return tokens // BLOCK_SIZE
+
+
+if NATIVE:
+    # vLLM looks through all modules for each engine, and stops at an object of llvmlite, which an
+    # n-gram drafter loads.
+    _register = type(current_platform).register_triton_kernel_overrides
+    type(current_platform).register_triton_kernel_overrides = staticmethod(
+        functools.cache(_register)
+    )
 
 
 def architecture(path: Any) -> str:
@@ -34,7 +54,9 @@ class Engine:
                 "skip_tokenizer_init": True,
                 "max_model_len": 1024,
                 "max_num_seqs": 8,
-                "block_size": 16,
+                "block_size": BLOCK_SIZE,
+                # Compiled models are in test_native.py: each takes a minute.
+                "enforce_eager": True,
                 "kv_cache_memory_bytes": 64 << 20,
                 "disable_log_stats": False,
                 **settings,

@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import make_prompt
-from engines import engine, poisoned_pages
+from engines import BLOCK_SIZE, blocks, engine, poisoned_pages
 from oracle import OracleModel
 from test_engine_oracle import GAP, clear_cases
 from vllm import SamplingParams
@@ -99,7 +99,7 @@ def test_live_requests_share_a_prefix(checkpoint, family):
 def test_preempted_requests_give_the_same_tokens_with_caching(checkpoint):
     cases = clear_cases(checkpoint(), PACE, [70, 90, 121, 150, 180, 200], 100)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
-    settings = {**SETTINGS, "max_model_len": 512, "num_gpu_blocks_override": 72}
+    settings = {**SETTINGS, "max_model_len": 512, "num_gpu_blocks_override": blocks(1152)}
     with engine(checkpoint(), **settings) as running, poisoned_pages(running):
         for _ in range(3):
             assert running.tokens(prompts, 100) == truth
@@ -111,7 +111,7 @@ def test_evicted_snapshots_are_recomputed(checkpoint):
     cases = clear_cases(checkpoint(), PACE, [150, 260], MAX_TOKENS)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
     others = [make_prompt(900 + seed, 250) for seed in range(8)]
-    settings = {**SETTINGS, "max_model_len": 512, "num_gpu_blocks_override": 60}
+    settings = {**SETTINGS, "max_model_len": 512, "num_gpu_blocks_override": blocks(960)}
     with engine(checkpoint(), **settings) as running, poisoned_pages(running):
         assert running.tokens(prompts, MAX_TOKENS) == truth
         running.tokens(others, 4)
@@ -143,12 +143,17 @@ def test_segments_must_end_where_blocks_do(checkpoint):
         engine(checkpoint(), pace={**PACE, "segment_size": 24}),
     ):
         pass
-    assert "multiple of the KV block size 16" in str(refusal.value)
+    assert f"multiple of the KV block size {BLOCK_SIZE}" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     ("bank_size", "segment_size", "preset"),
-    [(100, 64, "official"), (33, 32, "official"), (50, 16, "paper"), (40, 16, "official")],
+    [
+        (100, 64, "official"),
+        (33, 32, "official"),
+        (50, BLOCK_SIZE, "paper"),
+        (40, BLOCK_SIZE, "official"),
+    ],
 )
 def test_a_bank_larger_than_a_segment_is_restored_whole(
     bank_size, segment_size, preset, checkpoint
@@ -163,7 +168,12 @@ def test_a_bank_larger_than_a_segment_is_restored_whole(
     cases = clear_cases(checkpoint(), pace, [200, 330, 401], 12)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
     other = make_prompt(77, 390)
-    settings = {**SETTINGS, "pace": pace, "num_gpu_blocks_override": 300, "max_model_len": 512}
+    settings = {
+        **SETTINGS,
+        "pace": pace,
+        "num_gpu_blocks_override": blocks(4800),
+        "max_model_len": 512,
+    }
     with engine(checkpoint(), **settings) as running, poisoned_pages(running):
         for prompt, want in zip(prompts, truth, strict=True):
             [cold] = running.generate([prompt], 12, logprobs=0)
@@ -197,7 +207,7 @@ def test_the_same_prompt_twice_is_scheduled_in_a_pool_that_just_holds_it(checkpo
     settings = {**SETTINGS, "pace": pace, "max_num_batched_tokens": 512}
     with engine(checkpoint(), **settings) as running:
         pages = running.memories()[1].spec.layout.num_pages
-    settings["num_gpu_blocks_override"] = 1 + 64 + pages
+    settings["num_gpu_blocks_override"] = 1 + blocks(1024) + pages
     with engine(checkpoint(), **settings) as running:
         core = running.llm.llm_engine
         said = []

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from engines import engine, poisoned_pages
+from engines import blocks, engine, poisoned_pages
 from oracle import OracleModel
 from test_engine_oracle import clear_cases
 from test_engine_requests import ASKS, PACE, ask, clear_prompt, said
@@ -22,7 +22,7 @@ SCHEDULES = {
     "preempted, cache": {
         "max_num_batched_tokens": 80,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 32,
+        "num_gpu_blocks_override": blocks(512),
         "max_model_len": 256,
     },
     "one by one": {"max_num_seqs": 1, "enable_prefix_caching": False},

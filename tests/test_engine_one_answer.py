@@ -1,7 +1,7 @@
 """One set of requests, many schedules, one set of tokens: the oracle's."""
 
 import pytest
-from engines import engine, poisoned_pages
+from engines import blocks, engine, poisoned_pages
 from test_engine_oracle import clear_cases
 
 PACE = {
@@ -12,6 +12,7 @@ PACE = {
     "max_insertions": 5,
 }
 MAX_TOKENS = 70
+TIGHT = {"num_gpu_blocks_override": blocks(1056), "max_model_len": 512}
 
 # max_num_batched_tokens, max_num_seqs, prefix caching, other settings, rounds, arrival order
 SCHEDULES = {
@@ -24,8 +25,8 @@ SCHEDULES = {
     "cache, cold": (64, 4, True, {}, 1, 1),
     "cache, warm": (64, 4, True, {}, 3, 1),
     "cache, warm, reversed": (512, 2, True, {}, 2, -1),
-    "preempted": (80, 8, False, {"num_gpu_blocks_override": 66, "max_model_len": 512}, 1, 1),
-    "preempted, cache": (80, 8, True, {"num_gpu_blocks_override": 66, "max_model_len": 512}, 2, 1),
+    "preempted": (80, 8, False, TIGHT, 1, 1),
+    "preempted, cache": (80, 8, True, TIGHT, 2, 1),
     "large blocks": (96, 8, True, {"block_size": 32}, 2, 1),
     "priorities": (80, 3, True, {"scheduling_policy": "priority"}, 2, 1),
     "asynchronous": (64, 4, True, {"async_scheduling": True}, 2, 1),
@@ -33,7 +34,7 @@ SCHEDULES = {
         80,
         8,
         True,
-        {"async_scheduling": True, "num_gpu_blocks_override": 66, "max_model_len": 512},
+        {"async_scheduling": True, **TIGHT},
         2,
         1,
     ),

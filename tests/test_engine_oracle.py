@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import ARCHITECTURES, FAMILIES, make_prompt
-from engines import architecture, engine, prompt_logprobs
+from engines import BLOCK_SIZE, architecture, engine, prompt_logprobs
 from oracle import OracleModel
 
 # How far from a tie every decision of a prompt must lie: fp32 noise between two implementations
@@ -72,7 +72,10 @@ def assert_engine_agrees(running, cases, max_tokens=MAX_TOKENS):
 def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
     pace = {"layers": [1, 3], "preset": preset, **SHAPES[shape]}
     cases = clear_cases(checkpoint(arch), pace, lengths_for(pace["segment_size"]))
-    with engine(checkpoint(arch), pace, max_num_batched_tokens=80) as running:
+    # Cached segments end where blocks do.
+    caching = pace["segment_size"] % BLOCK_SIZE == 0
+    settings = {"max_num_batched_tokens": 80, "enable_prefix_caching": caching}
+    with engine(checkpoint(arch), pace, **settings) as running:
         assert_engine_agrees(running, cases)
         for memory in running.memories().values():
             counts = memory.counts

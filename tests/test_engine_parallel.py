@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import make_prompt
-from engines import engine
+from engines import blocks, engine
 from test_engine_oracle import assert_engine_agrees, clear_cases
 from test_engine_requests import ask, said
 
@@ -71,7 +71,7 @@ def test_two_stages_preempt_and_hit_like_one(checkpoint):
     cases = clear_cases(checkpoint(), pace, lengths, max_tokens=60)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
     settings = {"pipeline_parallel_size": 2, "max_model_len": 512, "max_num_batched_tokens": 64}
-    with engine(checkpoint(), pace, num_gpu_blocks_override=64, **settings) as running:
+    with engine(checkpoint(), pace, num_gpu_blocks_override=blocks(1024), **settings) as running:
         assert running.tokens(prompts, 60) == truth
         assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()

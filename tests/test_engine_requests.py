@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from checkpoints import make_prompt
-from engines import engine
+from engines import blocks, engine
 from oracle import OracleModel
 from patches import ours_in_vllm
 from test_engine_oracle import GAP
@@ -39,7 +39,7 @@ SCHEDULES = {
     "chunks, cache": {"max_num_batched_tokens": 48, "enable_prefix_caching": True},
     "preempted": {
         "max_num_batched_tokens": 80,
-        "num_gpu_blocks_override": 60,
+        "num_gpu_blocks_override": blocks(960),
         "max_model_len": 512,
     },
 }

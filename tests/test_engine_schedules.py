@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import make_prompt
-from engines import engine, poisoned_pages, prompt_logprobs
+from engines import blocks, engine, poisoned_pages, prompt_logprobs
 from test_engine_oracle import clear_cases
 from vllm import SamplingParams
 
@@ -15,6 +15,7 @@ PACE = {
     "max_insertions": 5,
 }
 MAX_TOKENS = 60
+TIGHT = {"max_model_len": 512, "num_gpu_blocks_override": blocks(1024)}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_alone_and_in_a_batch_give_the_same_tokens(checkpoint, prompts, truth):
 
 
 def test_preempted_requests_give_the_same_tokens(checkpoint, prompts, truth):
-    with engine(checkpoint(), pace=PACE, max_model_len=512, num_gpu_blocks_override=64) as running:
+    with engine(checkpoint(), pace=PACE, **TIGHT) as running:
         assert running.tokens(prompts, MAX_TOKENS) == truth
         assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()
@@ -54,7 +55,7 @@ def test_preempted_requests_give_the_same_tokens(checkpoint, prompts, truth):
 
 def test_freed_pages_are_never_read(checkpoint, prompts, truth):
     with (
-        engine(checkpoint(), pace=PACE, max_model_len=512, num_gpu_blocks_override=64) as running,
+        engine(checkpoint(), pace=PACE, **TIGHT) as running,
         poisoned_pages(running) as poisoned,
     ):
         for _ in range(2):

@@ -11,12 +11,14 @@ from pacellm_vllm.compat import (
     keep_booleans,
     plugin_logger,
     refuse_sessions,
+    set_cpu_worker,
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.batch import BatchSettings, NoSettings
 from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.platform import CPU_WORKER
 from pacellm_vllm.request import is_ours
 
 logger = plugin_logger()
@@ -33,6 +35,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers or config.experts is None:
         _check_memory(vllm_config)
+    if layers:
+        set_cpu_worker(vllm_config, CPU_WORKER)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
     if config.experts is not None:

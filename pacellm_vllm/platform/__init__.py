@@ -25,6 +25,8 @@ from functools import cache
 
 SWITCH = "PACELLM_CPU_PLATFORM"
 
+CPU_WORKER = "pacellm_vllm.platform.worker.CpuWorker"
+
 # vLLM shows the loggers below its own name only.
 _logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -10,6 +10,8 @@ from vllm.platforms.cpu import CpuPlatform, get_max_threads
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.mem_constants import GiB_bytes
 
+from pacellm_vllm.platform import CPU_WORKER
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -59,7 +61,7 @@ class TorchCpuPlatform(CpuPlatform):
         parallel = vllm_config.parallel_config
         backend = parallel.distributed_executor_backend
         resolved = vllm_config.scheduler_config.async_scheduling
-        if parallel.worker_cls == "auto":
+        if parallel.worker_cls in ("auto", CPU_WORKER):
             parallel.worker_cls = "pacellm_vllm.platform.worker.TorchCpuWorker"
         super().check_and_update_config(vllm_config)
         # CpuPlatform turns async scheduling off: a CPU gains nothing from it. Whether it was asked

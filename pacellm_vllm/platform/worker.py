@@ -1,4 +1,4 @@
-"""The worker of the CPU platform."""
+"""Workers of engines on a CPU."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
-class TorchCpuWorker(CPUWorker):
-    """``CPUWorker`` (vllm/v1/worker/cpu_worker.py), with three faults of vLLM worked around.
+class CpuWorker(CPUWorker):
+    """``CPUWorker`` (vllm/v1/worker/cpu_worker.py), with two faults of vLLM worked around.
 
     A later pipeline stage: the buffers that receive the previous stage's hidden states are made
     in the profiling run (``GPUModelRunner._dummy_run``), which ``CPUModelRunner.warming_up_model``
@@ -17,18 +17,8 @@ class TorchCpuWorker(CPUWorker):
     ``sync_and_gather_intermediate_tensors``, which the engine reports as a ``KeyError`` in
     ``Scheduler.update_from_output``. Can go when the buffers are made in any case.
 
-    Zeroing of new blocks: ``CPUModelRunner._zero_block_ids`` leaves out groups whose layers have
-    specs of their own (``UniformTypeKVCacheSpecs``), as all groups beside banks do. Attention
-    would find NaN where a bank's bytes were. Can go when it zeroes those too.
-
-    Data parallel engines (vLLM 0.33.0): each is given memory nodes of its own, so where there are
-    fewer nodes than engines the last ones have none and do not start with an ``IndexError``. Our
-    workers are bound to no node. Can go when engines may share nodes.
+    Zeroing of new blocks: see ``compat.set_cpu_worker``.
     """
-
-    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        vllm_config.parallel_config.assigned_physical_gpu_ids = None
-        super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -47,3 +37,16 @@ class TorchCpuWorker(CPUWorker):
             cache = getattr(layers[name], "kv_cache", None)
             if isinstance(cache, torch.Tensor) and cache.numel():
                 cache[block_ids] = 0
+
+
+class TorchCpuWorker(CpuWorker):
+    """The worker of the PyTorch platform, with a third fault worked around.
+
+    Data parallel engines (vLLM 0.33.0): each is given memory nodes of its own, so where there are
+    fewer nodes than engines the last ones have none and do not start with an ``IndexError``. Our
+    workers are bound to no node. Can go when engines may share nodes.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        vllm_config.parallel_config.assigned_physical_gpu_ids = None
+        super().__init__(vllm_config, *args, **kwargs)
