@@ -26,7 +26,8 @@ if layers:
     settings["hf_overrides"] = {"architectures": ["Pace" + config["architectures"][0]]}
     settings["additional_config"] = {"pacellm": {"layers": layers}}
 llm = LLM(model, dtype=dtype, max_model_len=length + 256, max_num_batched_tokens=2048,
-          enforce_eager=True, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False, **settings)
+          enforce_eager=True, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
+          **settings)
 took = [time.perf_counter() - began]
 prompt = {"prompt_token_ids": [100 + (i * i) % 997 for i in range(length)]}
 for tokens in (1, 65):

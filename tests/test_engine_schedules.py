@@ -60,7 +60,7 @@ def test_freed_pages_are_never_read(checkpoint, prompts, truth):
     ):
         for _ in range(2):
             assert running.tokens(prompts, MAX_TOKENS) == truth
-        assert len(set(poisoned)) > 50
+        assert len(set(poisoned)) > 0.75 * blocks(1024)
 
 
 def test_an_aborted_prefill_leaves_nothing_behind(checkpoint, prompts, truth):
@@ -94,7 +94,8 @@ def test_siblings_do_not_share_a_bank_after_they_part(checkpoint, prompts):
 
 
 def test_pages_are_claimed_as_tokens_need_them(checkpoint):
-    with engine(checkpoint(), pace=PACE, max_num_batched_tokens=16) as running:
+    settings = {"max_num_batched_tokens": 16, "enable_prefix_caching": False}
+    with engine(checkpoint(), pace=PACE, **settings) as running:
         layout = running.memories()[1].spec.layout
         engine_ = running.llm.llm_engine
         engine_.add_request(
@@ -106,7 +107,7 @@ def test_pages_are_claimed_as_tokens_need_them(checkpoint):
         for _ in range(5):
             engine_.step()
             used = running.free_at_start - running.pool.get_num_free_blocks()
-            held.append(used - len(held) - 1)
+            held.append(used - blocks(16 * (len(held) + 1)))
         assert held == [layout.pages_for(tokens) for tokens in (16, 32, 48, 64, 80)]
         assert held[0] < held[2] == layout.num_pages
 
@@ -120,7 +121,7 @@ def test_new_attention_blocks_hold_nothing_of_the_bank_that_had_them(checkpoint)
         for cache in runner.kv_caches:
             cache.view(torch.uint8).fill_(0xFF)
         running.tokens([make_prompt(1, 70)], 4)
-        assert len(zeroed) == 5
+        assert len(zeroed) == blocks(73)
         layers = running.core.vllm_config.compilation_config.static_forward_context
         attention = [layer for name, layer in layers.items() if name.endswith(".attn")]
         assert len(attention) == 4

@@ -79,7 +79,7 @@ from vllm import LLM, SamplingParams
 assert find_spec("sklearn") is None
 pace = {"layers": [1, 3], "segment_size": 32, "bank_size": 23}
 llm = LLM(sys.argv[1], dtype="float32", skip_tokenizer_init=True, max_model_len=256,
-          block_size=16, kv_cache_memory_bytes=16 << 20,
+          block_size=32, kv_cache_memory_bytes=16 << 20,
           hf_overrides={"architectures": ["PaceQwen2ForCausalLM"]},
           additional_config={"pacellm": pace})
 [output] = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}],

@@ -1,7 +1,7 @@
 """``pacellm eval suite``: benchmarks through lm-eval, configurations side by side."""
 
 import argparse
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     described = {
         "versions": {
             "pacellm-vllm": __version__,
-            **{name: version(name) for name in ("vllm", "torch", "transformers", "lm_eval")},
+            **{name: _version(name) for name in ("vllm", "torch", "transformers", "lm_eval")},
         },
         "model": args.model,
         "configs": {setting.name: setting.memory for setting in settings},
@@ -152,6 +152,11 @@ def run(args: argparse.Namespace) -> int:
         report = write_report(args.out, loaded, categories, names, records, described)
     print(as_markdown(report), end="")
     return 0
+
+
+def _version(name: str) -> str:
+    # By module: vLLM's own CPU build is a distribution of another name.
+    return version(packages_distributions()[name][0])
 
 
 def _refuse_choices(loaded: Any) -> None:
