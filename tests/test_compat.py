@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import vllm
 from vllm.config import CompilationConfig
@@ -26,6 +27,7 @@ from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
@@ -38,9 +40,11 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -49,6 +53,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 import pacellm_vllm
 from pacellm_vllm import compat
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
+from pacellm_vllm.platform import CPU_WORKER
 
 
 def test_the_tested_vllm_is_installed():
@@ -355,3 +360,31 @@ def test_a_turn_is_still_hashed_before_it_has_its_parameters():
     assert list(inspect.signature(inspect.unwrap(Scheduler._update_request_as_session)).parameters)[
         1:
     ] == ["session", "update"]
+
+
+def test_vllms_cpu_attention_still_keeps_layers_apart():
+    """The reason for ``pack_cpu_attention``; what it makes differs in nothing but the layouts."""
+    assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+    packed = compat._packing(CPUAttentionBackend)
+    assert packed.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+    assert packed.get_impl_cls() is CPUAttentionBackend.get_impl_cls()
+    assert packed.get_builder_cls() is CPUAttentionBackend.get_builder_cls()
+    assert compat._packing(CPUAttentionBackend) is packed
+    assert compat._packing(packed) is packed
+    assert compat._packing(SimpleNamespace) is SimpleNamespace
+
+
+def test_vllms_cpu_runner_still_zeroes_plain_groups_alone():
+    """The reason for ``set_cpu_worker``."""
+    source = inspect.getsource(CPUModelRunner._zero_block_ids)
+    assert "not isinstance(group.kv_cache_spec, FullAttentionSpec)" in source
+
+
+@pytest.mark.parametrize("named", ["auto", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER])
+def test_the_cpu_worker_is_ours_unless_another_is_named(named):
+    engine = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=named))
+    compat.set_cpu_worker(engine, CPU_WORKER)
+    assert engine.parallel_config.worker_cls == CPU_WORKER
+    engine.parallel_config.worker_cls = "somebody.Worker"
+    with pytest.raises(ValueError, match=r"^pacellm: worker class somebody\.Worker does not work"):
+        compat.set_cpu_worker(engine, CPU_WORKER)
