@@ -5,7 +5,7 @@
 
 MODEL is a local checkpoint. Each interpreter has a vLLM of its own: the PyTorch CPU platform, or
 vLLM's own CPU build. Each runs engines with memory off and on by turns, ``--rounds`` times, and the
-table has medians of seconds and, for each row, the ratio to the first interpreter's.
+table has medians of processor seconds and, for each row, the ratio to the first interpreter's.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 
 RUN = """
 import json, os, sys, time
-began = time.perf_counter()
+began = time.process_time()
 from vllm import LLM, SamplingParams
 model, layers, length, dtype = json.loads(sys.argv[1])
 settings = {}
@@ -28,14 +28,14 @@ if layers:
 llm = LLM(model, dtype=dtype, max_model_len=length + 256, max_num_batched_tokens=2048,
           enforce_eager=True, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
           **settings)
-took = [time.perf_counter() - began]
+took = [time.process_time() - began]
 prompt = {"prompt_token_ids": [100 + (i * i) % 997 for i in range(length)]}
 for tokens in (1, 65):
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     llm.generate([prompt], params, use_tqdm=False)
-    began = time.perf_counter()
+    began = time.process_time()
     llm.generate([prompt], params, use_tqdm=False)
-    took.append(time.perf_counter() - began)
+    took.append(time.process_time() - began)
 start, prefill, both = took
 print("RESULT", json.dumps([start, prefill, both - prefill]))
 """
@@ -43,7 +43,7 @@ ROWS = ("start-up", "prefill", "64 tokens after it")
 
 
 def measure(python: str, model: str, layers: list[int], length: int, dtype: str) -> list[float]:
-    """Seconds of start-up, of the prompt, and of the 64 tokens after it."""
+    """Processor seconds of start-up, of the prompt, and of the 64 tokens after it."""
     env = {**os.environ, "PACELLM_CPU_PLATFORM": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # What a server's workers have, and a single process has to be given.
@@ -79,7 +79,7 @@ def main() -> None:
                 took = measure(python, model, chosen, args.prompt, args.dtype)
                 found.setdefault((memory, python), []).append(took)
                 print(f"round {round_ + 1}, {python}, memory {memory}: {took}", flush=True)
-    print("\n" + "  ".join(["seconds".ljust(28), *args.python, "ratios to the first"]))
+    print("\n" + "  ".join(["processor seconds".ljust(28), *args.python, "ratios to the first"]))
     for row, name in enumerate(ROWS):
         for memory in ("off", "on"):
             took = [[run[row] for run in found[memory, python]] for python in args.python]

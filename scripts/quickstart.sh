@@ -15,8 +15,8 @@ port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1"
 url=http://127.0.0.1:$port
 
 echo "pacellm: starting the server (log in $log)"
-"$bin/pacellm" serve scripts/tiny --segment-size 64 --block-size 16 --dtype float32 --host 127.0.0.1 \
-    --port "$port" > "$log" 2>&1 &
+"$bin/pacellm" serve scripts/tiny --segment-size 64 --block-size 32 --dtype float32 --enforce-eager \
+    --kv-cache-memory-bytes 536870912 --host 127.0.0.1 --port "$port" > "$log" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
 
