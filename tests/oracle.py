@@ -1,9 +1,9 @@
-"""The oracle: PaceLLM's activation memory in plain PyTorch, written from the design alone.
+"""The oracle: PaceLLM's memory of activations, or of FFN outputs, in plain PyTorch, written from the design alone.
 
 It shares no code with the package and is meant to be read beside section 1 of the design. It is
 slow on purpose: one request, one bank per layer, loops over tokens.
 
-Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, M = bank slots, V = vocabulary.
+Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, or hidden size, M = bank slots, V = vocabulary.
 """
 
 from collections import Counter
@@ -21,6 +21,8 @@ EPS = 1e-8
 MOST_SQUARE = 1e30
 # What families call the projection that ends their FFN.
 OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
+# What families call their FFN, dense or routed, in a decoder layer.
+BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
 
 PRESETS: dict[str, dict[str, float]] = {
     "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
@@ -41,6 +43,7 @@ class MemoryRules:
     noise: float
     preset: str = "gentle"
     layers: tuple[int, ...] = ()
+    site: str = "activation"
     bank_size: int = 100
     top_k: int = 5
     negative_k: int = 2
@@ -212,8 +215,10 @@ class OracleModel:
     """A Hugging Face causal LM whose chosen FFNs have a memory; one request at a time.
 
     Args:
-        path: a checkpoint directory of any decoder with dense FFNs, loaded in fp32.
-        pace: what one writes in {"pacellm": {...}}; no layers means no memory.
+        path: a checkpoint directory of any decoder, loaded in fp32; of dense FFNs where the site is
+            "activation".
+        pace: what one writes in {"pacellm": {...}}; no layers means no memory, and no site
+            "activation".
         config: overrides of fields of its Hugging Face configuration.
 
     After `forward` or `generate`, `banks[layer]` holds each layer's committed memory and its
@@ -226,6 +231,10 @@ class OracleModel:
         self.banks: dict[int, Bank] = {}
         self.widths: list[int] = []
         for index, layer in enumerate(_decoder_layers(self.model)):
+            if pace.get("site") == "output":
+                self.widths.append(self.model.config.get_text_config().hidden_size)
+                _ffn(layer).register_forward_hook(partial(self._remember_output, index))
+                continue
             output = _output_projection(layer)
             self.widths.append(getattr(output, "in_features", None) or output.weight.shape[0])
             output.register_forward_pre_hook(partial(self._remember, index))
@@ -285,10 +294,22 @@ class OracleModel:
         if index not in self.banks:
             return None
         (a,) = args
+        return (self._pass(index, a),)
+
+    def _remember_output(self, index: int, module: Any, args: Any, returned: Any) -> Any:
+        """What the FFN of layer `index` returns instead: [..., T, H], or a tuple of that and more."""
+        if index not in self.banks:
+            return None
+        if isinstance(returned, tuple):
+            return (self._pass(index, returned[0]), *returned[1:])
+        return self._pass(index, returned)
+
+    def _pass(self, index: int, a: Tensor) -> Tensor:
+        """What the bank of layer `index` makes of a [..., T, D]."""
         flat = a.flatten(0, -2)
         o, _ = self.banks[index].enhance(flat)
         self._segment[index].append((flat, o))
-        return (o.view(a.shape),)
+        return o.view(a.shape)
 
     def _commit(self) -> None:
         for index, bank in self.banks.items():
@@ -298,10 +319,21 @@ class OracleModel:
 
 
 def _decoder_layers(model: Any) -> Any:
-    number = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
-    (layers,) = lists
+    number = model.config.get_text_config().num_hidden_layers
+    (layers,) = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == number
+        and not {"visual", "vision_tower"} & {*name.split(".")}
+    )
     return layers
+
+
+def _ffn(layer: torch.nn.Module) -> Any:
+    """The whole FFN of a Hugging Face decoder layer."""
+    (found,) = (module for name, module in layer.named_children() if name in BLOCKS)
+    return found
 
 
 def _output_projection(layer: torch.nn.Module) -> Any:
