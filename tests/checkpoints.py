@@ -123,7 +123,55 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
     },
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
-    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v3": {**_DEEPSEEK, "topk_method": "noaux_tc"},
+    "llama4_text": {
+        **_EXPERTS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 96,
+        "intermediate_size_mlp": 344,
+        "interleave_moe_layer_step": 2,
+        "head_dim": 32,
+    },
+    "flex_olmo": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
+    "hunyuan_v1_moe": {**_EXPERTS, "num_experts": 8, "moe_topk": 2, "intermediate_size": 96},
+    "dots1": {
+        **_EXPERTS,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "layer_types": ["full_attention"] * 4,
+        "topk_method": "noaux_tc",
+    },
+    "minimax_m2": {**_EXPERTS, "num_local_experts": 8, "intermediate_size": 96, "rotary_dim": 16},
+    "exaone_moe": {
+        **_EXPERTS,
+        **_WINDOWS,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "afmoe": {
+        **_EXPERTS,
+        **_WINDOWS,
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+    },
+    "mellum": {**_EXPERTS, "num_experts": 8},
+    "hy_v3": {**_EXPERTS, "num_experts": 8},
+    "mimo_v2": {**_EXPERTS},
+    "laguna": {**_EXPERTS, "num_experts": 8},
+    "cohere2_moe": {**_EXPERTS, **_WINDOWS, **_TIED, "num_experts": 8},
+    "bailing_moe": {**_EXPERTS, "num_experts": 8},
+    "glm4_moe_lite": {**_DEEPSEEK, "topk_method": "noaux_tc"},
+    "qwen3_5_moe_text": {**_EXPERTS, "num_experts": 8},
+    "dbrx": {},
 }
 FAMILIES |= MIXTURES
 # They keep the matrices of experts as [experts, in, out].
@@ -194,14 +242,14 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
                 arch in _TURNED_EXPERTS and parameter.ndim == 3
             )
             shape = parameter.mT.shape if turned else parameter.shape
-            weight = _weight(name, shape, config, generator)
+            weight = random_weight(name, shape, config, generator)
             parameter.copy_(weight.mT if turned else weight)
     directory = Path(directory)
     model.save_pretrained(directory, safe_serialization=True)
     return directory
 
 
-def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
     """One parameter's initial value, by the last part of its name."""
     noise = torch.randn(shape, generator=generator)
     parts = name.removesuffix(".weight").rsplit(".", 2)

@@ -226,7 +226,7 @@ class OracleModel:
     """
 
     def __init__(self, path: Any, pace: dict[str, Any], **config: Any):
-        self.model = load_model(path, dtype=torch.float32, attn_implementation="eager", **config)
+        self.model = self.load(path, dtype=torch.float32, attn_implementation="eager", **config)
         self.pace = pace
         self.banks: dict[int, Bank] = {}
         self.widths: list[int] = []
@@ -238,6 +238,8 @@ class OracleModel:
             output = _output_projection(layer)
             self.widths.append(getattr(output, "in_features", None) or output.weight.shape[0])
             output.register_forward_pre_hook(partial(self._remember, index))
+
+    load = staticmethod(load_model)
 
     def forward(self, token_ids: list[int], **overrides: Any) -> Tensor:
         """Logits [T, V] of a sequence seen from an empty memory; overrides are pace settings."""
@@ -269,25 +271,29 @@ class OracleModel:
         self._position = 0
 
     @torch.no_grad()
-    def _feed(self, token_ids: list[int]) -> Tensor:
+    def _feed(self, tokens: Any) -> Tensor:
         """Append tokens to the sequence: logits [T, V]. No forward crosses a segment boundary."""
         logits = []
         size = self.rules.segment_size
-        while token_ids:
+        while len(tokens):
             room = size - self._position % size
-            now, token_ids = token_ids[:room], token_ids[room:]
+            now, tokens = tokens[:room], tokens[room:]
             positions = torch.arange(self._position, self._position + len(now))[None]
-            out = self.model(
-                input_ids=torch.tensor([now]),
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-            logits.append(out.logits[0])
+            logits.append(self._logits(now, positions))
             self._position += len(now)
             if self._position % size == 0:
                 self._commit()
         return torch.cat(logits)
+
+    def _logits(self, token_ids: list[int], positions: Tensor) -> Tensor:
+        """Logits [T, V] of the next tokens, at positions [1, T]."""
+        out = self.model(
+            input_ids=torch.tensor([token_ids]),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[0]
 
     def _remember(self, index: int, module: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """What the output projection of layer `index` reads instead of a [..., T, D]."""
