@@ -99,7 +99,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 96},
     "qwen3_moe": {**_EXPERTS, "num_experts": 8},
     "olmoe": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
-    "phimoe": {**_EXPERTS, "num_local_experts": 8, "intermediate_size": 96, "sliding_window": None},
     "gpt_oss": {**_EXPERTS, **_WINDOWS, "num_local_experts": 8, "intermediate_size": 96},
     "glm4_moe": {
         **_EXPERTS,
@@ -123,7 +122,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
     },
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
-    "deepseek_v3": {**_DEEPSEEK, "topk_method": "noaux_tc"},
     "llama4_text": {
         **_EXPERTS,
         "num_local_experts": 4,
@@ -133,19 +131,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 2,
         "head_dim": 32,
     },
-    "flex_olmo": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
     "hunyuan_v1_moe": {**_EXPERTS, "num_experts": 8, "moe_topk": 2, "intermediate_size": 96},
-    "dots1": {
+    "minimax_m2": {
         **_EXPERTS,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "layer_types": ["full_attention"] * 4,
-        "topk_method": "noaux_tc",
+        "num_local_experts": 8,
+        "intermediate_size": 96,
+        "rotary_dim": 16,
+        "scoring_func": "sigmoid",
     },
-    "minimax_m2": {**_EXPERTS, "num_local_experts": 8, "intermediate_size": 96, "rotary_dim": 16},
     "exaone_moe": {
         **_EXPERTS,
         **_WINDOWS,
@@ -155,25 +148,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
-    "afmoe": {
-        **_EXPERTS,
-        **_WINDOWS,
-        "num_experts": 8,
-        "num_local_experts": 8,
-        "num_shared_experts": 1,
-        "num_dense_layers": 1,
-    },
-    "mellum": {**_EXPERTS, "num_experts": 8},
-    "hy_v3": {**_EXPERTS, "num_experts": 8},
-    "mimo_v2": {**_EXPERTS},
-    "laguna": {**_EXPERTS, "num_experts": 8},
-    "cohere2_moe": {**_EXPERTS, **_WINDOWS, **_TIED, "num_experts": 8},
-    "bailing_moe": {**_EXPERTS, "num_experts": 8},
     "glm4_moe_lite": {**_DEEPSEEK, "topk_method": "noaux_tc"},
-    "qwen3_5_moe_text": {**_EXPERTS, "num_experts": 8},
-    "dbrx": {},
 }
-FAMILIES |= MIXTURES
+# Dense FFNs whose activations no module returns.
+WITHOUT_ACTIVATIONS: dict[str, dict[str, Any]] = {"glm": _WIDE}
+FAMILIES |= MIXTURES | WITHOUT_ACTIVATIONS
 # They keep the matrices of experts as [experts, in, out].
 _TURNED_EXPERTS = ("gpt_oss", "llama4_text")
 
@@ -249,7 +228,9 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
     return directory
 
 
-def random_weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
+def random_weight(
+    name: str, shape: torch.Size, config: Any, generator: torch.Generator
+) -> torch.Tensor:
     """One parameter's initial value, by the last part of its name."""
     noise = torch.randn(shape, generator=generator)
     parts = name.removesuffix(".weight").rsplit(".", 2)
@@ -266,6 +247,9 @@ def random_weight(name: str, shape: torch.Size, config: Any, generator: torch.Ge
     if kind in ("alpha_p", "alpha_n"):
         # xIELU's, which vLLM keeps in bfloat16: exact there, and so is their softplus.
         return torch.full(shape, 24.0)
+    if kind == "e_score_correction_bias":
+        # vLLM's router on a CPU leaves ERNIE's out.
+        return torch.zeros(shape)
     if kind.endswith("bias"):
         return 0.1 * noise
     if kind in _EMBEDDINGS:

@@ -331,7 +331,7 @@ def _decoder_layers(model: Any) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) == number
-        and not {"visual", "vision_tower"} & {*name.split(".")}
+        and "vision_model" not in name
     )
     return layers
 

@@ -14,14 +14,19 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessor,
-    LlavaProcessor,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     PreTrainedTokenizerFast,
 )
 
 END, STOP, START = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
-PICTURE = "<image>"
-SPECIAL = (END, STOP, START, PICTURE)
+PICTURE, AROUND, GLOBAL, UTTERANCE = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+)
+SPECIAL = (END, STOP, START, PICTURE, AROUND, GLOBAL, UTTERANCE)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
@@ -29,7 +34,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PATCH, SIDE = 14, 84
+PATCH, SIDE, SCALE = 14, 84, 2
 
 
 def make_picture(seed: int) -> Image.Image:
@@ -52,13 +57,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=STOP,
         pad_token=END,
-        extra_special_tokens=[START, PICTURE],
+        extra_special_tokens=[START, PICTURE, AROUND, GLOBAL, UTTERANCE],
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def make_seeing_checkpoint(directory: Any, seed: int = 0) -> Path:
-    """Write a random fp32 LLaVA with all that a server of it needs; return its directory."""
+    """Write a random fp32 Idefics 3 with all that a server of it needs; return its directory."""
     directory = Path(directory)
     tokenizer = make_tokenizer()
     text = {
@@ -78,7 +83,6 @@ def make_seeing_checkpoint(directory: Any, seed: int = 0) -> Path:
         "dtype": "float32",
     }
     vision = {
-        "model_type": "clip_vision_model",
         # As many layers as the decoder has, which are told apart all the same.
         "num_hidden_layers": 4,
         "hidden_size": 64,
@@ -86,26 +90,22 @@ def make_seeing_checkpoint(directory: Any, seed: int = 0) -> Path:
         "num_attention_heads": 2,
         "image_size": SIDE,
         "patch_size": PATCH,
-        "projection_dim": 64,
     }
     config = AutoConfig.for_model(
-        "llava",
+        "idefics3",
         text_config=text,
         vision_config=vision,
-        image_token_index=tokenizer.convert_tokens_to_ids(PICTURE),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_token_id=tokenizer.convert_tokens_to_ids(PICTURE),
+        pad_token_id=tokenizer.pad_token_id,
+        scale_factor=SCALE,
         tie_word_embeddings=False,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "vision_tower" not in name and "projector" not in name:
-                weight = random_weight(
-                    name, parameter.shape, config.get_text_config(), generator
-                )
+            if "vision_model" not in name and "connector" not in name:
+                weight = random_weight(name, parameter.shape, config.get_text_config(), generator)
             elif parameter.ndim == 1:
                 weight = torch.full(parameter.shape, float("norm" in name))
             else:
@@ -113,16 +113,15 @@ def make_seeing_checkpoint(directory: Any, seed: int = 0) -> Path:
                 weight = noise / parameter[0].numel() ** 0.5
             parameter.copy_(weight)
     model.save_pretrained(directory, safe_serialization=True)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    Idefics3Processor(
+        Idefics3ImageProcessor(
+            size={"longest_edge": SIDE},
+            max_image_size={"longest_edge": SIDE},
+            do_image_splitting=False,
         ),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        tokenizer,
+        image_seq_len=(SIDE // PATCH // SCALE) ** 2,
         chat_template=CHAT_TEMPLATE,
-        image_token=PICTURE,
     ).save_pretrained(directory)
     return directory
 
@@ -138,17 +137,17 @@ class SeeingOracle(OracleModel):
 
     def see(self, prompt: list[int], picture: Image.Image) -> tuple[list[int], torch.Tensor]:
         """``prompt`` with as many places as its picture takes, and what the decoder reads [T, H]."""
-        place = self.model.config.image_token_index
-        at = prompt.index(place)
-        whole = [*prompt[:at], *[place] * (SIDE // PATCH) ** 2, *prompt[at + 1 :]]
-        pixels = self._processor.image_processor([picture], return_tensors="pt")
+        at = prompt.index(self.model.config.image_token_id)
+        seen = self._processor(text=[PICTURE], images=[[picture]], return_tensors="pt")
+        whole = [*prompt[:at], *seen.pop("input_ids")[0].tolist(), *prompt[at + 1 :]]
+        del seen["attention_mask"]
         self.banks = {}
         read = []
-        hook = self.model.model.language_model.register_forward_pre_hook(
+        hook = self.model.model.text_model.register_forward_pre_hook(
             lambda _module, _args, kwargs: read.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         with torch.no_grad():
-            self.model(input_ids=torch.tensor([whole]), **pixels)
+            self.model(input_ids=torch.tensor([whole]), **seen)
         hook.remove()
         return whole, read[0][0]
 
@@ -168,7 +167,7 @@ class SeeingOracle(OracleModel):
         return tokens, prompt_logprobs
 
     def _logits(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self.model.model.language_model(
+        out = self.model.model.text_model(
             inputs_embeds=states[None],
             position_ids=positions,
             past_key_values=self._cache,

@@ -49,8 +49,10 @@ class PaceBlock:
         # A projection's bias that its caller adds comes along, and is mostly None.
         states, *others = returned if isinstance(returned, tuple) else (returned,)
         width = self.memory.width
-        if not isinstance(states, torch.Tensor) or states.shape[-1] != width or any(
-            other is not None for other in others
+        if (
+            not isinstance(states, torch.Tensor)
+            or states.shape[-1] != width
+            or any(other is not None for other in others)
         ):
             raise RuntimeError(
                 f"pacellm: {self.memory.prefix.removesuffix('.memory')} returns something else "

@@ -48,7 +48,11 @@ class BaseModel:
 
 _BASES = [BaseModel(*model) for model in generation_models()]
 WHY_NOT = {
-    **{base.architecture: _WHY_NOT_OWN_LAYOUT for base in _BASES if base.module.startswith(_OWN_LAYOUT)},
+    **{
+        base.architecture: _WHY_NOT_OWN_LAYOUT
+        for base in _BASES
+        if base.module.startswith(_OWN_LAYOUT)
+    },
     **{name: reason for reason, names in _NOT_SERVED.items() for name in names.split()},
 }
 ARCHITECTURES = {
