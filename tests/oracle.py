@@ -3,7 +3,8 @@
 It shares no code with the package and is meant to be read beside section 1 of the design. It is
 slow on purpose: one request, one bank per layer, loops over tokens.
 
-Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, or hidden size, M = bank slots, V = vocabulary.
+Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, or hidden size H, M = bank slots,
+V = vocabulary.
 """
 
 from collections import Counter
@@ -303,7 +304,7 @@ class OracleModel:
         return (self._pass(index, a),)
 
     def _remember_output(self, index: int, module: Any, args: Any, returned: Any) -> Any:
-        """What the FFN of layer `index` returns instead: [..., T, H], or a tuple of that and more."""
+        """What the FFN of layer `index` returns instead: [..., T, H], or a tuple that starts so."""
         if index not in self.banks:
             return None
         if isinstance(returned, tuple):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
