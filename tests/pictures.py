@@ -136,7 +136,7 @@ class SeeingOracle(OracleModel):
         self._processor = AutoProcessor.from_pretrained(path)
 
     def see(self, prompt: list[int], picture: Image.Image) -> tuple[list[int], torch.Tensor]:
-        """``prompt`` with all the places that its picture takes, and what the decoder reads [T, H]."""
+        """``prompt`` with all places that its picture takes, and what the decoder reads [T, H]."""
         at = prompt.index(self.model.config.image_token_id)
         seen = self._processor(text=[PICTURE], images=[[picture]], return_tensors="pt")
         whole = [*prompt[:at], *seen.pop("input_ids")[0].tolist(), *prompt[at + 1 :]]

@@ -1,4 +1,4 @@
-"""The decoder layers of a vLLM model, wherever they hang: in a language model, beside a vision tower."""
+"""The decoder layers of a vLLM model, wherever they hang, perhaps beside those of an encoder."""
 
 import re
 from dataclasses import dataclass

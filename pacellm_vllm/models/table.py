@@ -60,7 +60,44 @@ ARCHITECTURES = {
 }
 
 # Those whose FFNs the loader of clustered checkpoints was tested on (``experts.check_ffn``).
-_WITH_EXPERTS = ["ApertusForCausalLM", "ArceeForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "CwmForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Glm4ForCausalLM", "GraniteForCausalLM", "GraniteSWAForCausalLM", "HunYuanDenseV1ForCausalLM", "HyperCLOVAXForCausalLM", "InternLM3ForCausalLM", "IQuestCoderForCausalLM", "Jais2ForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM", "Ministral3ForCausalLM", "MistralForCausalLM", "NemotronForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM", "TeleChat3ForCausalLM", "TransformersForCausalLM", "VaultGemmaForCausalLM"]
+_WITH_EXPERTS = [
+    "ApertusForCausalLM",
+    "ArceeForCausalLM",
+    "Cohere2ForCausalLM",
+    "CohereForCausalLM",
+    "CwmForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "Exaone4ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GemmaForCausalLM",
+    "Glm4ForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteSWAForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "HyperCLOVAXForCausalLM",
+    "InternLM3ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "Jais2ForCausalLM",
+    "LlamaForCausalLM",
+    "LLaMAForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "NemotronForCausalLM",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "OlmoForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM",
+    "StableLmForCausalLM",
+    "Starcoder2ForCausalLM",
+    "TeleChat3ForCausalLM",
+    "TransformersForCausalLM",
+    "VaultGemmaForCausalLM",
+]
 
 
 def pace_architecture(architecture: str) -> str | None:

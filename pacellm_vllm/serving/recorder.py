@@ -181,8 +181,8 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 def decode(model: Any, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
     """The ``count`` tokens that each of ``rows`` [m, D], what ``layer`` remembers, speaks for most.
 
-    Activations go through the layer's output projection; all through the final norm and the head, as if no other layer had
-    written anything.
+    Activations go through the layer's output projection; all through the final norm and the head,
+    as if no other layer had written anything.
     """
     module = model.get_submodule(layer.prefix.removesuffix(".memory"))
     norm: Any = final_norm(model)
