@@ -1,4 +1,4 @@
-"""Print docs/models.md's table: every architecture that vLLM generates text with, and how it stands.
+"""Print the table of docs/models.md: every generative architecture of vLLM, and how it stands.
 
     python scripts/list_models.py
 

@@ -59,7 +59,7 @@ def check_kernels(layout: BankLayout) -> None:
     """Refuse rows that the GPU kernels cannot address; ``ValueError``."""
     if layout.unit_bytes % 4:
         raise ValueError(
-            "pacellm: on a GPU a rank's share of what is remembered must be whole words of 4 bytes, "
+            "pacellm: on a GPU a rank's share of what is remembered must be words of 4 bytes, "
             f"not {layout.width} x {layout.itemsize} bytes; set bank_dtype to float32, or choose "
             "another --tensor-parallel-size."
         )

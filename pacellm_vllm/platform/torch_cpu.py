@@ -38,8 +38,8 @@ class TorchCpuPlatform(CpuPlatform):
     ) -> str:
         if attn_selector_config.use_mla or attn_selector_config.use_sparse:
             raise NotImplementedError(
-                "MLA and sparse attention are not implemented on the torch CPU platform; models with "
-                "MLA run without it where VLLM_MLA_DISABLE=1 is set."
+                "MLA and sparse attention are not implemented on the torch CPU platform; models "
+                "with MLA run without it where VLLM_MLA_DISABLE=1 is set."
             )
         super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         return "pacellm_vllm.platform.attention.TorchAttentionBackend"
