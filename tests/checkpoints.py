@@ -132,13 +132,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
     },
     "hunyuan_v1_moe": {**_EXPERTS, "num_experts": 8, "moe_topk": 2, "intermediate_size": 96},
-    "minimax_m2": {
-        **_EXPERTS,
-        "num_local_experts": 8,
-        "intermediate_size": 96,
-        "rotary_dim": 16,
-        "scoring_func": "sigmoid",
-    },
     "exaone_moe": {
         **_EXPERTS,
         **_WINDOWS,
