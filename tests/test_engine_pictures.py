@@ -41,9 +41,9 @@ def cases(seeing):
     return found
 
 
-def ask(running, cases):
+def ask(running, cases, **sampling):
     params = SamplingParams(
-        temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, prompt_logprobs=0
+        temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, **sampling
     )
     prompts = [
         {"prompt_token_ids": prompt, "multi_modal_data": {"image": picture}}
@@ -58,37 +58,34 @@ def seeing_engine(path, **settings):
     return engine(path, PACE, skip_tokenizer_init=False, **hashes, **settings)
 
 
+def tokens_of(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 @pytest.mark.parametrize("tokens", [48, 256])
-def test_prompts_with_pictures_equal_the_oracle(tokens, seeing, cases):
+def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(tokens, seeing, cases):
+    truth = [answer for _, _, answer, _ in cases]
     with seeing_engine(seeing, max_num_batched_tokens=tokens) as running:
-        for output, (_, _, answer, logprobs) in zip(ask(running, cases), cases, strict=True):
+        outputs = ask(running, cases, prompt_logprobs=0)
+        for output, (_, _, _, logprobs) in zip(outputs, cases, strict=True):
             worst = max(abs(a - b) for a, b in zip(prompt_logprobs(output), logprobs, strict=True))
             assert worst <= 1e-3
-            assert list(output.outputs[0].token_ids) == answer
+        assert tokens_of(outputs) == truth
         for memory in running.memories().values():
             assert min(memory.counts.commits, memory.counts.mid + memory.counts.high) > 0
         assert len(running.memories()) == 2
+        # Prompts are the same but for their pictures.
+        assert tokens_of(ask(running, cases)) == truth
+        warm = ask(running, cases)
+        assert tokens_of(warm) == truth
+        assert sum(output.num_cached_tokens for output in warm) > 0
         assert running.all_blocks_are_back()
 
 
-def test_a_cached_picture_is_its_own_and_preemption_forgets_nothing(seeing, cases):
-    truth = [answer for _, _, answer, _ in cases]
-    with seeing_engine(
-        seeing, max_num_batched_tokens=64, max_model_len=256, num_gpu_blocks_override=44
-    ) as running:
-        for _ in range(2):
-            outputs = [
-                running.llm.generate(
-                    [{"prompt_token_ids": prompt, "multi_modal_data": {"image": picture}}],
-                    SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True),
-                    use_tqdm=False,
-                )[0]
-                for prompt, picture, _, _ in cases
-            ]
-            assert [list(output.outputs[0].token_ids) for output in outputs] == truth
-        assert sum(output.num_cached_tokens for output in outputs) > 0
-        outputs = ask(running, cases)
-        assert [list(output.outputs[0].token_ids) for output in outputs] == truth
+def test_preempted_requests_give_the_same_tokens(seeing, cases):
+    settings = {"max_num_batched_tokens": 64, "max_model_len": 256, "num_gpu_blocks_override": 40}
+    with seeing_engine(seeing, **settings) as running:
+        assert tokens_of(ask(running, cases)) == [answer for _, _, answer, _ in cases]
         assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()
 

@@ -99,7 +99,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             self._plain_counts.add(progress)
 
     def check_whole(self, a: torch.Tensor) -> None:
-        """In the first step without requests: whether all ranks hold the same ``a``.
+        """In the first step, mostly one without requests: whether all ranks hold the same ``a``.
 
         ``RuntimeError`` where each holds a part of a sum: some models add it up over ranks later,
         together with other parts, and banks of ranks would then differ.
@@ -134,8 +134,8 @@ def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()
     # None is all a profiling run has: no pages exist yet.
     layer = context.no_compile_layers[layer_name]
+    layer.check_whole(a)
     if context.attn_metadata is None:
-        layer.check_whole(a)
         out.copy_(a)
         return
     layer.run(a, out, _metadata_of(layer_name, context.attn_metadata))
