@@ -41,7 +41,6 @@ COMPARED = frozenset(
         "Llama4ForCausalLM",
         "LlamaForCausalLM",
         "LLaMAForCausalLM",
-        "MiniMaxM2ForCausalLM",
         "Ministral3ForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",
