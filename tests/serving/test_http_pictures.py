@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
 FLAGS = ["--layers", "1,3", "--bank-size", "23", "--segment-size", "32", "--max-insertions", "5"]
 ENGINE = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "64"]
+ENGINE += ["--block-size", "16"]
 ENGINE += ["--kv-cache-memory-bytes", str(64 << 20), "--mm-hasher-algorithm", "sha256"]
 WORDS = "What is in this picture, and what was in the ones before? Say it, say it again, say it."
 MAX_TOKENS = 16
