@@ -107,7 +107,9 @@ def test_recurrent_layers_are_refused(tmp_path):
 def test_what_was_not_compared_is_served_with_a_warning():
     sentence = checks.not_compared("PaceBailingMoeForCausalLM")
     assert sentence.startswith("pacellm: memory in BailingMoeForCausalLM was not compared")
-    assert checks.not_compared("PaceMixtralForCausalLM") is None
+    assert checks.not_compared("PaceTransformersForCausalLM") is not None
+    for like_one_that_was in ("PaceMixtralForCausalLM", "PaceInternLM3ForCausalLM"):
+        assert checks.not_compared(like_one_that_was) is None
 
 
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):

@@ -17,7 +17,7 @@ from pacellm_vllm.memory.batch import BatchSettings, NoSettings
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
-from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
 from pacellm_vllm.request import is_ours
 
 logger = plugin_logger()
@@ -73,11 +73,16 @@ def known_harm(config: PaceConfig) -> str | None:
 
 def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
-    base = architecture.removeprefix("Pace")
-    if base in COMPARED:
+    base = ARCHITECTURES[architecture]
+    # Of vLLM's Transformers backend every family has the same class.
+    classes = {other.name for other in ARCHITECTURES.values() if other.architecture in COMPARED} - {
+        "TransformersForCausalLM",
+        "TransformersMoEForCausalLM",
+    }
+    if base.architecture in COMPARED or base.name in classes:
         return None
     return (
-        f"pacellm: memory in {base} was not compared with an independent computation, only its "
+        f"pacellm: memory in {base.architecture} was not compared with an independent computation, only its "
         "layers were recognised by what they are made of; docs/models.md lists the architectures "
         "that were."
     )

@@ -1,6 +1,7 @@
 """Architectures whose memory was held to an independent computation, by tests on real engines.
 
-Others are served by what is seen in them, and start with a warning that says so.
+Others, but for those of the same vLLM class, are served by what is seen in them, and start with a
+warning that says so.
 """
 
 COMPARED = frozenset(
@@ -35,12 +36,9 @@ COMPARED = frozenset(
         "HunYuanMoEV1ForCausalLM",
         "HyperCLOVAXForCausalLM",
         "Idefics3ForConditionalGeneration",
-        "InternLM3ForCausalLM",
-        "IQuestCoderForCausalLM",
         "Jais2ForCausalLM",
         "Llama4ForCausalLM",
         "LlamaForCausalLM",
-        "LLaMAForCausalLM",
         "Ministral3ForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",
@@ -60,8 +58,6 @@ COMPARED = frozenset(
         "SmolLM3ForCausalLM",
         "StableLmForCausalLM",
         "Starcoder2ForCausalLM",
-        "TeleChat3ForCausalLM",
-        "TransformersForCausalLM",
         "VaultGemmaForCausalLM",
     ]
 )
