@@ -75,7 +75,8 @@ def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
     base = ARCHITECTURES[architecture]
     # Of vLLM's Transformers backend every family has the same class.
-    classes = {other.name for other in ARCHITECTURES.values() if other.architecture in COMPARED} - {
+    compared = {other.name for other in ARCHITECTURES.values() if other.architecture in COMPARED}
+    classes = compared - {
         "TransformersForCausalLM",
         "TransformersMoEForCausalLM",
     }
