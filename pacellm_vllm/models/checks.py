@@ -74,18 +74,19 @@ def known_harm(config: PaceConfig) -> str | None:
 def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
     base = ARCHITECTURES[architecture]
+    compared = [other for other in ARCHITECTURES.values() if other.architecture in COMPARED]
     # Of vLLM's Transformers backend every family has the same class.
-    compared = {other.name for other in ARCHITECTURES.values() if other.architecture in COMPARED}
-    classes = compared - {
-        "TransformersForCausalLM",
-        "TransformersMoEForCausalLM",
+    classes = {
+        (other.module, other.name)
+        for other in compared
+        if not other.module.endswith(".transformers")
     }
-    if base.architecture in COMPARED or base.name in classes:
+    if base in compared or (base.module, base.name) in classes:
         return None
     return (
-        f"pacellm: memory in {base.architecture} was not compared with an independent computation, only its "
-        "layers were recognised by what they are made of; docs/models.md lists the architectures "
-        "that were."
+        f"pacellm: memory in {base.architecture} was not compared with an independent "
+        "computation, only its layers were recognised by what they are made of; docs/models.md "
+        "lists the architectures that were."
     )
 
 
