@@ -107,7 +107,9 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         if not self._to_check:
             return
         self._to_check = False
-        mean = tensor_model_parallel_all_reduce(a.float()) / get_tensor_model_parallel_world_size()
+        # On a CPU the sum takes the place of what is summed.
+        total = tensor_model_parallel_all_reduce(a.float().clone())
+        mean = total / get_tensor_model_parallel_world_size()
         if (mean - a).norm() > 0.01 * a.float().norm():
             raise RuntimeError(
                 f"pacellm: {self.prefix.removesuffix('.memory')} returns on each tensor parallel "
