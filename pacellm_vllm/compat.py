@@ -90,25 +90,50 @@ def register_kv_cache_spec(spec: type, manager: type) -> None:
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
 
 
-def add_config_hook(architecture: str, hook: ConfigHook) -> None:
+def generation_models() -> list[tuple[str, str, str]]:
+    """Architecture, module and class of what vLLM generates text with; nothing is imported.
+
+    Symptom: the registry knows what a class can do only once it has imported it, which takes
+    seconds for all of them; the tables it is made from are not public.
+    Can go when there is a public list of generative architectures.
+    """
+    from vllm.model_executor.models import registry
+
+    listed = {
+        **registry._TEXT_GENERATION_MODELS,
+        **registry._MULTIMODAL_MODELS,
+        **registry._TRANSFORMERS_SUPPORTED_MODELS,
+    }
+    names = [*listed, *(n for n in registry._TRANSFORMERS_BACKEND_MODELS if "ForCausalLM" in n)]
+    found = [(name, registry.ModelRegistry.models.get(name)) for name in names]
+    # Another plugin may have put a class of its own under one of the names.
+    return [
+        (name, model.module_name, model.class_name)
+        for name, model in found
+        if isinstance(model, registry._LazyRegisteredModel)
+    ]
+
+
+def add_config_hook(architecture: str, hook: ConfigHook, base: str | None = None) -> None:
     """Run ``hook(vllm_config)`` when an engine for ``architecture`` is configured.
 
-    The architecture's own hook, if any, runs first. Idempotent per architecture and hook.
+    The architecture's own hook, if any, runs first, or that of ``base``, which it stands on.
+    Idempotent per architecture and hook.
     Symptom: vLLM has no public place where a plugin may check the finished configuration;
     ``MODELS_CONFIG_MAP`` is what its own models use. Can go when there is one.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    base = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
-    if getattr(base, "_pacellm_hook", None) is hook:
+    if getattr(MODELS_CONFIG_MAP.get(architecture), "_pacellm_hook", None) is hook:
         return
+    own = MODELS_CONFIG_MAP.get(base or architecture, VerifyAndUpdateConfig)
 
-    class HookedConfig(base):  # type: ignore[valid-type, misc]
+    class HookedConfig(own):  # type: ignore[valid-type, misc]
         _pacellm_hook = staticmethod(hook)
 
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
-            base.verify_and_update_config(vllm_config)
+            own.verify_and_update_config(vllm_config)
             hook(vllm_config)
 
     MODELS_CONFIG_MAP[architecture] = HookedConfig

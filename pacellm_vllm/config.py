@@ -24,6 +24,7 @@ from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.sentences import first_mistake, not_allowed
 
 Preset = Literal["gentle", "official", "paper"]
+Site = Literal["auto", "activation", "output"]
 DEFAULT_PRESET: Preset = "gentle"
 
 # Values the presets disagree on. `official` is the published code, `paper` its text (Sec. 4.4 and
@@ -35,6 +36,10 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1},
 }
 
+# What was published remembers activations. Where a preset may also take outputs, models without
+# activations to remember carry memory as well.
+_SITES: dict[str, Site] = {"gentle": "auto", "official": "activation", "paper": "activation"}
+
 # The paper places its two memory layers at 12 and 26 of 28 (0-based, Sec. 4.4).
 PAPER_LAYERS, PAPER_DEPTH = (12, 26), 28
 
@@ -43,6 +48,7 @@ DEFAULT_MAX_INSERTIONS = 16
 _ALLOWED = {
     "layers": 'a non-empty list of distinct 0-based layer indices, or "auto"',
     "preset": '"gentle", "official" or "paper"',
+    "site": '"auto", "activation" or "output"',
     "bank_size": "an integer from 1 to 1024",
     "theta_high": "a number from -1 to 1",
     "theta_low": "a number from -1 to 1, not above theta_high",
@@ -63,7 +69,7 @@ class PaceConfigError(ValueError):
 
 
 class PaceConfig(BaseModel):
-    """Settings of the activation memory (PaceLLM, Sec. 3.2.1).
+    """Settings of the memory (PaceLLM, Sec. 3.2.1).
 
     Raises ``PaceConfigError`` through :meth:`from_sources`; built directly, pydantic's own error.
     """
@@ -75,6 +81,10 @@ class PaceConfig(BaseModel):
     )
     preset: Preset = Field(
         DEFAULT_PRESET, description="do no harm, the published code, or the paper's text"
+    )
+    site: Site = Field(
+        description="what of an FFN is remembered: its activations, its outputs (of mixtures of "
+        "experts, too), or auto: activations where all layers have them"
     )
     bank_size: int = Field(100, ge=1, le=1024, strict=True, description="slots M of one bank")
     theta_high: float = Field(ge=-1, le=1, description="similarity above: replaced by memory")
@@ -110,8 +120,11 @@ class PaceConfig(BaseModel):
         size = data.get("bank_size", cls.model_fields["bank_size"].default)
         if isinstance(size, int):
             filled["max_insertions"] = max(0, min(DEFAULT_MAX_INSERTIONS, size))
+        filled["site"] = _SITES.get(preset, "auto") if isinstance(preset, str) else "auto"
         if data.get("experts") is not None:
             filled["layers"] = ()
+            # Routed FFNs hand their activations to the memory.
+            filled["site"] = "activation"
         return {**filled, **data}
 
     @model_validator(mode="after")
@@ -125,6 +138,10 @@ class PaceConfig(BaseModel):
                 not_allowed(
                     "max_insertions", self.max_insertions, f"at most bank_size = {self.bank_size}"
                 )
+            )
+        if self.experts is not None and self.site == "output":
+            raise PaceConfigError(
+                not_allowed("site", self.site, '"activation" beside experts, which are inside FFNs')
             )
         without_memory = self.experts is not None and self.layers == ()
         if (
@@ -189,6 +206,10 @@ class PaceConfig(BaseModel):
                     not_allowed("layers", index, f"from 0 to {num_layers - 1} for this model")
                 )
         return tuple(sorted(self.layers))
+
+    def at(self, site: Site) -> "PaceConfig":
+        """The same with its ``site`` decided."""
+        return self.model_copy(update={"site": site})
 
     def stored_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype a bank's slots are stored in."""

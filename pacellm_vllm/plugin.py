@@ -34,9 +34,9 @@ def _register() -> None:
     from pacellm_vllm.compat import add_config_hook
     from pacellm_vllm.models.table import ARCHITECTURES
 
-    for name in ARCHITECTURES:
+    for name, base in ARCHITECTURES.items():
         # The check first: without it there is to be no architecture.
-        add_config_hook(name, _check_engine)
+        add_config_hook(name, _check_engine, base.architecture)
         if name not in ModelRegistry.models:
             ModelRegistry.register_model(name, f"pacellm_vllm.models:{name}")
     for name in ModelRegistry.get_supported_archs():

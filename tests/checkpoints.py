@@ -77,6 +77,78 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vaultgemma": {**_TIED, **_WINDOWS},
 }
 
+_EXPERTS = {**_WIDE, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **_EXPERTS,
+    **_ALL_HEADS,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 16,
+}
+# Decoders with routed experts in some layers at least.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**_WIDE, "num_local_experts": 8, "intermediate_size": 96, "sliding_window": None},
+    "qwen2_moe": {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {**_EXPERTS, "num_experts": 8},
+    "olmoe": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
+    "gpt_oss": {**_EXPERTS, **_WINDOWS, "num_local_experts": 8, "intermediate_size": 96},
+    "glm4_moe": {
+        **_EXPERTS,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "granitemoe": {
+        **_EXPERTS,
+        "num_local_experts": 8,
+        "intermediate_size": 96,
+        "attention_multiplier": 32**-0.5,
+    },
+    "ernie4_5_moe": {
+        **_EXPERTS,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
+    "llama4_text": {
+        **_EXPERTS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 96,
+        "intermediate_size_mlp": 344,
+        "interleave_moe_layer_step": 2,
+        "head_dim": 32,
+    },
+    "hunyuan_v1_moe": {**_EXPERTS, "num_experts": 8, "moe_topk": 2, "intermediate_size": 96},
+    "exaone_moe": {
+        **_EXPERTS,
+        **_WINDOWS,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "glm4_moe_lite": {**_DEEPSEEK, "topk_method": "noaux_tc"},
+}
+# Dense FFNs whose activations no module returns.
+WITHOUT_ACTIVATIONS: dict[str, dict[str, Any]] = {"glm": _WIDE}
+FAMILIES |= MIXTURES | WITHOUT_ACTIVATIONS
+# They keep the matrices of experts as [experts, in, out].
+_TURNED_EXPERTS = ("gpt_oss", "llama4_text")
+
 # What families call weights that play one part.
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
 _POSITIONS = ("wpe", "embed_positions")
@@ -138,16 +210,20 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             # GPT-2 stores matrices as [in, out].
-            turned = arch == "gpt2" and ".h." in name and parameter.ndim == 2
-            shape = parameter.T.shape if turned else parameter.shape
-            weight = _weight(name, shape, config, generator)
-            parameter.copy_(weight.T if turned else weight)
+            turned = (arch == "gpt2" and ".h." in name and parameter.ndim == 2) or (
+                arch in _TURNED_EXPERTS and parameter.ndim == 3
+            )
+            shape = parameter.mT.shape if turned else parameter.shape
+            weight = random_weight(name, shape, config, generator)
+            parameter.copy_(weight.mT if turned else weight)
     directory = Path(directory)
     model.save_pretrained(directory, safe_serialization=True)
     return directory
 
 
-def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
+def random_weight(
+    name: str, shape: torch.Size, config: Any, generator: torch.Generator
+) -> torch.Tensor:
     """One parameter's initial value, by the last part of its name."""
     noise = torch.randn(shape, generator=generator)
     parts = name.removesuffix(".weight").rsplit(".", 2)
@@ -164,7 +240,10 @@ def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generato
     if kind in ("alpha_p", "alpha_n"):
         # xIELU's, which vLLM keeps in bfloat16: exact there, and so is their softplus.
         return torch.full(shape, 24.0)
-    if kind == "bias":
+    if kind == "e_score_correction_bias":
+        # vLLM's router on a CPU leaves ERNIE's out.
+        return torch.zeros(shape)
+    if kind.endswith("bias"):
         return 0.1 * noise
     if kind in _EMBEDDINGS:
         topics = torch.randn(-(-shape[0] // TOPIC_SIZE), shape[1], generator=generator)
@@ -176,7 +255,7 @@ def _weight(name: str, shape: torch.Size, config: Any, generator: torch.Generato
     if kind in _POSITIONS or kind == "sinks":
         return 0.3 * noise
     # With inputs of RMS 1 a gain of 1 makes outputs of RMS 1.
-    weight = noise / shape[1] ** 0.5
+    weight = noise / shape[-1] ** 0.5
     if kind in _FFN_INPUTS:
         return 1.4 * weight * _halves(config.hidden_size, READ_CONTEXT)
     if kind in _HEADS:

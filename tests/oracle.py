@@ -1,9 +1,11 @@
-"""The oracle: PaceLLM's activation memory in plain PyTorch, written from the design alone.
+"""The oracle: PaceLLM's memory, of activations or of FFN outputs, in plain PyTorch.
 
-It shares no code with the package and is meant to be read beside section 1 of the design. It is
-slow on purpose: one request, one bank per layer, loops over tokens.
+It is written from the design alone, shares no code with the package, and is meant to be read
+beside section 1 of the design. It is slow on purpose: one request, one bank per layer, loops over
+tokens.
 
-Shapes: T tokens, S tokens in a segment, D = FFN intermediate size, M = bank slots, V = vocabulary.
+Shapes: T tokens, S tokens in a segment, D = FFN intermediate size (of outputs: hidden size),
+M = bank slots, V = vocabulary.
 """
 
 from collections import Counter
@@ -21,6 +23,8 @@ EPS = 1e-8
 MOST_SQUARE = 1e30
 # What families call the projection that ends their FFN.
 OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
+# What families call their FFN, dense or routed, in a decoder layer.
+BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
 
 PRESETS: dict[str, dict[str, float]] = {
     "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
@@ -41,6 +45,7 @@ class MemoryRules:
     noise: float
     preset: str = "gentle"
     layers: tuple[int, ...] = ()
+    site: str = "activation"
     bank_size: int = 100
     top_k: int = 5
     negative_k: int = 2
@@ -212,8 +217,10 @@ class OracleModel:
     """A Hugging Face causal LM whose chosen FFNs have a memory; one request at a time.
 
     Args:
-        path: a checkpoint directory of any decoder with dense FFNs, loaded in fp32.
-        pace: what one writes in {"pacellm": {...}}; no layers means no memory.
+        path: a checkpoint directory of any decoder, loaded in fp32; of dense FFNs where the site is
+            "activation".
+        pace: what one writes in {"pacellm": {...}}; no layers means no memory, and no site
+            "activation".
         config: overrides of fields of its Hugging Face configuration.
 
     After `forward` or `generate`, `banks[layer]` holds each layer's committed memory and its
@@ -221,14 +228,20 @@ class OracleModel:
     """
 
     def __init__(self, path: Any, pace: dict[str, Any], **config: Any):
-        self.model = load_model(path, dtype=torch.float32, attn_implementation="eager", **config)
+        self.model = self.load(path, dtype=torch.float32, attn_implementation="eager", **config)
         self.pace = pace
         self.banks: dict[int, Bank] = {}
         self.widths: list[int] = []
         for index, layer in enumerate(_decoder_layers(self.model)):
+            if pace.get("site") == "output":
+                self.widths.append(self.model.config.get_text_config().hidden_size)
+                _ffn(layer).register_forward_hook(partial(self._remember_output, index))
+                continue
             output = _output_projection(layer)
             self.widths.append(getattr(output, "in_features", None) or output.weight.shape[0])
             output.register_forward_pre_hook(partial(self._remember, index))
+
+    load = staticmethod(load_model)
 
     def forward(self, token_ids: list[int], **overrides: Any) -> Tensor:
         """Logits [T, V] of a sequence seen from an empty memory; overrides are pace settings."""
@@ -260,35 +273,51 @@ class OracleModel:
         self._position = 0
 
     @torch.no_grad()
-    def _feed(self, token_ids: list[int]) -> Tensor:
+    def _feed(self, tokens: Any) -> Tensor:
         """Append tokens to the sequence: logits [T, V]. No forward crosses a segment boundary."""
         logits = []
         size = self.rules.segment_size
-        while token_ids:
+        while len(tokens):
             room = size - self._position % size
-            now, token_ids = token_ids[:room], token_ids[room:]
+            now, tokens = tokens[:room], tokens[room:]
             positions = torch.arange(self._position, self._position + len(now))[None]
-            out = self.model(
-                input_ids=torch.tensor([now]),
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-            logits.append(out.logits[0])
+            logits.append(self._logits(now, positions))
             self._position += len(now)
             if self._position % size == 0:
                 self._commit()
         return torch.cat(logits)
+
+    def _logits(self, token_ids: list[int], positions: Tensor) -> Tensor:
+        """Logits [T, V] of the next tokens, at positions [1, T]."""
+        out = self.model(
+            input_ids=torch.tensor([token_ids]),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[0]
 
     def _remember(self, index: int, module: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """What the output projection of layer `index` reads instead of a [..., T, D]."""
         if index not in self.banks:
             return None
         (a,) = args
+        return (self._pass(index, a),)
+
+    def _remember_output(self, index: int, module: Any, args: Any, returned: Any) -> Any:
+        """What the FFN of layer `index` returns instead: [..., T, H], or a tuple that starts so."""
+        if index not in self.banks:
+            return None
+        if isinstance(returned, tuple):
+            return (self._pass(index, returned[0]), *returned[1:])
+        return self._pass(index, returned)
+
+    def _pass(self, index: int, a: Tensor) -> Tensor:
+        """What the bank of layer `index` makes of a [..., T, D]."""
         flat = a.flatten(0, -2)
         o, _ = self.banks[index].enhance(flat)
         self._segment[index].append((flat, o))
-        return (o.view(a.shape),)
+        return o.view(a.shape)
 
     def _commit(self) -> None:
         for index, bank in self.banks.items():
@@ -298,10 +327,21 @@ class OracleModel:
 
 
 def _decoder_layers(model: Any) -> Any:
-    number = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
-    (layers,) = lists
+    number = model.config.get_text_config().num_hidden_layers
+    (layers,) = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == number
+        and "vision_model" not in name
+    )
     return layers
+
+
+def _ffn(layer: torch.nn.Module) -> Any:
+    """The whole FFN of a Hugging Face decoder layer."""
+    (found,) = (module for name, module in layer.named_children() if name in BLOCKS)
+    return found
 
 
 def _output_projection(layer: torch.nn.Module) -> Any:

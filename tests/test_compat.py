@@ -52,6 +52,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
+from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 from pacellm_vllm.platform import CPU_WORKER
 
@@ -115,29 +116,47 @@ def test_config_hooks_run_after_the_architectures_own_and_once():
 def test_every_architecture_stands_on_what_vllm_registers():
     for base in ARCHITECTURES.values():
         registered = ModelRegistry.models[base.architecture]
-        module = f"vllm.model_executor.models.{base.module}"
-        assert (registered.module_name, registered.class_name) == (module, base.name)
+        assert (registered.module_name, registered.class_name) == (base.module, base.name)
 
 
-def test_every_text_generation_architecture_of_vllm_is_served_or_has_a_reason():
-    listed = {
-        *registry._TEXT_GENERATION_MODELS,
-        *registry._TRANSFORMERS_SUPPORTED_MODELS,
+def test_every_generative_architecture_of_vllm_is_served_or_has_a_reason():
+    tables = (
+        registry._TEXT_GENERATION_MODELS,
+        registry._MULTIMODAL_MODELS,
+        registry._TRANSFORMERS_SUPPORTED_MODELS,
+    )
+    listed = {name for table in tables for name in table}
+    listed |= {
         "TransformersForCausalLM",
         "TransformersMoEForCausalLM",
+        "TransformersMultiModalForCausalLM",
+        "TransformersMultiModalMoEForCausalLM",
     }
-    listed = {
-        name
-        for name in listed
-        if registry._TRANSFORMERS_SUPPORTED_MODELS.get(name, ("", ""))[1]
-        != "TransformersMultiModalForCausalLM"
-    }
+    assert {name for name, _, _ in compat.generation_models()} == listed
     served = {base.architecture for base in ARCHITECTURES.values()}
     assert served & WHY_NOT.keys() == set()
-    # The table is of the newest vLLM; an older one knows fewer.
+    # Reasons may be of architectures that one of the two versions lacks.
     assert served | WHY_NOT.keys() >= listed
-    if not vllm.__version__.startswith("0.32."):
-        assert served | WHY_NOT.keys() == listed
+    assert served <= listed
+    assert listed >= COMPARED
+
+
+def test_hooks_of_an_architecture_are_run_for_the_one_that_stands_on_it():
+    calls = []
+
+    class Own(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config):
+            calls.append("own")
+
+    MODELS_CONFIG_MAP["PacellmTestModel"] = Own
+    try:
+        compat.add_config_hook("PacePacellmTestModel", calls.append, "PacellmTestModel")
+        MODELS_CONFIG_MAP["PacePacellmTestModel"].verify_and_update_config("ours")
+        assert calls == ["own", "ours"]
+    finally:
+        MODELS_CONFIG_MAP.pop("PacellmTestModel")
+        MODELS_CONFIG_MAP.pop("PacePacellmTestModel", None)
 
 
 def test_runner_v1_still_computes_a_slot_mapping_for_every_group():

@@ -73,6 +73,12 @@ def test_max_insertions_defaults_to_sixteen_or_the_bank():
         ({"bank_size": 7.5}, ["bank_size", "7.5", "an integer"]),
         ({"bank_size": True}, ["bank_size", "True"]),
         ({"preset": "best"}, ["preset", "best", '"gentle", "official" or "paper"']),
+        ({"site": "input"}, ["site", "input", '"auto", "activation" or "output"']),
+        (
+            {"experts": {"num_experts": 8}, "layers": [1], "site": "output"},
+            ["site", "output", '"activation" beside experts'],
+        ),
+        ({"experts": {"num_experts": 8}, "site": "auto"}, ["site", "auto", "add layers"]),
         ({"theta_low": 0.9}, ["theta_low", "0.9", "theta_high = 0.75"]),
         ({"theta_high": "high"}, ["theta_high", "high", "a number"]),
         ({"alpha": 1.5}, ["alpha", "1.5", "from 0 to 1"]),
@@ -111,3 +117,18 @@ def test_wrong_settings_are_refused_in_one_sentence(settings, words):
 def test_a_layer_outside_the_model_is_refused():
     with pytest.raises(PaceConfigError, match=r"layers = 99 .* from 0 to 27"):
         PaceConfig.from_sources({"layers": [12, 99]}).resolve_layers(28)
+
+
+@pytest.mark.parametrize(
+    ("settings", "site"),
+    [
+        ({}, "auto"),
+        ({"preset": "official"}, "activation"),
+        ({"preset": "paper"}, "activation"),
+        ({"preset": "paper", "site": "output"}, "output"),
+        ({"preset": "official", "site": "auto"}, "auto"),
+        ({"experts": {"num_experts": 8}, "layers": [1]}, "activation"),
+    ],
+)
+def test_what_was_published_remembers_activations(settings, site):
+    assert PaceConfig.from_sources(settings).site == site

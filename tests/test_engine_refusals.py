@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import make_prompt
 from engines import engine
-from transformers import Gemma3Config, MixtralConfig, Qwen2MoeConfig
+from transformers import Mamba2Config
 from vllm.engine.arg_utils import EngineArgs
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.models import checks
 from pacellm_vllm.models.checks import check_engine, refuse_configuration
 
-PACE_GEMMA = "PaceGemma3ForCausalLM"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 PACE = {"layers": [1, 3], "segment_size": 32}
 
@@ -64,22 +63,6 @@ def test_unsupported_features(settings, sentence, checkpoint):
     assert sentence in str(refusal.value)
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path):
-    settings = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
-    for config, architecture in (
-        (Qwen2MoeConfig(**settings, num_key_value_heads=2), "PaceQwen2ForCausalLM"),
-        (MixtralConfig(**settings, num_key_value_heads=2), "PaceMistralForCausalLM"),
-    ):
-        config.architectures = [architecture]
-        config.save_pretrained(tmp_path)
-        with (
-            pytest.raises(ValueError, match="pacellm") as refusal,
-            engine(tmp_path, load_format="dummy"),
-        ):
-            pass
-        assert "memory does not work with a mixture-of-experts model" in str(refusal.value)
-
-
 def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
     with (
         pytest.raises(ValueError, match="pacellm") as refusal,
@@ -94,9 +77,9 @@ def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        ("MixtralForCausalLM", "its FFNs are a mixture of experts"),
-        ("GlmForCausalLM", "its FFN multiplies gate and up outside of its activation"),
-        ("Qwen2VLForConditionalGeneration", "pacellm serves dense decoders that it knows"),
+        ("Gemma4ForCausalLM", "its attention layers share KV caches"),
+        ("DeepseekV32ForCausalLM", "vLLM has attention and caches of its own for it"),
+        ("BertModel", "pacellm serves what generates text"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architecture, sentence):
@@ -109,15 +92,24 @@ def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architectu
     assert sentence in str(refusal.value)
 
 
-def test_a_multimodal_model_is_refused(tmp_path):
-    config = Gemma3Config(text_config={"num_hidden_layers": 4}, architectures=[PACE_GEMMA])
+def test_recurrent_layers_are_refused(tmp_path):
+    config = Mamba2Config(num_hidden_layers=2, hidden_size=64, num_heads=4, head_dim=32, n_groups=1)
+    config.architectures = ["PaceMamba2ForCausalLM"]
     config.save_pretrained(tmp_path)
     with (
         pytest.raises(ValueError, match="pacellm") as refusal,
         engine(tmp_path, load_format="dummy"),
     ):
         pass
-    assert "memory does not work with a multimodal model" in str(refusal.value)
+    assert "memory does not work with layers that keep a recurrent state" in str(refusal.value)
+
+
+def test_what_was_not_compared_is_served_with_a_warning():
+    sentence = checks.not_compared("PaceBailingMoeForCausalLM")
+    assert sentence.startswith("pacellm: memory in BailingMoeForCausalLM was not compared")
+    assert checks.not_compared("PaceTransformersForCausalLM") is not None
+    for like_one_that_was in ("PaceMixtralForCausalLM", "PaceInternLM3ForCausalLM"):
+        assert checks.not_compared(like_one_that_was) is None
 
 
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):

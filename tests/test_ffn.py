@@ -5,11 +5,15 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fusion import fused_act_quant
 from vllm.model_executor.layers.linear import LinearBase
 
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
+from pacellm_vllm.models.block import find_block, remember_output
+from pacellm_vllm.models.ffn import check_shared_out, remember
+from pacellm_vllm.models.ffn import find_feed_forward as find
+from pacellm_vllm.models.layers import DecoderLayers
 
 
 class Decoder(nn.Module):
@@ -26,11 +30,24 @@ class Decoder(nn.Module):
             if place:
                 layer.add_module(place, ffn)
             layer.add_module("norm", nn.LayerNorm(8))
+            layer.add_module("self_attn", nn.ModuleDict({"attn": Attention()}))
             self.layers.append(layer)
+
+
+class Attention(nn.Module, AttentionLayerBase):
+    """Has a KV cache by type."""
+
+    get_attn_backend = get_kv_cache_spec = None
+
+
+def find_feed_forward(model, index, prefix=""):
+    return find(DecoderLayers(model, len(model.layers), prefix)[index])
 
 
 class Memory(nn.Module):
     """Stands in for a memory: what passes through it doubles."""
+
+    width, prefix = 8, "ffn.memory"
 
     def forward(self, a):
         return 2 * a
@@ -101,6 +118,7 @@ def test_a_gate_outside_of_the_activation_is_refused():
 def test_two_ffns_in_a_layer_are_refused():
     model = Decoder(gated())
     model.layers[0].other = Decoder(gated()).layers[0].mlp
+    assert model.layers[0].other is not model.layers[0].mlp
     with pytest.raises(PaceConfigError, match="layer 0 has 2 FFNs"):
         find_feed_forward(model, 0)
 
@@ -145,3 +163,69 @@ def test_no_fused_kernel_takes_the_place_of_an_activation_with_memory(monkeypatc
     remember(ffn, Memory())
     got = fused_act_quant.maybe_fused_act_quant(ffn.activation, x, None)
     torch.testing.assert_close(got, 2 * act(x))
+
+
+class Experts(nn.Module):
+    """Some routed FFN: a router, matrices, and what a caller may get of them."""
+
+    def __init__(self, returned=None):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.w13 = nn.Parameter(torch.zeros(4, 32, 8))
+        self.returned = returned
+
+    def forward(self, x):
+        return x if self.returned is None else self.returned
+
+
+def layers_of(*blocks):
+    model = Decoder(*({} for _ in blocks))
+    for layer, block in zip(model.layers, blocks, strict=True):
+        layer.mlp = block
+    return DecoderLayers(model, len(blocks), "model")
+
+
+def test_a_block_is_found_by_its_matrices_beside_attention():
+    layers = layers_of(Experts(), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)))
+    assert [find_block(layers[i]).name for i in (0, 1)] == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]
+    with pytest.raises(PaceConfigError, match="no FFN that fits"):
+        find(layers[0])
+
+
+def test_several_blocks_in_a_layer_are_refused():
+    layers = layers_of(Experts())
+    layers[0].module.shared = nn.Linear(8, 8)
+    with pytest.raises(PaceConfigError, match=r"layer 0 has 2 parts .* \(mlp, shared\)"):
+        find_block(layers[0])
+
+
+def test_an_encoder_of_as_many_layers_is_not_the_decoder():
+    model = nn.Module()
+    model.vision, model.text = Decoder(gated(), gated()), Decoder(gated(), gated())
+    for layer in model.vision.layers:
+        layer.self_attn = nn.Linear(8, 8)
+    assert DecoderLayers(model, 2)[1].name == "text.layers.1"
+    model.other = Decoder(gated(), gated())
+    with pytest.raises(PaceConfigError, match="has 2 lists of 2 decoder layers"):
+        DecoderLayers(model, 2)
+
+
+def test_memory_of_outputs_leaves_the_rest_of_what_is_returned_alone():
+    x = torch.randn(3, 8)
+    for returned, expected in ((None, 2 * x), ((x, None), (2 * x, None))):
+        block = find_block(layers_of(Experts(returned))[0])
+        remember_output(block, Memory())
+        got = block.module(x)
+        torch.testing.assert_close(got, expected)
+        assert isinstance(block.module, Experts)
+
+
+@pytest.mark.parametrize("returned", [(torch.zeros(3, 8), torch.zeros(8)), torch.zeros(3, 9), {}])
+def test_blocks_that_return_something_else_are_refused(returned):
+    block = find_block(layers_of(Experts(returned))[0])
+    remember_output(block, Memory())
+    with pytest.raises(RuntimeError, match="ffn returns something else than one state of width 8"):
+        block.module(torch.zeros(3, 8))

@@ -32,13 +32,16 @@ OP_NAME = "pacellm_memory"
 class PaceMemory(nn.Module, AttentionLayerBase):
     """Looks activations up in their requests' banks and updates the banks.
 
-    ``index`` is the decoder layer, ``width`` this rank's share of the intermediate size. It
-    has no parameters, so weight loading does not see it.
+    ``index`` is the decoder layer, ``width`` this rank's share of the intermediate size, or the
+    whole hidden size where every rank holds the ``whole`` of what is remembered. It has no
+    parameters, so weight loading does not see it.
     """
 
     supports_dcp = False
 
-    def __init__(self, config: PaceConfig, index: int, width: int, prefix: str) -> None:
+    def __init__(
+        self, config: PaceConfig, index: int, width: int, prefix: str, *, whole: bool = False
+    ) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
         layers = vllm_config.compilation_config.static_forward_context
@@ -60,9 +63,9 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             device = torch.device(vllm_config.device_config.device_type)
             self._tally = new_tally(most_requests(vllm_config), device)
         self.kv_cache = torch.tensor([])
-        self._reduce = (
-            tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
-        )
+        shared_out = get_tensor_model_parallel_world_size() > 1
+        self._reduce = tensor_model_parallel_all_reduce if shared_out and not whole else None
+        self._to_check = shared_out and whole
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return BankBackend
@@ -72,9 +75,9 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         return self.spec
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        """Enhanced activations [..., tokens, width] in the dtype of ``a``."""
+        """Enhanced activations, or outputs, [..., tokens, width] in the dtype of ``a``."""
         # Models of vLLM's Transformers backend have a batch of one.
-        flat = a.view(-1, self.width)
+        flat = a.reshape(-1, self.width)
         out = torch.empty_like(flat)
         torch.ops.vllm.pacellm_memory(flat, out, self.prefix)
         return out.view(a.shape)
@@ -95,6 +98,25 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         for progress in metadata.plain.run(units, layout, a, out, self._reduce):
             self._plain_counts.add(progress)
 
+    def check_whole(self, a: torch.Tensor) -> None:
+        """In the first step, mostly one without requests: whether all ranks hold the same ``a``.
+
+        ``RuntimeError`` where each holds a part of a sum: some models add it up over ranks later,
+        together with other parts, and banks of ranks would then differ.
+        """
+        if not self._to_check:
+            return
+        self._to_check = False
+        # On a CPU the sum takes the place of what is summed.
+        total = tensor_model_parallel_all_reduce(a.float().clone())
+        mean = total / get_tensor_model_parallel_world_size()
+        if (mean - a).norm() > 0.01 * a.float().norm():
+            raise RuntimeError(
+                f"pacellm: {self.prefix.removesuffix('.memory')} returns on each tensor parallel "
+                "rank a part of its output only, which memory of outputs cannot compare; set site "
+                "to activation, or --tensor-parallel-size to 1."
+            )
+
     @property
     def runs_kernels(self) -> bool:
         return self._tally is not None
@@ -113,10 +135,11 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()
     # None is all a profiling run has: no pages exist yet.
+    layer = context.no_compile_layers[layer_name]
+    layer.check_whole(a)
     if context.attn_metadata is None:
         out.copy_(a)
         return
-    layer = context.no_compile_layers[layer_name]
     layer.run(a, out, _metadata_of(layer_name, context.attn_metadata))
 
 

@@ -7,7 +7,7 @@ import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from pacellm_vllm.config import PaceConfig
@@ -16,6 +16,9 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankSpec
 
 _PAGE_ALIGNMENT = 256
+
+# Activations are what is remembered unless it is said; "auto" has become one of the two.
+_SITES = {"activation": "", "auto": "", "output": ", of FFN outputs"}
 
 
 def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedBankSpec:
@@ -56,8 +59,8 @@ def check_kernels(layout: BankLayout) -> None:
     """Refuse rows that the GPU kernels cannot address; ``ValueError``."""
     if layout.unit_bytes % 4:
         raise ValueError(
-            f"pacellm: on a GPU a rank's share of the FFN must be whole words of 4 bytes, not "
-            f"{layout.width} x {layout.itemsize} bytes; set bank_dtype to float32, or choose "
+            "pacellm: on a GPU a rank's share of what is remembered must be words of 4 bytes, "
+            f"not {layout.width} x {layout.itemsize} bytes; set bank_dtype to float32, or choose "
             "another --tensor-parallel-size."
         )
 
@@ -127,16 +130,20 @@ def bank_spec(
         layout=BankLayout.plan(rules, width, stored, page_bytes, drafts),
         rules=rules,
         num_layers=len(layers),
-        summary=f"{where}, preset {config.preset}",
+        summary=f"{where}, preset {config.preset}{_SITES[config.site]}",
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
         copied=copied,
     )
 
 
-def _attention_layers(vllm_config: VllmConfig) -> list[Attention]:
+def _attention_layers(vllm_config: VllmConfig) -> list[AttentionLayerBase]:
     layers = vllm_config.compilation_config.static_forward_context.values()
-    return [layer for layer in layers if isinstance(layer, Attention)]
+    return [
+        layer
+        for layer in layers
+        if isinstance(layer, AttentionLayerBase) and layer.get_attn_backend() is not BankBackend
+    ]
 
 
 def check_layouts(vllm_config: VllmConfig) -> None:

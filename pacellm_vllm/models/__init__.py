@@ -1,8 +1,12 @@
-"""The registered architectures: any vLLM decoder whose FFNs fit, with memory in chosen layers.
+"""The registered architectures: any vLLM decoder, with memory in chosen layers.
 
 ``table``   which ``Pace*`` architecture stands on which vLLM class, and why others have none
+``compared`` those whose memory was held to an independent computation
 ``pacify``  the subclass itself: gives memory, experts or both to chosen FFNs
-``ffn``     what an FFN is made of, and memory inside its activation
+``layers``  the decoder layers of a model
+``ffn``     what a dense FFN is made of, and memory inside its activation
+``block``   the FFN of a layer as a whole, dense or routed, and memory of its outputs
+``site``    which of the two an engine takes
 ``experts`` weights in expert order while they load
 ``routed``  FFNs of which each token computes some experts
 ``settings`` where the configuration is read from

@@ -15,9 +15,10 @@ from pacellm_vllm.compat import (
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.batch import BatchSettings, NoSettings
-from pacellm_vllm.models.experts import EXPERT_COUNTS, check_experts
+from pacellm_vllm.models.compared import COMPARED
+from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
-from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
 from pacellm_vllm.platform import CPU_WORKER
 from pacellm_vllm.request import is_ours
 
@@ -39,6 +40,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
         set_cpu_worker(vllm_config, CPU_WORKER)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
+    if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
+        logger.warning(doubt)
     if config.experts is not None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)
@@ -72,15 +75,29 @@ def known_harm(config: PaceConfig) -> str | None:
     )
 
 
+def not_compared(architecture: str) -> str | None:
+    """One sentence where memory of ``architecture`` was not held to anything independent."""
+    base = ARCHITECTURES[architecture]
+    compared = [other for other in ARCHITECTURES.values() if other.architecture in COMPARED]
+    # Of vLLM's Transformers backend every family has the same class.
+    classes = {
+        (other.module, other.name)
+        for other in compared
+        if not other.module.endswith(".transformers")
+    }
+    if base in compared or (base.module, base.name) in classes:
+        return None
+    return (
+        f"pacellm: memory in {base.architecture} was not compared with an independent "
+        "computation, only its layers were recognised by what they are made of; docs/models.md "
+        "lists the architectures that were."
+    )
+
+
 def _check_memory(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
-    experts = next((n for n in EXPERT_COUNTS if getattr(model.hf_text_config, n, None)), None)
     parallel = vllm_config.parallel_config
     refusals = {
-        f"a mixture-of-experts model ({experts})": (
-            experts is not None,
-            "its FFNs have no single activation to remember; serve it without pacellm",
-        ),
         "speculative decoding like this": _speculation(vllm_config),
         "pipeline parallelism on model runner V2": (
             parallel.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner,
@@ -92,9 +109,9 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "a bank needs all tokens of its request on one rank; set the context parallel sizes "
             "to 1",
         ),
-        "a multimodal model": (
-            model.hf_config is not model.hf_text_config,
-            "memory was tested on text only; serve it without pacellm",
+        "layers that keep a recurrent state": (
+            bool(model.is_hybrid or model.is_attention_free or model.has_inner_state),
+            "their pages have not been tried beside banks; serve it without pacellm",
         ),
         "an encoder-decoder model": (
             bool(model.is_encoder_decoder),
@@ -147,7 +164,7 @@ def refuse_configuration(vllm_config: VllmConfig) -> None:
     """For every other architecture: refuse a configuration, which would silently do nothing."""
     architecture = vllm_config.model_config.architecture
     pace = pace_architecture(architecture)
-    reason = WHY_NOT.get(architecture, "pacellm serves dense decoders that it knows")
+    reason = WHY_NOT.get(architecture, "pacellm serves what generates text")
     remedy = (
         f'add --hf-overrides \'{{"architectures": ["{pace}"]}}\''
         if pace

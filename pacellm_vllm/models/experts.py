@@ -123,6 +123,10 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             mixture is not None,
             "its FFNs are experts already; serve it without pacellm",
         ),
+        "a multimodal model": (
+            model.hf_config is not model.hf_text_config,
+            "clustered checkpoints were tested on text models; serve it without experts",
+        ),
         f"quantised weights ({model.quantization})": (
             model.quantization is not None,
             "neurons cannot be moved in packed weights; cluster the original checkpoint, quantise "

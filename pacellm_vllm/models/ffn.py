@@ -1,7 +1,6 @@
 """The FFNs of vLLM's decoders: where they hang, what they are made of, memory inside them."""
 
 import copy
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.models.layers import DecoderLayer
 
 # The projections of an FFN, and what its activation may be called. A gated FFN has gate and up in
 # one projection, and an activation that joins them.
@@ -25,8 +25,6 @@ _PROJECTIONS = (
     ("fc1", "fc2"),
 )
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_func", "gelu_impl")
-# A decoder layer, or a part of one; OPT has its FFN in the layer itself.
-_PLACE = re.compile(r"(?:^|\.)(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<part>\w+))?$")
 
 
 @dataclass(frozen=True)
@@ -67,29 +65,29 @@ class FeedForward:
         return bool(self.input.output_size == 2 * self.output.input_size)
 
 
-def find_feed_forward(model: nn.Module, index: int, prefix: str = "") -> FeedForward:
-    """The one FFN of layer ``index`` of ``model``, which hangs at ``prefix`` in the engine.
+def find_feed_forward(layer: DecoderLayer) -> FeedForward:
+    """The one dense FFN of ``layer``.
 
     Raises ``PaceConfigError`` when there is none, several, or one whose activations no module
     returns whole.
     """
     found, seen = [], []
-    for path, module in model.named_modules():
-        place = _PLACE.search(path)
-        if not place or int(place["layer"]) != index:
-            continue
-        parts = _parts(module, whole=place["part"] is None)
-        if parts:
-            name = f"{prefix}.{path}" if prefix else path
-            found.append(FeedForward(name, module, *parts))
-        elif place["part"] and any(isinstance(child, LinearBase) for child in module.children()):
-            seen.append(f"{place['part']} of {', '.join(sorted(dict(module.named_children())))}")
+    # OPT has its FFN in the layer itself.
+    if names := _parts(layer.module, whole=True):
+        found.append(FeedForward(layer.name, layer.module, *names))
+    for name, part in layer.module.named_children():
+        names = _parts(part, whole=False)
+        if names:
+            found.append(FeedForward(f"{layer.name}.{name}", part, *names))
+        elif any(isinstance(child, LinearBase) for child in part.children()):
+            seen.append(f"{name} of {', '.join(sorted(dict(part.named_children())))}")
     if len(found) != 1:
         what = f"{len(found)} FFNs" if found else f"no FFN that fits ({'; '.join(seen) or 'none'})"
         known = ", ".join("/".join(names) for names in _PROJECTIONS)
         raise PaceConfigError(
-            f"pacellm: layer {index} has {what}; it must have one of {known} with one activation "
-            "module between them: choose other layers or serve the model without pacellm."
+            f"pacellm: layer {layer.index} has {what}; to remember activations it must have one of "
+            f"{known} with one activation module between them: set site to output, or choose other "
+            "layers."
         )
     _check_activation(found[0])
     return found[0]
@@ -130,7 +128,7 @@ def _check_activation(ffn: FeedForward) -> None:
     if ffn.activation(probe).shape[-1] != ffn.width:
         raise PaceConfigError(
             f"pacellm: {ffn.name} ({type(ffn.module).__name__}) multiplies gate and up outside of "
-            "its activation, so there is nothing to attach memory to; serve it without pacellm."
+            "its activation, so there is none to remember; set site to output."
         )
 
 
@@ -165,5 +163,5 @@ def check_shared_out(ffn: FeedForward, ranks: int) -> None:
     if ranks > 1 and not isinstance(ffn.output, RowParallelLinear):
         raise PaceConfigError(
             f"pacellm: {ffn.name} is not shared out among tensor parallel ranks, which memory "
-            "counts on; serve the model with --tensor-parallel-size 1."
+            "of activations counts on; set site to output, or --tensor-parallel-size to 1."
         )

@@ -10,12 +10,16 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from pacellm_vllm.compat import pack_cpu_attention
+from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.memory.stage import StageWithoutMemory
+from pacellm_vllm.models.block import find_block, remember_output
 from pacellm_vllm.models.experts import ModelExperts
-from pacellm_vllm.models.ffn import check_shared_out, find_feed_forward, remember
+from pacellm_vllm.models.ffn import FeedForward, check_shared_out, find_feed_forward, remember
+from pacellm_vllm.models.layers import DecoderLayer, DecoderLayers
 from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
+from pacellm_vllm.models.site import choose_site, over_stages
 
 
 @contextmanager
@@ -27,6 +31,16 @@ def _as_architecture(hf_config: Any, architecture: str) -> Iterator[None]:
         yield
     finally:
         hf_config.architectures = ours
+
+
+def _dense(layer: DecoderLayer) -> FeedForward | PaceConfigError:
+    """The dense FFN of ``layer`` whose activations ranks share out, or why there is none."""
+    try:
+        ffn = find_feed_forward(layer)
+        check_shared_out(ffn, get_tensor_model_parallel_world_size())
+    except PaceConfigError as error:
+        return error
+    return ffn
 
 
 def pacify(base: Any, name: str) -> type[nn.Module]:
@@ -47,22 +61,33 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
         with_experts = experts.plan.layers if experts else ()
         # The decoder layers of this pipeline stage.
         here = range(*model.get_layers_start_end_indices(vllm_config.parallel_config))
-        for index in sorted({*layers, *with_experts} & {*here}):
-            ffn = find_feed_forward(self, index, prefix)
+        decoder = DecoderLayers(self, model.get_total_num_hidden_layers(), prefix)
+        dense = {i: _dense(decoder[i]) for i in sorted({*layers, *with_experts} & {*here})}
+        if layers:
+            config = config.at(choose_site(config, [dense[i] for i in layers if i in dense]))
+        width = None
+        for index, ffn in dense.items():
             memory = None
+            if index in layers and config.site == "output":
+                block = find_block(decoder[index])
+                width = model.get_hidden_size()
+                memory = PaceMemory(config, index, width, f"{block.name}.memory", whole=True)
+                remember_output(block, memory)
+                continue
+            if isinstance(ffn, PaceConfigError):
+                raise ffn
             if index in layers:
-                check_shared_out(ffn, get_tensor_model_parallel_world_size())
-                memory = PaceMemory(config, index, ffn.width, prefix=f"{ffn.name}.memory")
-            if experts and index in with_experts:
-                routed = experts.attach(ffn, index)
-                if routed:
-                    route(ffn, routed, memory)
-                    continue
-            if memory:
+                width = ffn.width
+                memory = PaceMemory(config, index, width, f"{ffn.name}.memory")
+            routed = experts.attach(ffn, index) if experts and index in with_experts else None
+            if routed:
+                route(ffn, routed, memory)
+            elif memory:
                 remember(ffn, memory)
-        if layers and not {*layers} & {*here}:
-            ffn = find_feed_forward(self, here[0], prefix)
-            StageWithoutMemory(vllm_config, config, ffn.width, f"{ffn.name}.stage")
+        if layers and not all(widths := over_stages(width)):
+            width = next(filter(None, widths))
+            if not {*layers} & {*here}:
+                StageWithoutMemory(vllm_config, config, width, f"{decoder[here[0]].name}.stage")
         self._pace_experts = experts
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:

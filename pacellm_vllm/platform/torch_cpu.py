@@ -31,8 +31,8 @@ class TorchCpuPlatform(CpuPlatform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        """Register ``torch.ops._C`` operators; the native libraries are not in the wheel."""
-        from pacellm_vllm.platform import activations, kernels  # noqa: F401
+        """Register ``torch.ops._C`` operators, whose libraries are not in the wheel."""
+        from pacellm_vllm.platform import activations, experts, kernels  # noqa: F401
 
     @classmethod
     def get_attn_backend_cls(
@@ -40,7 +40,8 @@ class TorchCpuPlatform(CpuPlatform):
     ) -> str:
         if attn_selector_config.use_mla or attn_selector_config.use_sparse:
             raise NotImplementedError(
-                "MLA and sparse attention are not implemented on the torch CPU platform."
+                "MLA and sparse attention are not implemented on the torch CPU platform; models "
+                "with MLA run without it where VLLM_MLA_DISABLE=1 is set."
             )
         super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         return "pacellm_vllm.platform.attention.TorchAttentionBackend"

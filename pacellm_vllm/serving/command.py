@@ -13,7 +13,7 @@ import yaml
 from vllm.transformers_utils.config import get_config
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
-from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
+from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 
 _MERGED = ("--hf-overrides", "--additional-config")
 _PLUGIN_GROUPS = (
@@ -38,9 +38,10 @@ def serve_arguments(model: str, settings: dict[str, Any], rest: Sequence[str]) -
     named = overrides.get("architectures") or hf_config.architectures or ["(none)"]
     architecture = pace_architecture(named[0])
     if architecture is None:
-        known = ", ".join(base.architecture for base in ARCHITECTURES.values())
+        reason = WHY_NOT.get(named[0], "vLLM does not generate text with it")
         raise PaceConfigError(
-            f"pacellm: {model} is a {named[0]}, which carries no memory; it must be one of {known}."
+            f"pacellm: {model} is a {named[0]}, which carries no memory: {reason}; serve it with "
+            "vllm serve."
         )
     ours = additional.get(CONFIG_KEY) or {}
     if not isinstance(ours, dict):

@@ -179,13 +179,15 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 def decode(model: Any, layer: PaceMemory, rows: torch.Tensor, count: int) -> list[list[int]]:
-    """The ``count`` tokens that each of ``rows`` [m, D], activations of ``layer``, speaks for most.
+    """The ``count`` tokens that each of ``rows`` [m, D], what ``layer`` remembers, speaks for most.
 
-    Through the layer's output projection, the final norm and the head, as if no other layer had
-    written anything.
+    Activations go through the layer's output projection; all through the final norm and the head,
+    as if no other layer had written anything.
     """
-    down = output_projection(model.get_submodule(layer.prefix.removesuffix(".memory")))
+    module = model.get_submodule(layer.prefix.removesuffix(".memory"))
     norm: Any = final_norm(model)
-    weight = next(down.parameters())
-    hidden, _ = down(rows.to(weight.device, weight.dtype))
+    weight = next(model.parameters())
+    hidden = rows.to(weight.device, weight.dtype)
+    if layer.config.site == "activation":
+        hidden, _ = output_projection(module)(hidden)
     return model.compute_logits(norm(hidden)).topk(count, dim=-1).indices.tolist()

@@ -22,11 +22,12 @@ class MemoryReport(BankRecording):
     get_model: Callable[[], nn.Module]
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
-        """By layer index: preset, bank size and ``MemoryCounts`` since the engine started."""
+        """By layer index: preset, site, bank size and ``MemoryCounts`` since the engine started."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         return {
             layer.index: {
                 "preset": layer.config.preset,
+                "site": layer.config.site,
                 "bank_size": layer.config.bank_size,
                 **layer.counts.as_dict(),
             }

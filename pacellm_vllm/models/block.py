@@ -1,0 +1,69 @@
+"""The FFN blocks of vLLM's decoders, dense or routed, and memory of the states that they return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.models.layers import DecoderLayer
+
+
+@dataclass(frozen=True)
+class FfnBlock:
+    """The FFN of one decoder layer as the layer calls it: ``module``, which hangs at ``name``."""
+
+    name: str
+    module: Any
+
+
+def find_block(layer: DecoderLayer) -> FfnBlock:
+    """The one FFN block of ``layer``: its only part with weight matrices that is no attention.
+
+    Raises ``PaceConfigError`` when there is none, or several, whose sum no module returns.
+    """
+    found = [
+        FfnBlock(f"{layer.name}.{name}", part)
+        for name, part in layer.parts().items()
+        if any(parameter.ndim > 1 for parameter in part.parameters())
+    ]
+    if len(found) != 1:
+        names = ", ".join(block.name.removeprefix(f"{layer.name}.") for block in found)
+        raise PaceConfigError(
+            f"pacellm: layer {layer.index} has {len(found)} parts beside its attention that could "
+            f"be its FFN ({names or 'none'}), where memory of outputs needs one that returns what "
+            "the FFN gives; choose other layers, or serve the model without pacellm."
+        )
+    return found[0]
+
+
+class PaceBlock:
+    """Mixin: an FFN block whose result passes through ``memory``, whatever happens inside it."""
+
+    memory: PaceMemory
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        returned = super().forward(*args, **kwargs)  # type: ignore[misc]
+        # A projection's bias that its caller adds comes along, and is mostly None.
+        states, *others = returned if isinstance(returned, tuple) else (returned,)
+        width = self.memory.width
+        if (
+            not isinstance(states, torch.Tensor)
+            or states.shape[-1] != width
+            or any(other is not None for other in others)
+        ):
+            raise RuntimeError(
+                f"pacellm: {self.memory.prefix.removesuffix('.memory')} returns something else "
+                f"than one state of width {width} for each token, so memory cannot keep its "
+                "outputs; choose other layers, or serve the model without pacellm."
+            )
+        states = self.memory(states)
+        return (states, *others) if isinstance(returned, tuple) else states
+
+
+def remember_output(block: FfnBlock, memory: PaceMemory) -> None:
+    """Make what ``block`` returns pass through ``memory``."""
+    base = type(block.module)
+    block.module.__class__ = type(f"Pace{base.__name__}", (PaceBlock, base), {})
+    block.module.memory = memory

@@ -1,0 +1,106 @@
+"""Memory of FFN outputs: mixtures of experts and others, held to the oracle."""
+
+import pytest
+from checkpoints import MIXTURES, WITHOUT_ACTIVATIONS
+from engines import blocks, engine
+from test_engine_oracle import (
+    MAX_TOKENS_OF_OTHERS,
+    SHAPES,
+    assert_engine_agrees,
+    clear_cases,
+)
+
+SHAPE = SHAPES["odd bank, replacements"]
+# The preset whose site is "auto": what has no activations to remember gives its outputs.
+PACE = {"layers": [1, 3], **SHAPE}
+OUTPUT = {"preset": "official", "site": "output", **PACE}
+LENGTHS = [20, 64, 150]
+MAX_TOKENS = 40
+
+
+@pytest.fixture(autouse=True)
+def without_latent_attention(monkeypatch):
+    """DeepSeek's models then keep keys and values as others do, which the CPU platform can."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+
+
+@pytest.mark.parametrize("arch", [*MIXTURES, *WITHOUT_ACTIVATIONS])
+def test_families_without_activations_equal_the_oracle(arch, checkpoint):
+    cases = clear_cases(checkpoint(arch), {**PACE, "site": "output"}, LENGTHS, MAX_TOKENS_OF_OTHERS)
+    with engine(checkpoint(arch), PACE, max_num_batched_tokens=80) as running:
+        assert_engine_agrees(running, cases, MAX_TOKENS_OF_OTHERS)
+        for memory in running.memories().values():
+            assert (memory.config.site, memory.width) == (
+                "output",
+                running.core.vllm_config.model_config.get_hidden_size(),
+            )
+            assert min(memory.counts.commits, memory.counts.mid + memory.counts.high) > 0
+        assert len(running.memories()) == 2
+        assert running.all_blocks_are_back()
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_outputs_of_dense_ffns_equal_the_oracle(preset, checkpoint):
+    pace = {**OUTPUT, "preset": preset}
+    cases = clear_cases(checkpoint("llama"), pace, LENGTHS)
+    with engine(checkpoint("llama"), pace, max_num_batched_tokens=80) as running:
+        assert_engine_agrees(running, cases)
+
+
+@pytest.fixture(scope="module")
+def mixture_cases(checkpoint):
+    return clear_cases(checkpoint("mixtral"), OUTPUT, [20, 33, 90, 121, 150, 260], MAX_TOKENS)
+
+
+@pytest.mark.parametrize("chunk", [32, 256])
+def test_any_chunk_and_a_warm_cache_give_the_same_answers(chunk, checkpoint, mixture_cases):
+    prompts, truth = [case[0] for case in mixture_cases], [case[1] for case in mixture_cases]
+    with engine(checkpoint("mixtral"), OUTPUT, max_num_batched_tokens=chunk) as running:
+        assert_engine_agrees(running, mixture_cases, MAX_TOKENS)
+        assert running.tokens(prompts, MAX_TOKENS) == truth
+        warm = running.generate(prompts, MAX_TOKENS)
+        assert [list(output.outputs[0].token_ids) for output in warm] == truth
+        assert sum(output.num_cached_tokens for output in warm) > 200
+        assert running.all_blocks_are_back()
+
+
+def test_preempted_requests_give_the_same_tokens(checkpoint, mixture_cases):
+    prompts, truth = [case[0] for case in mixture_cases], [case[1] for case in mixture_cases]
+    with engine(
+        checkpoint("mixtral"), OUTPUT, max_model_len=512, num_gpu_blocks_override=blocks(640)
+    ) as running:
+        assert running.tokens(prompts, MAX_TOKENS) == truth
+        assert running.metric("vllm:num_preemptions") > 0
+        assert running.all_blocks_are_back()
+
+
+def test_two_ranks_equal_the_oracle(checkpoint, mixture_cases):
+    settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
+    with engine(checkpoint("mixtral"), OUTPUT, **settings) as running:
+        assert_engine_agrees(running, mixture_cases, MAX_TOKENS)
+        assert running.all_blocks_are_back()
+
+
+def test_parts_of_an_output_on_each_rank_are_refused(checkpoint):
+    """Cohere adds up attention and FFN before it reduces the sum."""
+    with (
+        pytest.raises(RuntimeError, match="a part of its output only"),
+        engine(checkpoint("cohere"), OUTPUT, tensor_parallel_size=2) as running,
+    ):
+        running.tokens([[1, 2, 3]], 2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "pace", "sentence"),
+    [
+        ("mixtral", {"preset": "official"}, "set site to output, or choose other layers"),
+        ("opt", {"site": "output"}, "layer 1 has 2 parts beside its attention"),
+    ],
+)
+def test_sites_that_a_model_does_not_have_are_refused(arch, pace, sentence, checkpoint):
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint(arch), {**PACE, **pace}),
+    ):
+        pass
+    assert sentence in str(refusal.value)
