@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import make_prompt
-from engines import engine, prompt_logprobs
+from engines import blocks, engine, prompt_logprobs
 from pictures import SeeingOracle, make_picture, make_seeing_checkpoint
 from test_engine_oracle import GAP, GOOD_GAP, TRIES
 from vllm import SamplingParams
@@ -83,7 +83,8 @@ def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(tokens, seeing, ca
 
 
 def test_preempted_requests_give_the_same_tokens(seeing, cases):
-    settings = {"max_num_batched_tokens": 64, "max_model_len": 256, "num_gpu_blocks_override": 32}
+    tight = {"max_model_len": 256, "num_gpu_blocks_override": blocks(512)}
+    settings = {"max_num_batched_tokens": 64, **tight}
     with seeing_engine(seeing, **settings) as running:
         assert tokens_of(ask(running, cases)) == [answer for _, _, answer, _ in cases]
         assert running.metric("vllm:num_preemptions") > 0
