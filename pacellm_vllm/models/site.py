@@ -20,10 +20,10 @@ def choose_site(config: PaceConfig, ffns: Iterable[FeedForward | PaceConfigError
     ``PaceConfigError`` where the site is "activation".
     """
     mistakes = [found for found in ffns if isinstance(found, PaceConfigError)]
-    if config.site == "output":
-        return "output"
     if config.site == "activation" and mistakes:
         raise mistakes[0]
+    if config.site != "auto":
+        return config.site
     return "output" if any(over_stages(bool(mistakes))) else "activation"
 
 
