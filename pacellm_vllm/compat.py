@@ -166,6 +166,36 @@ def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
         vllm_config.parallel_config.worker_extension_cls = name
 
 
+def add_engine_method(name: str, method: Callable[[EngineCore], Any]) -> None:
+    """Let front ends ask for ``method(engine_core)`` by ``name``, with :func:`ask_all_cores`.
+
+    Symptom: vLLM lets plugins ask workers, and not the scheduler, which alone knows who holds which
+    blocks. Can go when a plugin can register something to be asked of the engine core.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, name, method)
+
+
+async def ask_all_cores(client: EngineClient, name: str) -> list[Any]:
+    """What the method that :func:`add_engine_method` added returns, of every engine by rank.
+
+    Symptom and end: those of :func:`add_engine_method`.
+    """
+    core: Any = client.engine_core  # type: ignore[attr-defined]
+    ask = getattr(core, "call_utility_all_async", None)
+    return await ask(name) if ask else [await core.call_utility_async(name)]
+
+
+def engine_ranks(client: EngineClient) -> list[int]:
+    """The ranks of the engines that :func:`ask_all_engines` and :func:`ask_all_cores` ask.
+
+    Symptom: behind one server of several, ranks do not begin with 0, and only vLLM's client knows.
+    Can go when what all engines answer is keyed by rank.
+    """
+    return list(client.engine_core.engine_ranks_managed)  # type: ignore[attr-defined]
+
+
 async def ask_all_engines(client: EngineClient, method: str) -> list[list[Any]]:
     """What ``method`` returns on every worker of every engine that ``client`` speaks to.
 
@@ -418,8 +448,12 @@ def count_cached_tokens_without(spec: type) -> None:
     _patch("count_cached_tokens_without", counted)
 
 
-def keep_out_of_events(pool: BlockPool, group: int) -> None:
+def keep_out_of_events(
+    pool: BlockPool, group: int, removed_ours: Callable[[list[BlockHashWithGroupId]], None]
+) -> None:
     """Let ``pool`` tell nothing of the blocks of KV cache group ``group`` in its KV events.
+
+    ``removed_ours`` is told of theirs that are evicted.
 
     Symptom: vLLM derives the hashes in an event from a request's tokens, one for each block, which
     the pages of a bank are not: an IndexError, or events about attention blocks that are not there.
@@ -434,7 +468,9 @@ def keep_out_of_events(pool: BlockPool, group: int) -> None:
             stored(request, blocks, size, kv_cache_group_id)
 
     def emit_removed(hashes: list[BlockHashWithGroupId]) -> None:
-        removed([block_hash for block_hash in hashes if get_group_id(block_hash) != group])
+        theirs = [block_hash for block_hash in hashes if get_group_id(block_hash) != group]
+        removed_ours([block_hash for block_hash in hashes if get_group_id(block_hash) == group])
+        removed(theirs)
 
     pool.emit_cached_block_events = emit_stored  # type: ignore[assignment, method-assign]
     pool._emit_block_removed_events = emit_removed  # type: ignore[assignment, method-assign]

@@ -22,7 +22,7 @@ from pacellm_vllm.memory.backend import (
     most_requests,
     takes_kernels,
 )
-from pacellm_vllm.memory.counts import MemoryCounts
+from pacellm_vllm.memory.counts import MemoryCounts, PlainCounts
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import unit_view
 
@@ -52,7 +52,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         self.config = config
         self.rules = config.rules()
         self.width = width
-        self._plain_counts = MemoryCounts()
+        self._plain_counts = MemoryCounts(plain=PlainCounts())
         self._tally: torch.Tensor | None = None
         if takes_kernels(vllm_config.device_config.device_type):
             from pacellm_vllm.memory.device import new_tally

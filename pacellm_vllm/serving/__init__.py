@@ -3,4 +3,7 @@
 ``command``  builds the ``vllm serve`` command that ``pacellm serve`` runs
 ``routes``   ``GET /plugins/pacellm/memory`` on vLLM's API server
 ``report``   the worker method behind it: what each layer's memory did
+``asking``   every engine asked for it
+``metrics``  the same for Prometheus
+``middleware`` which adds that to vLLM's ``/metrics``
 """

@@ -14,6 +14,9 @@ from pacellm_vllm.serving.recorder import BankRecording
 REPORT_METHOD = "pacellm_memory_report"
 EXPERTS_METHOD = "pacellm_experts_report"
 
+_ADDED = {"high", "mid", "low", "commits"}
+_ADDED |= {"merged", "filled", "replaced", "dropped", "similarity_sum"}
+
 
 class MemoryReport(BankRecording):
     """A vLLM worker extension (``--worker-extension-cls``): a few methods more on every worker."""
@@ -61,8 +64,11 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
     for report in reports[1:]:
         for layer, counts in report.items():
             mine = total[layer]
-            for name in mine.keys() & {"high", "mid", "low", "commits"}:
+            for name in mine.keys() & _ADDED:
                 mine[name] += counts[name]
+            if "similarity" in mine:
+                pairs = zip(mine["similarity"], counts["similarity"], strict=True)
+                mine["similarity"] = [one + other for one, other in pairs]
             for name in mine.keys() & {"slots_last", "slots_peak"}:
                 mine[name] = max(mine[name], counts[name])
             if counts.get("tokens"):
@@ -70,6 +76,11 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
                 mine["tokens"] += counts["tokens"]
                 mine["share"] = (computed + counts["tokens"] * counts["share"]) / mine["tokens"]
     return total
+
+
+def add_pools(pools: list[dict[str, int]]) -> dict[str, int]:
+    """What data parallel engines' ``PoolCounts`` come to together."""
+    return {name: sum(pool[name] for pool in pools) for name in pools[0]}
 
 
 def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:
