@@ -56,7 +56,7 @@ PATCHED = {
         "ChatCompletionRequest.to_beam_search_params",
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
     ),
-    "refuse_sessions": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
     "watch_requests": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
@@ -196,16 +196,16 @@ def engine_ranks(client: EngineClient) -> list[int]:
     return list(client.engine_core.engine_ranks_managed)  # type: ignore[attr-defined]
 
 
-async def ask_all_engines(client: EngineClient, method: str) -> list[list[Any]]:
-    """What ``method`` returns on every worker of every engine that ``client`` speaks to.
+async def ask_all_engines(client: EngineClient, method: str, *args: Any) -> list[list[Any]]:
+    """What ``method(*args)`` returns on every worker of every engine that ``client`` speaks to.
 
     Symptom: with data parallel engines, ``EngineClient.collective_rpc`` calls all of them and
     returns the first one's answers. Can go when it returns all.
     """
     ask = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
     if ask is None:
-        return [await client.collective_rpc(method)]
-    return await ask("collective_rpc", method, None, (), None)
+        return [await client.collective_rpc(method, args=args)]
+    return await ask("collective_rpc", method, None, args, None)
 
 
 def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
@@ -348,12 +348,17 @@ def keep_booleans() -> None:
             protocol.model_rebuild(force=True)
 
 
-def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
+def prepare_requests(
+    refused: Callable[[VllmConfig], str | None], extra_args: Callable[[VllmConfig, Any, str], Any]
+) -> None:
     """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
 
+    Of every other request replace its extra arguments, if it has any, by
+    ``extra_args(vllm_config, those, request_id)``: a worker is told a request's parameters and not
+    its id.
     Symptom: vLLM has no check of its own that a plugin could add to, and its asynchronous
     scheduler takes a token back at the end of a turn that the model has read already.
-    Can go when turns end where the model's state does.
+    Can go when turns end where the model's state does, and workers are told ids.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -361,9 +366,14 @@ def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
         why = refused(processor.vllm_config) if kwargs.get("resumable") else None
         if why:
             raise VLLMValidationError(why)
-        return original(processor, *args, **kwargs)
+        prepared = original(processor, *args, **kwargs)
+        params = prepared.sampling_params
+        if params is not None and params.extra_args:
+            config, request_id = processor.vllm_config, prepared.request_id
+            params.extra_args = extra_args(config, params.extra_args, request_id)
+        return prepared
 
-    _patch("refuse_sessions", checked)
+    _patch("prepare_requests", checked)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)

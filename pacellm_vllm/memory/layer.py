@@ -92,8 +92,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             return
         assert metadata.plain is not None
         units = unit_view(self.kv_cache, layout, stored)
-        for progress in metadata.plain.run(units, layout, a, out, self._reduce):
+        step, journal = metadata.plain, metadata.journal
+        for asked, position, rules, progress in step.run(units, layout, a, out, self._reduce):
             self._plain_counts.add(progress)
+            if asked and journal:
+                journal.note(asked, self.index, position, rules, progress)
+        if journal:
+            for asked, position, count in step.asked_idle:
+                journal.note_idle(asked, self.index, position, count)
 
     @property
     def runs_kernels(self) -> bool:

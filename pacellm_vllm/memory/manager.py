@@ -443,7 +443,11 @@ def _hash_key(request: Request) -> tuple[str, str] | None:
         if len(rules) == 1:
             key = key_of(request, *rules)
         else:
-            key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
+            key = (
+                settings_of(request)
+                .model_dump_json(exclude_defaults=True, exclude={"report"})
+                .removeprefix("{}")
+            )
     except Exception:
         # A hasher must not raise. What is not allowed shares nothing with what is.
         key = "not allowed"

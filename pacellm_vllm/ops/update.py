@@ -98,7 +98,7 @@ class Committed:
     """What a commit did to a bank.
 
     ``valid`` slots after it, the last ``filled`` of them by it; ``merged`` and ``replaced`` the
-    slots that were used before. The segment's low tokens, in position order, went into the filled
+    slots that were used before; ``usage`` of each after it. The segment's low tokens, in position order, went into the filled
     slots, then into ``replaced`` in that order; ``dropped`` of them found none open.
     """
 
@@ -107,6 +107,7 @@ class Committed:
     merged: list[int]
     replaced: list[int]
     dropped: int
+    usage: list[int]
 
 
 @dataclass
@@ -276,4 +277,5 @@ def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> 
     keys = store.read_keys(valid + taken).float()
     header.squares[: valid + taken] = key_squares(keys)
     merged = slots.tolist() if mids else []
-    return Committed(valid + taken, taken, merged, victims, lows - taken - replaced)
+    used = header.usage[: valid + taken].tolist()
+    return Committed(valid + taken, taken, merged, victims, lows - taken - replaced, used)

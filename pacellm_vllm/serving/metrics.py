@@ -19,7 +19,7 @@ from pacellm_vllm.serving.asking import EngineReport, ask_engines
 logger = plugin_logger()
 
 # An engine answers between two steps. A scraper waits so long; then it is given what was last said.
-PATIENCE_S = 2.0
+PATIENCE_S = 5.0
 
 _SLOTS = {
     "merged": "Slots that a commit merged with a segment's tokens.",
@@ -129,11 +129,8 @@ class Scrapes:
         """As of now, or of the last answer where engines are busy; none while none was had."""
         if self._asking is None:
             self._asking = asyncio.create_task(ask_engines(self._client))
-        asking = self._asking
-        done, _ = await asyncio.wait([asking], timeout=PATIENCE_S)
-        if done and self._asking is asking:
-            self._asking = None
-            self._take(asking)
+            self._asking.add_done_callback(self._take)
+        await asyncio.wait([self._asking], timeout=PATIENCE_S)
         if self._said_at is None:
             return []
         # As vLLM labels its own.
@@ -145,6 +142,7 @@ class Scrapes:
         return [*families(self._said, name), age]
 
     def _take(self, asked: "asyncio.Task[list[EngineReport]]") -> None:
+        self._asking = None
         error = asked.exception()
         if error is None:
             self._said, self._said_at, self._failed = asked.result(), time.monotonic(), False

@@ -6,12 +6,14 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
+from pacellm_vllm.memory.batch import BatchSettings
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
+ANSWER_METHOD = "pacellm_answer_report"
 EXPERTS_METHOD = "pacellm_experts_report"
 
 _ADDED = {"high", "mid", "low", "commits"}
@@ -36,6 +38,12 @@ class MemoryReport(BankRecording):
             for layer in layers
             if isinstance(layer, PaceMemory)
         }
+
+    def pacellm_answer_report(
+        self, request_id: str, first: int = 0
+    ) -> dict[int, dict[str, Any]] | None:
+        """``Journal.report`` of a request that asked for one; None where there is none."""
+        return BatchSettings.of_engine(self.vllm_config).journal.report(request_id, first)
 
     def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""

@@ -15,9 +15,12 @@ from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from pacellm_vllm.serving.metrics import Scrapes
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
+ANSWER_ROUTE = "/plugins/pacellm/answers/{answer_id}"
 
 router = APIRouter()
 
@@ -36,26 +39,16 @@ async def memory(request: Request) -> dict[str, Any]:
     ``config`` is None without memory or experts; ``layers`` and ``experts`` are counts by layer,
     ``pool`` is ``PoolCounts``, of all engines together. 401 without the server's API key.
     """
-    state = request.app.state.pacellm
-    if not state.authorized(request.headers):
-        raise HTTPException(401, "Unauthorized")
-    if state.engine is None:
-        raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
+    engine = _engine(request)
     # A server without memory, which has this route too, imports nothing of it before it is asked.
-    from pacellm_vllm.models.checks import REPORT_EXTENSION
     from pacellm_vllm.serving.asking import ask_engines
     from pacellm_vllm.serving.report import add_engines, add_pools, describe_engine
 
-    config = state.engine.vllm_config
+    config = engine.vllm_config
     if config.model_config.architecture not in ARCHITECTURES:
         return {"active": False, **describe_engine(config), "layers": {}, "experts": {}, "pool": {}}
-    if config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
-        raise HTTPException(
-            501,
-            "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
-            "drop that flag to see the memory.",
-        )
-    reports = await ask_engines(state.engine)
+    _check_reports(config)
+    reports = await ask_engines(engine)
     return {
         "active": True,
         **describe_engine(config),
@@ -63,6 +56,56 @@ async def memory(request: Request) -> dict[str, Any]:
         "experts": add_engines([report.experts for report in reports]),
         "pool": add_pools([report.pool for report in reports]),
     }
+
+
+@router.get(
+    ANSWER_ROUTE,
+    responses={**_REFUSALS, 404: {"description": "No answer with this id has a report."}},
+)
+async def answer(request: Request, answer_id: str, first: int = 0) -> dict[str, Any]:
+    """What memory did for one request that said ``"pacellm_report": true``, also while it runs.
+
+    ``answer_id`` is the ``id`` of its response; of several prompts in one request the first one's,
+    and with ``-1`` behind it the second one's. ``layers`` has ``Journal.report`` by layer, whose
+    strongest recalls are of tokens from position ``first`` on.
+    """
+    engine = _engine(request)
+    found = None
+    if engine.vllm_config.model_config.architecture in ARCHITECTURES:
+        from pacellm_vllm.models.checks import carries_memory
+        from pacellm_vllm.serving.asking import ask_answer
+
+        _check_reports(engine.vllm_config)
+        if carries_memory(engine.vllm_config):
+            found = await ask_answer(engine, answer_id, max(first, 0))
+    if found is None:
+        raise HTTPException(
+            404,
+            "pacellm: there is no report with this id; ask for one with vllm_xargs "
+            '{"pacellm_report": true}, and read it soon, as the oldest are dropped.',
+        )
+    return {"id": answer_id, "layers": found}
+
+
+def _engine(request: Request) -> EngineClient:
+    """Of the server, for a request that may see it."""
+    state = request.app.state.pacellm
+    if not state.authorized(request.headers):
+        raise HTTPException(401, "Unauthorized")
+    if state.engine is None:
+        raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
+    return state.engine
+
+
+def _check_reports(vllm_config: "VllmConfig") -> None:
+    from pacellm_vllm.models.checks import REPORT_EXTENSION
+
+    if vllm_config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+        raise HTTPException(
+            501,
+            "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
+            "drop that flag to see the memory.",
+        )
 
 
 class HttpPlugin:
