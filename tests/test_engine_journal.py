@@ -102,7 +102,7 @@ def test_a_report_is_what_the_oracle_did_however_the_prompt_is_cut(case, checkpo
 
 def test_reports_of_a_batch_with_preemption_are_apart(case, checkpoint):
     prompt, tokens, told = case
-    blocks = {"num_gpu_blocks_override": 70, "kv_cache_memory_bytes": None}
+    blocks = {"num_gpu_blocks_override": 60, "max_model_len": 256}
     with engine(
         checkpoint(), PACE, max_num_seqs=4, enable_prefix_caching=False, **blocks
     ) as running:

@@ -179,7 +179,7 @@ class LayerAnswer:
         missing = position - len(self)
         if missing < 0:
             for column in (self._kinds, self._similarity, self._slot, self._source):
-                del column[position:]  # type: ignore[attr-defined]
+                del column[position:]
             while self._commits and self._commits[-1][0] > position:
                 self._commits.pop()
         elif missing:

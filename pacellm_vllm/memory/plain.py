@@ -133,9 +133,9 @@ class PlainStep:
     ) -> Iterator[Done]:
         """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
 
-        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields by request and piece its
-        ``Journal`` key, the first token's position, its rules and what happened; of tokens that
-        were drafts, which have no key, the next token's position.
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields by request and
+        piece its ``Journal`` key, the first token's position, its rules and what happened; of
+        tokens that were drafts, which have no key, the next token's position.
         """
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:

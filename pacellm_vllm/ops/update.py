@@ -98,8 +98,9 @@ class Committed:
     """What a commit did to a bank.
 
     ``valid`` slots after it, the last ``filled`` of them by it; ``merged`` and ``replaced`` the
-    slots that were used before; ``usage`` of each after it. The segment's low tokens, in position order, went into the filled
-    slots, then into ``replaced`` in that order; ``dropped`` of them found none open.
+    slots that were used before; ``usage`` of each after it. The segment's low tokens, in position
+    order, went into the filled slots, then into ``replaced`` in that order; ``dropped`` of them
+    found none open.
     """
 
     valid: int
