@@ -4,6 +4,7 @@ import pytest
 from engines import engine
 from oracle import OracleModel
 from test_engine_oracle import clear_cases
+from vllm.exceptions import VLLMValidationError
 
 from pacellm_vllm.memory.journal import KINDS, Journal, LayerAnswer
 from pacellm_vllm.ops.update import Committed, Progress
@@ -128,7 +129,7 @@ def test_a_request_without_a_bank_is_told_so(case, checkpoint):
     with engine(checkpoint(), PACE, enable_prefix_caching=False) as running:
         [off] = running.generate([prompt], 2, extra_args={**REPORT, "pacellm_enabled": False})
         assert reports(running, off)[1]["kinds"] == "n" * (len(prompt) + 1)
-        with pytest.raises(ValueError, match="a report is about one answer, not n = 2"):
+        with pytest.raises(VLLMValidationError, match="a report is about one answer, not n = 2"):
             running.generate([prompt], 2, extra_args=REPORT, n=2, temperature=1)
 
 

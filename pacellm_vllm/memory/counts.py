@@ -51,8 +51,7 @@ class PlainCounts:
     """Slots ``merged``, ``filled`` and ``replaced`` by commits, low tokens that were ``dropped``.
 
     ``similarity`` counts tokens that met a bank by the mean of their top similarities, which
-    decides the kind: one bucket for each of ``SIMILARITY_ENDS`` and one above; ``similarity_sum``
-    adds them up.
+    decides the kind: one bucket for each of ``SIMILARITY_ENDS`` and one above.
     """
 
     merged: int = 0
@@ -60,7 +59,6 @@ class PlainCounts:
     replaced: int = 0
     dropped: int = 0
     similarity: list[int] = field(default_factory=lambda: [0] * (len(SIMILARITY_ENDS) + 1))
-    similarity_sum: float = 0.0
 
     def add(self, progress: Progress) -> None:
         committed = progress.committed
@@ -75,7 +73,6 @@ class PlainCounts:
                 # Not of an empty bank, and not of an unsound token.
                 if one > float("-inf"):
                     self.similarity[bisect_left(SIMILARITY_ENDS, one)] += 1
-                    self.similarity_sum += one
             return
         if not progress.top.shape[-1]:  # type: ignore[union-attr]
             return
@@ -83,7 +80,6 @@ class PlainCounts:
         buckets = torch.bucketize(sound, torch.tensor(SIMILARITY_ENDS))
         for i, count in enumerate(buckets.bincount(minlength=len(self.similarity)).tolist()):
             self.similarity[i] += count
-        self.similarity_sum += float(sound.sum())
 
 
 @dataclass

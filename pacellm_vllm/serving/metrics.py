@@ -85,7 +85,7 @@ def families(reports: Iterable[EngineReport], model_name: str) -> Iterator[Metri
         for change in _SLOTS:
             slots.add_metric([*labels, change], counts[change])
         dropped.add_metric(labels, counts["dropped"])
-        similar.add_metric(labels, _buckets(counts["similarity"]), counts["similarity_sum"])
+        similar.add_metric(labels, _buckets(counts["similarity"]), None)
     yield from (tokens, commits, slots, dropped, last, size, similar)
 
     for name, (metric, text) in _POOL_COUNTERS.items():

@@ -17,7 +17,7 @@ ANSWER_METHOD = "pacellm_answer_report"
 EXPERTS_METHOD = "pacellm_experts_report"
 
 _ADDED = {"high", "mid", "low", "commits"}
-_ADDED |= {"merged", "filled", "replaced", "dropped", "similarity_sum"}
+_ADDED |= {"merged", "filled", "replaced", "dropped"}
 
 
 class MemoryReport(BankRecording):

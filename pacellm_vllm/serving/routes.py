@@ -12,6 +12,7 @@ from vllm.engine.protocol import EngineClient
 
 from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving import pages
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ async def answer(request: Request, answer_id: str, first: int = 0) -> dict[str, 
 def _engine(request: Request) -> EngineClient:
     """Of the server, for a request that may see it."""
     state = request.app.state.pacellm
-    if not state.authorized(request.headers):
+    if not pages.may_look(request):
         raise HTTPException(401, "Unauthorized")
     if state.engine is None:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
@@ -116,6 +117,7 @@ class HttpPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(pages.router)
         app.add_middleware(MetricsMiddleware)
 
     async def init_state(

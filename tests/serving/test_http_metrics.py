@@ -19,7 +19,7 @@ PACE = {"segment_size": 64, "bank_size": 40, "theta_high": 0.7, "theta_low": 0.3
 MEMORY = [
     word for name, value in PACE.items() for word in (f"--{name.replace('_', '-')}", str(value))
 ]
-ENGINE = ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "16"]
+ENGINE = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "16"]
 ENGINE += ["--kv-cache-memory-bytes", str(32 << 20), "--served-model-name", "tiny"]
 LAYERS = ("1", "3")
 ANSWER = 17
@@ -106,8 +106,6 @@ def test_counts_are_the_oracles_and_the_reports(two_servers):
         assert below["0.3"] == write["low"]
         assert below["0.7"] - below["0.3"] == write["mid"]
         assert below["+Inf"] == 4 * 64
-        mean = new("pacellm:lookup_similarity_ratio_sum", "0", layer) / (4 * 64)
-        assert 0 < mean < 1
     counts = report(two_servers)["layers"]
     for (_, layer, kind), value in after["pacellm:tokens_total"].items():
         assert counts[layer][kind] == value
@@ -157,7 +155,7 @@ def test_snapshots_and_blocks(two_servers):
     assert new("pacellm:snapshot_hit_tokens_total") == 256
     assert after["pacellm:bank_blocks"]["0",] == after["pacellm:bank_requests"]["0",] == 0
     assert after["pacellm:sessions"]["0",] == 0
-    body = {"model": "tiny", "prompt": make_prompt(51, 300), "max_tokens": 600, "stream": True}
+    body = {"model": "tiny", "prompt": make_prompt(51, 300), "max_tokens": 3500, "stream": True}
     with requests.post(
         f"{two_servers}/v1/completions",
         json={**body, "ignore_eos": True},
