@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 
@@ -37,12 +37,12 @@ class WordsRequest(BaseModel):
 @router.get(PAGE_ROUTE, include_in_schema=False)
 @router.get(PAGE_ROUTE + "{name}.js", include_in_schema=False)
 @router.get(PAGE_ROUTE + "{name}.css", include_in_schema=False)
-async def page(request: Request) -> FileResponse:
+async def page(request: Request) -> Response:
     """The page and its two files; a browser asks for the API key as a password of any user."""
     if not may_look(request):
-        raise HTTPException(
-            401, "Unauthorized", {"WWW-Authenticate": 'Basic realm="API key as the password"'}
-        )
+        # Not raised: vLLM's handler of errors would drop the header.
+        challenge = {"WWW-Authenticate": 'Basic realm="API key as the password"'}
+        return PlainTextResponse("Unauthorized", 401, challenge)
     name = request.url.path.rpartition("/")[2] or "index.html"
     if name not in _TYPES:
         raise HTTPException(404, "Not Found")

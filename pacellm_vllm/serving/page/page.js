@@ -93,7 +93,7 @@ async function watch(id) {
 async function look(id) {
   const request = asked.get(id);
   const first = request?.prompt ?? 0;
-  const answer = await call(`${PLUGIN}answers/${encodeURIComponent(id)}?first=${first}`);
+  const answer = await call(`${PLUGIN}answers/${encodeURIComponent(id)}?first=${first}&empty=${request?.running ?? false}`);
   const report = await answer.json();
   const missing = [...new Set(request?.ids ?? [])].filter((token) => !words.has(token));
   if (missing.length) {
