@@ -15,6 +15,8 @@ ANSWER = 24
 # Nats by which a log-probability may move without a fault, in float32 and in half precision.
 _LOOSE = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 2e-1}
 _ROUNDS = 5
+# How many of each request there are where they are to be preempted.
+_CROWD = 3
 OFF = {"pacellm_enabled": False}
 
 
@@ -135,30 +137,40 @@ class Verification:
     def _ask_alone(self, llm: Any, own: Mapping[str, Any] | None) -> Said:
         return _joined([_ask(llm, [prompt], own) for prompt in self.prompts])
 
-    def _compare(self, name: str, blame: str, said: Mapping[str, Said], note: str = "") -> None:
+    def _compare(
+        self,
+        name: str,
+        blame: str,
+        said: Mapping[str, Said],
+        note: str = "",
+        truth: Mapping[str, Said] | None = None,
+    ) -> None:
         """Against the requests alone; what differs as much with memory off is not its doing."""
-        differ, worst = said["on"].distance(self._true["on"])
-        differ_off, worst_off = said["off"].distance(self._true["off"])
+        truth = truth or self._true
+        differ, worst = said["on"].distance(truth["on"])
+        differ_off, worst_off = said["off"].distance(truth["off"])
         loose = _LOOSE.get(self.about["engine"]["dtype"], 0.2)
         detail = f"log-probabilities within {worst:.1e}, {worst_off:.1e} with memory off"
         if differ <= differ_off and worst <= max(loose, 4 * worst_off):
             verdict = "same" if not differ else "as without memory"
             self._note(Check(name, verdict, f"{detail}{note}"))
             return
-        detail = f"{blame} ({differ} of {len(self.prompts)} requests, {detail})"
+        detail = f"{blame} ({differ} of {len(said['on'].tokens)} requests, {detail})"
         self._note(Check(name, "FAULT", detail))
 
     def _preempted(self, several: Mapping[str, Any]) -> None:
-        blocks = self._blocks + self._blocks // 2 + 2
-        name = "preemption, in a pool of one and a half requests"
-        with self._open({**several, "num_gpu_blocks_override": blocks}) as llm:
-            said = {way: _ask(llm, self.prompts, own) for way, own in _WAYS.items()}
+        name = "preemption, in a pool that holds one request"
+        crowd = {**several, "max_num_seqs": _CROWD * len(self.prompts)}
+        with self._open({**crowd, "num_gpu_blocks_override": self._blocks + 2}) as llm:
+            prompts = [*self.prompts] * _CROWD
+            said = {way: _ask(llm, prompts, own) for way, own in _WAYS.items()}
             count = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
         if not count:
             self._note(Check(name, "not reached", "no request was preempted"))
             return
         blame = "an answer depends on whether its request was preempted"
-        self._compare(name, blame, said, f", {count:g} preemptions")
+        truth = {way: _joined([one] * _CROWD) for way, one in self._true.items()}
+        self._compare(name, blame, said, f", {count:g} preemptions", truth)
 
     def _cached(self, several: Mapping[str, Any]) -> None:
         name = "from the prefix cache"
@@ -167,14 +179,12 @@ class Verification:
             for way, own in _WAYS.items():
                 _ask(llm, self.prompts, own, prompt_logprobs=None)
                 said[way] = _ask(llm, self.prompts, own, prompt_logprobs=None)
-        truth = self._true
-        self._true = {way: _of_answers(one) for way, one in truth.items()}
-        if said["on"].cached:
-            blame = "a bank from the prefix cache is not what was put there: a stale page"
-            self._compare(name, blame, said, f", {said['on'].cached} tokens from the cache")
-        else:
+        if not said["on"].cached:
             self._note(Check(name, "not reached", "no prefix was found in the cache"))
-        self._true = truth
+            return
+        truth = {way: _of_answers(one) for way, one in self._true.items()}
+        blame = "a bank from the prefix cache is not what was put there: a stale page"
+        self._compare(name, blame, said, f", {said['on'].cached} tokens from the cache", truth)
 
     def _graphs(self, several: Mapping[str, Any]) -> None:
         name = "CUDA graphs"
