@@ -72,6 +72,8 @@ PATCHED = {
         "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
     ),
     "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
+    # Added, where all others are wrapped.
+    "add_engine_method": ("vllm.v1.engine.core:EngineCore.pacellm_pool_report",),
 }
 # Too heavy to import for it; imported later, it takes the patched function from the other module.
 _TAKERS = ("vllm.v1.worker.gpu_model_runner",)
