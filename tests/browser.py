@@ -26,8 +26,9 @@ FLAGS = (
 @contextlib.contextmanager
 def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
     """A browser with an empty ``profile`` directory, whose console is kept."""
-    binaries = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(binaries):
+    named = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    chrome, driver = next(named, None), shutil.which("chromedriver")
+    if not chrome or not driver:
         if os.environ.get("PACELLM_NO_BROWSER") == "1":
             pytest.skip("PACELLM_NO_BROWSER=1")
         pytest.fail(
@@ -35,11 +36,11 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
             "chromium-driver, or set PACELLM_NO_BROWSER=1 to leave the page untested"
         )
     options = webdriver.ChromeOptions()
-    options.binary_location = binaries[0]
+    options.binary_location = chrome
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, Service(binaries[1]))
+    browser = webdriver.Chrome(options, Service(driver))
     try:
         yield browser
     finally:

@@ -4,8 +4,11 @@ import pytest
 from engines import engine
 from oracle import OracleModel
 from test_engine_oracle import clear_cases
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.memory.batch import WithDrafts, WithKernels
 from pacellm_vllm.memory.journal import KINDS, Journal, LayerAnswer
 from pacellm_vllm.ops.update import Committed, Progress
 
@@ -131,6 +134,13 @@ def test_a_request_without_a_bank_is_told_so(case, checkpoint):
         assert reports(running, off)[1]["kinds"] == "n" * (len(prompt) + 1)
         with pytest.raises(VLLMValidationError, match="a report is about one answer, not n = 2"):
             running.generate([prompt], 2, extra_args=REPORT, n=2, temperature=1)
+
+
+@pytest.mark.parametrize("settings", [WithDrafts, WithKernels])
+def test_engines_that_cannot_tell_say_so(settings):
+    with pytest.raises(PaceConfigError, match="report.*; drop pacellm_report"):
+        settings.validate_params(SamplingParams(extra_args=REPORT))
+    settings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))
 
 
 def test_memory_of_reports_is_bounded():
