@@ -138,7 +138,7 @@ def test_a_request_without_a_bank_is_told_so(case, checkpoint):
 
 @pytest.mark.parametrize("settings", [WithDrafts, WithKernels])
 def test_engines_that_cannot_tell_say_so(settings):
-    with pytest.raises(PaceConfigError, match="report.*; drop pacellm_report"):
+    with pytest.raises(PaceConfigError, match=r"report.*; drop pacellm_report"):
         settings.validate_params(SamplingParams(extra_args=REPORT))
     settings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))
 

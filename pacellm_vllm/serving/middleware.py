@@ -25,7 +25,9 @@ class MetricsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scrapes: Scrapes | None = None
-        if scope["type"] == "http" and scope["path"].rstrip("/") == "/metrics":
+        # Behind a proxy both may begin with the path that the server is mounted under.
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "")).rstrip("/")
+        if scope["type"] == "http" and path == "/metrics":
             scrapes = scope["app"].state.pacellm.scrapes
         if scrapes is None:
             await self._app(scope, receive, send)
