@@ -13,6 +13,7 @@ from pacellm_vllm.evals.inspect import add_parser as add_inspect_memory
 from pacellm_vllm.experts.command import add_parser as add_cluster
 from pacellm_vllm.experts.inspect import add_parser as add_inspect_experts
 from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.verify.command import add_parser as add_verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_cluster(commands)
     add_eval(commands)
     _add_inspect(commands)
+    add_verify(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     # After a flag of vLLM's, which is unknown here, its value would be taken for the model.
     if words[:1] == ["serve"] and words[1:2] not in (["-h"], ["--help"]):

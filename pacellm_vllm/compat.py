@@ -56,7 +56,7 @@ PATCHED = {
         "ChatCompletionRequest.to_beam_search_params",
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
     ),
-    "refuse_sessions": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
     "watch_requests": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
@@ -72,6 +72,8 @@ PATCHED = {
         "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
     ),
     "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
+    # Added, where all others are wrapped.
+    "add_engine_method": ("vllm.v1.engine.core:EngineCore.pacellm_pool_report",),
 }
 # Too heavy to import for it; imported later, it takes the patched function from the other module.
 _TAKERS = ("vllm.v1.worker.gpu_model_runner",)
@@ -191,16 +193,46 @@ def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
         vllm_config.parallel_config.worker_extension_cls = name
 
 
-async def ask_all_engines(client: EngineClient, method: str) -> list[list[Any]]:
-    """What ``method`` returns on every worker of every engine that ``client`` speaks to.
+def add_engine_method(name: str, method: Callable[[EngineCore], Any]) -> None:
+    """Let front ends ask for ``method(engine_core)`` by ``name``, with :func:`ask_all_cores`.
+
+    Symptom: vLLM lets plugins ask workers, and not the scheduler, which alone knows who holds which
+    blocks. Can go when a plugin can register something to be asked of the engine core.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, name, method)
+
+
+async def ask_all_cores(client: EngineClient, name: str) -> list[Any]:
+    """What the method that :func:`add_engine_method` added returns, of every engine by rank.
+
+    Symptom and end: those of :func:`add_engine_method`.
+    """
+    core: Any = client.engine_core  # type: ignore[attr-defined]
+    ask = getattr(core, "call_utility_all_async", None)
+    return await ask(name) if ask else [await core.call_utility_async(name)]
+
+
+def engine_ranks(client: EngineClient) -> list[int]:
+    """The ranks of the engines that :func:`ask_all_engines` and :func:`ask_all_cores` ask.
+
+    Symptom: behind one server of several, ranks do not begin with 0, and only vLLM's client knows.
+    Can go when what all engines answer is keyed by rank.
+    """
+    return list(client.engine_core.engine_ranks_managed)  # type: ignore[attr-defined]
+
+
+async def ask_all_engines(client: EngineClient, method: str, *args: Any) -> list[list[Any]]:
+    """What ``method(*args)`` returns on every worker of every engine that ``client`` speaks to.
 
     Symptom: with data parallel engines, ``EngineClient.collective_rpc`` calls all of them and
     returns the first one's answers. Can go when it returns all.
     """
     ask = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
     if ask is None:
-        return [await client.collective_rpc(method)]
-    return await ask("collective_rpc", method, None, (), None)
+        return [await client.collective_rpc(method, args=args)]
+    return await ask("collective_rpc", method, None, args, None)
 
 
 def api_key_check(args: Namespace) -> Callable[[Headers], bool]:
@@ -343,12 +375,17 @@ def keep_booleans() -> None:
             protocol.model_rebuild(force=True)
 
 
-def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
+def prepare_requests(
+    refused: Callable[[VllmConfig], str | None], extra_args: Callable[[VllmConfig, Any, str], Any]
+) -> None:
     """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
 
+    Of every other request replace its extra arguments, if it has any, by
+    ``extra_args(vllm_config, those, request_id)``: a worker is told a request's parameters and not
+    its id.
     Symptom: vLLM has no check of its own that a plugin could add to, and its asynchronous
     scheduler takes a token back at the end of a turn that the model has read already.
-    Can go when turns end where the model's state does.
+    Can go when turns end where the model's state does, and workers are told ids.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -356,9 +393,14 @@ def refuse_sessions(refused: Callable[[VllmConfig], str | None]) -> None:
         why = refused(processor.vllm_config) if kwargs.get("resumable") else None
         if why:
             raise VLLMValidationError(why)
-        return original(processor, *args, **kwargs)
+        prepared = original(processor, *args, **kwargs)
+        params = prepared.sampling_params
+        if params is not None and params.extra_args:
+            config, request_id = processor.vllm_config, prepared.request_id
+            params.extra_args = extra_args(config, params.extra_args, request_id)
+        return prepared
 
-    _patch("refuse_sessions", checked)
+    _patch("prepare_requests", checked)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)
@@ -443,8 +485,12 @@ def count_cached_tokens_without(spec: type) -> None:
     _patch("count_cached_tokens_without", counted)
 
 
-def keep_out_of_events(pool: BlockPool, group: int) -> None:
+def keep_out_of_events(
+    pool: BlockPool, group: int, removed_ours: Callable[[list[BlockHashWithGroupId]], None]
+) -> None:
     """Let ``pool`` tell nothing of the blocks of KV cache group ``group`` in its KV events.
+
+    ``removed_ours`` is told of theirs that are evicted.
 
     Symptom: vLLM derives the hashes in an event from a request's tokens, one for each block, which
     the pages of a bank are not: an IndexError, or events about attention blocks that are not there.
@@ -459,7 +505,9 @@ def keep_out_of_events(pool: BlockPool, group: int) -> None:
             stored(request, blocks, size, kv_cache_group_id)
 
     def emit_removed(hashes: list[BlockHashWithGroupId]) -> None:
-        removed([block_hash for block_hash in hashes if get_group_id(block_hash) != group])
+        theirs = [block_hash for block_hash in hashes if get_group_id(block_hash) != group]
+        removed_ours([block_hash for block_hash in hashes if get_group_id(block_hash) == group])
+        removed(theirs)
 
     pool.emit_cached_block_events = emit_stored  # type: ignore[assignment, method-assign]
     pool._emit_block_removed_events = emit_removed  # type: ignore[assignment, method-assign]

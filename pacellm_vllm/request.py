@@ -1,6 +1,7 @@
 """RequestSettings: what one request may set for itself, and how it asks for it."""
 
 import json
+import secrets
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ _ALLOWED = {
     "noise": "a number from 0 to 1",
     "theta_high": "a number from -1 to 1, not below theta_low",
     "theta_low": "a number from -1 to 1, not above theta_high",
+    "report": "true or false",
 }
 
 _WHERE = " in a request"
+_JOURNAL_KEY = "journal_of_pacellm"
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -62,6 +65,8 @@ class RequestSettings(BaseModel):
     theta_high: Number | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
     theta_low: Number | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
 
+    report: Switch = Field(False, description="note what memory does, to be asked for later")
+
     @classmethod
     def of(cls, extra_args: Any) -> "RequestSettings":
         """The settings among a request's ``extra_args``.
@@ -87,12 +92,12 @@ class RequestSettings(BaseModel):
         return (
             settings
             if settings.enabled and settings.alpha != 0
-            else cls.model_validate({"enabled": False})
+            else cls.model_validate({"enabled": False, "report": settings.report})
         )
 
     def overrides(self) -> dict[str, Any]:
         """The rules this request changes."""
-        return self.model_dump(exclude_none=True, exclude={"enabled"})
+        return self.model_dump(exclude_none=True, exclude={"enabled", "report"})
 
     def key(self, rules: MemoryRules) -> str:
         """The same for the same effect only, in an engine with ``rules``; empty for the engine's.
@@ -108,6 +113,24 @@ class RequestSettings(BaseModel):
             # A session's bank goes on recording, for a later turn that may want it.
             return replace(rules, alpha=0.0)
         return replace(rules, **self.overrides())
+
+
+def with_journal_key(extra_args: Any, request_id: str) -> Any:
+    """``extra_args`` of a request that asks for a report, with what it is kept under.
+
+    Whatever a client says of that itself is overwritten, or ignored where no report is asked for.
+    """
+    if not extra_args or not RequestSettings.of(extra_args).report:
+        return extra_args
+    return {**extra_args, _JOURNAL_KEY: f"{request_id}\n{secrets.token_hex(8)}"}
+
+
+def journal_key(params: Any) -> str | None:
+    """What the report of a request with these ``SamplingParams`` is kept under, if it wants one."""
+    extra_args = params.extra_args
+    if not extra_args or not RequestSettings.of(extra_args).report:
+        return None
+    return extra_args.get(_JOURNAL_KEY)
 
 
 def is_ours(key: Any) -> bool:

@@ -5,6 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
+# The page is tested in a real browser; where there is none, its tests fail (PACELLM_NO_BROWSER=1
+# leaves them out).
+if ! command -v chromedriver > /dev/null && [ "${PACELLM_NO_BROWSER:-}" != 1 ] \
+    && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    apt-get update -qq && apt-get install -qq -y chromium chromium-driver > /dev/null \
+        || echo "pacellm: chromium could not be installed, so tests of the page will fail." >&2
+fi
 bin=${PACELLM_VENV:-.venv}/bin
 # As in tests/conftest.py: the PyTorch CPU platform serves who asks for it.
 export PACELLM_CPU_PLATFORM=${PACELLM_CPU_PLATFORM:-1}

@@ -38,7 +38,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
 )
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
@@ -253,6 +254,12 @@ def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
     )
 
 
+def test_utility_calls_still_reach_methods_of_the_engine_core():
+    """The reason for ``add_engine_method``: by name, and nothing else of the core can be asked."""
+    assert "getattr(self, method_name)" in inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "engine_ranks_managed" in inspect.getsource(MPClient.__init__)
+
+
 def test_beam_search_still_drops_extra_arguments():
     assert "extra_args" not in BeamSearchParams.__struct_fields__
 
@@ -345,7 +352,7 @@ def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
 
 
 def test_streamed_input_is_still_checked_where_it_is_processed():
-    """``refuse_sessions``: turns come with this keyword, in both front ends."""
+    """``prepare_requests``: turns come with this keyword, in both front ends."""
     parameters = inspect.signature(inspect.unwrap(InputProcessor.process_inputs)).parameters
     assert parameters["resumable"].default is False
     assert "resumable=True" in inspect.getsource(AsyncLLM._add_streaming_input_request)

@@ -79,6 +79,6 @@ def test_front_end_engine_core_and_workers_are_each_patched(method, checkpoint, 
     assert {*found["patched"]} <= {
         *PATCHED["load_with_drafts"],
         *PATCHED["check_http_requests"],
-        *PATCHED["refuse_sessions"],
+        *PATCHED["prepare_requests"],
         *PATCHED["refuse_in_beam_search"],
     }

@@ -67,7 +67,7 @@ def test_all_regimes_occur_and_slots_are_replaced(preset):
     _, steps = drive(store, activations(600, 62), r)
     assert min(sum(s.high for s in steps), sum(s.mid for s in steps)) > 20
     assert sum(s.low for s in steps) > r.bank_size + 20
-    assert steps[-2].committed_slots == r.bank_size
+    assert steps[-2].committed.valid == r.bank_size
 
 
 @pytest.mark.parametrize("width", WIDTHS)

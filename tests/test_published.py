@@ -32,7 +32,7 @@ def test_state_equals_the_published_algorithm(bank_size, segment, width):
         torch.testing.assert_close(o, published.step(a), rtol=1e-5, atol=2e-6)
         header = Header.unpack(store.read_words())
         valid = int(published.valid.sum())
-        assert int(header.valid) == progress.committed_slots == valid
+        assert int(header.valid) == progress.committed.valid == valid
         assert header.usage[:valid].tolist() == published.usage[:valid].tolist()
         keys, values = store.read_keys(valid), store.read_values(valid)
         torch.testing.assert_close(keys, published.keys[:valid], rtol=1e-5, atol=2e-6)

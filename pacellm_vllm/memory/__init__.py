@@ -16,4 +16,5 @@
 ``layer``    PaceMemory, the vLLM layer of one FFN, and its custom op
 ``stage``    StageWithoutMemory, what a pipeline stage has that has no memory layer
 ``counts``   what the memory did so far, since the engine started
+``journal``  what it did for each request that asked to be told
 """

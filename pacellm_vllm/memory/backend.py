@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.memory.batch import BatchSettings
+from pacellm_vllm.memory.journal import Journal
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.spec import PagedBankSpec
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class BankMetadata:
-    """One step, for all memory layers: what the plain PyTorch ops do in it, or the kernels."""
+    """One step, for all memory layers: what the plain PyTorch ops do in it, or the kernels.
+
+    ``journal`` is there for requests that asked to be told what their memory did, if any.
+    """
 
     plain: PlainStep | None = None
     device: "DeviceStep | None" = None
+    journal: Journal | None = None
 
 
 def takes_kernels(device_type: str) -> bool:
@@ -113,8 +118,9 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         )
         if tables is not None:
             return BankMetadata(device=tables.of_pieces(common.block_table_tensor, pieces))
-        plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0)
-        return BankMetadata(plain=plain)
+        asked = {i: key for i, row in enumerate(rows) if (key := self._settings.asked(row))}
+        plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0, asked)
+        return BankMetadata(plain=plain, journal=self._settings.journal if asked else None)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

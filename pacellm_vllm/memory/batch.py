@@ -5,7 +5,7 @@ custom logits processors, which both model runners tell of every request that en
 changes its row. This one leaves logits alone.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,18 +17,26 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from pacellm_vllm.compat import load_with_drafts
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.request import RequestSettings
+from pacellm_vllm.memory.journal import Journal
+from pacellm_vllm.request import RequestSettings, journal_key
 
 # By the engine configuration they were made for, of which one process may hold several.
 _BATCHES: WeakValueDictionary[int, "BatchSettings"] = WeakValueDictionary()
 
 
 class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
-    """Settings by row: of the batch in model runner V1, of the request table in V2."""
+    """Settings by row: of the batch in model runner V1, of the request table in V2.
+
+    ``no_reports`` says why no request of this engine can have a report; empty if it can.
+    """
+
+    no_reports: ClassVar[str] = ""
 
     def __init__(self, vllm_config: VllmConfig, *runner: Any) -> None:
         self._config = vllm_config.compilation_config
         self._rows: dict[int, RequestSettings] = {}
+        self._asked: dict[int, str] = {}
+        self.journal = Journal()
         _BATCHES[id(self._config)] = self
 
     @classmethod
@@ -46,9 +54,22 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
         """The settings of the request in ``row``; None if it has set nothing."""
         return self._rows.get(row)
 
+    def asked(self, row: int) -> str | None:
+        """The ``Journal`` key of the request in ``row``, if it has one."""
+        return self._asked.get(row)
+
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        RequestSettings.of(sampling_params.extra_args)
+        settings = RequestSettings.of(sampling_params.extra_args)
+        if not settings.report:
+            return
+        if cls.no_reports:
+            raise PaceConfigError(f"pacellm: {cls.no_reports}; drop pacellm_report.")
+        if sampling_params.n > 1:
+            raise PaceConfigError(
+                f"pacellm: a report is about one answer, not n = {sampling_params.n}; drop "
+                "pacellm_report or n."
+            )
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -56,6 +77,7 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Model runner V1, before each forward."""
         process_dict_updates(self._rows, batch_update, lambda params, *_: _settings(params))
+        process_dict_updates(self._asked, batch_update, lambda params, *_: journal_key(params))
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Model runner V2, when a request takes row ``req_idx``."""
@@ -63,10 +85,25 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
         settings = _settings(sampling_params)
         if settings is not None:
             self._rows[req_idx] = settings
+        self._asked.pop(req_idx, None)
+        if key := journal_key(sampling_params):
+            self._asked[req_idx] = key
         return False
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         return logits
+
+
+class WithDrafts(BatchSettings):
+    """For an engine with speculative decoding."""
+
+    no_reports = "a report cannot tell drafts from what was kept of them"
+
+
+class WithKernels(BatchSettings):
+    """For an engine whose memory runs as kernels, where the host does not see what they decide."""
+
+    no_reports = "kernels do not say what they decide for each token, so there are no reports here"
 
 
 class NoSettings(BatchSettings):
@@ -91,4 +128,4 @@ def _settings(params: SamplingParams) -> RequestSettings | None:
 
 # At import: a worker builds its logits processors before it loads the model, and what has reached
 # it by then is the engine's configuration, which holds one of these classes.
-load_with_drafts({BatchSettings, NoSettings})
+load_with_drafts({BatchSettings, WithDrafts, WithKernels, NoSettings})

@@ -22,7 +22,7 @@ from pacellm_vllm.memory.backend import (
     most_requests,
     takes_kernels,
 )
-from pacellm_vllm.memory.counts import MemoryCounts
+from pacellm_vllm.memory.counts import MemoryCounts, PlainCounts
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import unit_view
 
@@ -55,7 +55,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         self.config = config
         self.rules = config.rules()
         self.width = width
-        self._plain_counts = MemoryCounts()
+        self._plain_counts = MemoryCounts(plain=PlainCounts())
         self._tally: torch.Tensor | None = None
         if takes_kernels(vllm_config.device_config.device_type):
             from pacellm_vllm.memory.device import new_tally
@@ -95,8 +95,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
             return
         assert metadata.plain is not None
         units = unit_view(self.kv_cache, layout, stored)
-        for progress in metadata.plain.run(units, layout, a, out, self._reduce):
+        step, journal = metadata.plain, metadata.journal
+        for asked, position, rules, progress in step.run(units, layout, a, out, self._reduce):
             self._plain_counts.add(progress)
+            if asked and journal:
+                journal.note(asked, self.index, position, rules, progress)
+        if journal:
+            for asked, position, count in step.asked_idle:
+                journal.note_idle(asked, self.index, position, count)
 
     def check_whole(self, a: torch.Tensor) -> None:
         """In the first step, mostly one without requests: whether all ranks hold the same ``a``.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -11,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     BlockHashWithGroupId,
     KVCacheBlock,
+    get_block_hash,
     make_block_hash_with_group_id,
 )
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
@@ -18,6 +20,7 @@ from vllm.v1.request import Request
 
 from pacellm_vllm.compat import (
     add_block_hash_key,
+    add_engine_method,
     copy_blocks_before_forward,
     count_cached_tokens_without,
     groups_in_hand,
@@ -29,12 +32,15 @@ from pacellm_vllm.compat import (
     watch_requests,
 )
 from pacellm_vllm.config import CONFIG_KEY
+from pacellm_vllm.memory.counts import PoolCounts
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.request import key_of, settings_of
 
 logger = plugin_logger()
+
+POOL_METHOD = "pacellm_pool_report"
 
 # vLLM copies all blocks of a step through one temporary, outside of its memory profile.
 _MAX_RESTORED_BYTES = 128 << 20
@@ -80,12 +86,30 @@ class PagedBankManager(CircularBufferManager):
         self._restoring: dict[str, Sequence[KVCacheBlock]] = {}
         self._taking_over: set[str] = set()
         self._restored = 0
-        keep_out_of_events(self.block_pool, self.kv_cache_group_id)
+        self._counts = PoolCounts()
+        keep_out_of_events(self.block_pool, self.kv_cache_group_id, self._count_evicted)
+        add_engine_method(POOL_METHOD, _pool_report)
         self._log_start(kv_cache_spec)
         watch_requests()
         hash_turns_by_their_own()
         count_cached_tokens_without(type(kv_cache_spec))
         add_block_hash_key(_hash_key, self.block_pool)
+
+    def _count_evicted(self, hashes: Iterable[BlockHashWithGroupId]) -> None:
+        ends = _page_hash(b"", 0)
+        self._counts.evicted += sum(get_block_hash(each).endswith(ends) for each in hashes)
+
+    def counts(self) -> PoolCounts:
+        """Of the engine so far, and of this moment."""
+        pages = [
+            sum(not page.is_null for page in held) for held in self.req_to_blocks.values() if held
+        ]
+        return replace(
+            self._counts,
+            blocks_held=sum(pages),
+            requests=sum(count > 0 for count in pages),
+            sessions=sum(bool(request.resumable) for request in self._requests.values()),
+        )
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
@@ -218,6 +242,8 @@ class PagedBankManager(CircularBufferManager):
         if new_computed_blocks:
             self.block_pool.touch(new_computed_blocks)
             self._restoring[request_id] = list(new_computed_blocks)
+            self._counts.hit += 1
+            self._counts.hit_tokens += num_local_computed_tokens
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -293,6 +319,7 @@ class PagedBankManager(CircularBufferManager):
             pages = self.req_to_blocks[request.request_id]
             for page, page_hash in zip(pages, hashes, strict=False):
                 publish_block(self.block_pool, page, page_hash, length)
+            self._counts.published += 1
 
     def _publish_copies(self, request_id: str, boundaries: Iterable[int]) -> None:
         held = self.req_to_blocks[request_id]
@@ -300,6 +327,7 @@ class PagedBankManager(CircularBufferManager):
             hashes = self._page_hashes(self._requests[request_id], boundary)
             for page, page_hash in zip(held[self._columns(boundary)], hashes, strict=True):
                 publish_block(self.block_pool, page, page_hash, boundary)
+            self._counts.published += 1
 
     def _new_blocks(self, count: int) -> list[KVCacheBlock]:
         return self.block_pool.get_new_blocks(count) if count > 0 else []
@@ -395,6 +423,13 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
     return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
 
 
+def _pool_report(core: Any) -> dict[str, int]:
+    """``PagedBankManager.counts`` of an ``EngineCore`` with memory."""
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    [manager] = [one for one in managers if isinstance(one, PagedBankManager)]
+    return manager.counts().as_dict()
+
+
 # Requests do not say which engine they are of, and one process may hold several.
 _MANAGERS: WeakSet[PagedBankManager] = WeakSet()
 
@@ -408,7 +443,11 @@ def _hash_key(request: Request) -> tuple[str, str] | None:
         if len(rules) == 1:
             key = key_of(request, *rules)
         else:
-            key = settings_of(request).model_dump_json(exclude_defaults=True).removeprefix("{}")
+            key = (
+                settings_of(request)
+                .model_dump_json(exclude_defaults=True, exclude={"report"})
+                .removeprefix("{}")
+            )
     except Exception:
         # A hasher must not raise. What is not allowed shares nothing with what is.
         key = "not allowed"

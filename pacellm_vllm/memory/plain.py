@@ -1,7 +1,7 @@
 """PlainStep: what the plain PyTorch ops do in one step, worked out once for all memory layers."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ class Chunk:
     """Tokens of one request; ``pages`` its block ids as far as they reach.
 
     ``copy`` are pages that take what the first as many of ``pages`` hold before the tokens change
-    it; vLLM's null block where there is no copy.
+    it; vLLM's null block where there is no copy. ``asked`` is the request's key in the ``Journal``.
     """
 
     tokens: slice
@@ -29,6 +29,7 @@ class Chunk:
     pages: list[int]
     rules: MemoryRules
     copy: list[int]
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Singles:
     positions: list[int]
     pages: list[list[int]]
     rules: list[MemoryRules]
+    asked: list[str | None]
+
+
+Done = tuple[str | None, int, MemoryRules, Progress]
 
 
 @dataclass
@@ -58,13 +63,22 @@ class PlainStep:
     chunks: list[Chunk] = field(default_factory=list)
     singles: Singles | None = None
     idle: list[slice] = field(default_factory=list)
+    asked_idle: list[tuple[str, int, int]] = field(default_factory=list)
     num_tokens: int = 0
 
     @classmethod
     def of(
-        cls, block_table: torch.Tensor, pieces: Sequence[Piece], speculative: bool = False
+        cls,
+        block_table: torch.Tensor,
+        pieces: Sequence[Piece],
+        speculative: bool = False,
+        asked: Mapping[int, str] | None = None,
     ) -> "PlainStep":
-        """``block_table`` [requests, >= pages] int of the pieces' requests, on any device."""
+        """``block_table`` [requests, >= pages] int of the pieces' requests, on any device.
+
+        ``asked`` are the ``Journal`` keys of requests that have one.
+        """
+        asked = asked or {}
         step = cls(num_tokens=max((piece.end for piece in pieces), default=0))
         if not pieces:
             return step
@@ -78,10 +92,14 @@ class PlainStep:
             tokens = slice(piece.begin, piece.end)
             row = table[piece.request]
             pages, copy = row[: piece.pages], row[piece.copy.start : piece.copy.stop]
-            chunk = Chunk(tokens, piece.position, pages, piece.rules, copy if all(copy) else [])
+            key = asked.get(piece.request)
+            copy = copy if all(copy) else []
+            chunk = Chunk(tokens, piece.position, pages, piece.rules, copy, key)
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not all(pages):
                 step.idle.append(tokens)
+                if key:
+                    step.asked_idle.append((key, piece.position, piece.end - piece.begin))
                 continue
             if speculative and piece.request not in seen:
                 seen.add(piece.request)
@@ -101,6 +119,7 @@ class PlainStep:
                 [piece.position for piece, _ in singles],
                 [pages for _, pages in singles],
                 [piece.rules for piece, _ in singles],
+                [asked.get(piece.request) for piece, _ in singles],
             )
         return step
 
@@ -111,23 +130,32 @@ class PlainStep:
         a: torch.Tensor,
         out: torch.Tensor,
         reduce: Reduce | None,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[Done]:
         """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
 
-        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written.
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields by request and
+        piece its ``Journal`` key, the first token's position, its rules and what happened; of
+        tokens that were drafts, which have no key, the next token's position.
         """
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
             out[tokens] = a[tokens]
         for chunk in self.settled:
             store = PagedStore(units, chunk.pages, layout)
-            yield from settle(store, chunk.position, chunk.rules, reduce)
+            for progress in settle(store, chunk.position, chunk.rules, reduce):
+                yield None, chunk.position, chunk.rules, progress
         for chunk in self.chunks:
             if chunk.copy:
                 units[chunk.copy] = units[chunk.pages[: len(chunk.copy)]]
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
-            yield advance(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])[1]
+            at, rules = chunk.position, chunk.rules
+            yield (
+                chunk.asked,
+                at,
+                rules,
+                advance(store, a[tokens], at, rules, reduce, out[tokens])[1],
+            )
         for chunk in self.guesses:
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
@@ -143,4 +171,4 @@ class PlainStep:
         )
         if in_place is None:
             out[singles.tokens] = o
-        yield from progresses
+        yield from zip(singles.asked, singles.positions, singles.rules, progresses, strict=True)

@@ -1,5 +1,7 @@
 """What is refused before an engine starts, each with one sentence."""
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -10,17 +12,18 @@ from pacellm_vllm.compat import (
     check_http_requests,
     keep_booleans,
     plugin_logger,
-    refuse_sessions,
+    prepare_requests,
     set_cpu_worker,
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
-from pacellm_vllm.memory.batch import BatchSettings, NoSettings
+from pacellm_vllm.memory.backend import takes_kernels
+from pacellm_vllm.memory.batch import BatchSettings, NoSettings, WithDrafts, WithKernels
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
 from pacellm_vllm.platform import CPU_WORKER
-from pacellm_vllm.request import is_ours
+from pacellm_vllm.request import is_ours, with_journal_key
 
 logger = plugin_logger()
 
@@ -45,16 +48,33 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.experts is not None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)
-    add_logits_processor(vllm_config, BatchSettings if layers else NoSettings)
+    processor = _settings_class(vllm_config) if layers else NoSettings
+    add_logits_processor(vllm_config, processor)
     keep_booleans()
-    check_http_requests(is_ours, (BatchSettings if layers else NoSettings).validate_params)
-    refuse_sessions(_why_no_sessions)
+    check_http_requests(is_ours, processor.validate_params)
+    prepare_requests(_why_no_sessions, _extra_args)
+
+
+def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
+    """What a request's extra arguments become; those of other engines stay as they are."""
+    return with_journal_key(given, request_id) if carries_memory(vllm_config) else given
+
+
+def carries_memory(vllm_config: VllmConfig) -> bool:
+    """Whether a checked engine has layers with memory."""
+    return _settings_class(vllm_config) in (vllm_config.model_config.logits_processors or ())
+
+
+def _settings_class(vllm_config: VllmConfig) -> type[BatchSettings]:
+    """Of an engine with memory."""
+    if takes_kernels(current_platform.device_type):
+        return WithKernels
+    return WithDrafts if vllm_config.speculative_config else BatchSettings
 
 
 def _why_no_sessions(vllm_config: VllmConfig) -> str | None:
     """Why an engine takes no streamed input; None where it may, as every engine without memory."""
-    carries = BatchSettings in (vllm_config.model_config.logits_processors or ())
-    if not carries or not vllm_config.scheduler_config.async_scheduling:
+    if not carries_memory(vllm_config) or not vllm_config.scheduler_config.async_scheduling:
         return None
     return (
         "pacellm: streamed input does not work with memory and asynchronous scheduling, because a "

@@ -144,7 +144,7 @@ def _advance(
         committed = commit(store, Header.unpack(words), valid, rules)
     if paper or not high or offset == 0 or committed is not None:
         store.write_words(words)
-    return Progress(int(high), int(mid), int(low), committed)
+    return Progress(int(high), int(mid), int(low), committed, [found.mean_top], [found.top])
 
 
 def _enhance(

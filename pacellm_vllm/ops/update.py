@@ -1,7 +1,7 @@
 """Update: what a running segment gathers, and the commit at its end (paper Sec. 3.2.1)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -93,14 +93,37 @@ class BankStore(Protocol):
     def write_sums(self, sums: torch.Tensor) -> None: ...
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What a commit did to a bank.
+
+    ``valid`` slots after it, the last ``filled`` of them by it; ``merged`` and ``replaced`` the
+    slots that were used before; ``usage`` of each after it. The segment's low tokens, in position
+    order, went into the filled slots, then into ``replaced`` in that order; ``dropped`` of them
+    found none open.
+    """
+
+    valid: int
+    filled: int
+    merged: list[int]
+    replaced: list[int]
+    dropped: int
+    usage: list[int]
+
+
 @dataclass
 class Progress:
-    """What a piece of a segment did: tokens of each kind, and slots valid if it committed."""
+    """What a piece of a segment did: tokens of each kind, and its commit if it ended the segment.
+
+    ``mean_top`` [n] fp32 or n numbers and ``top``, n rows of slots, are those of ``LookUp``.
+    """
 
     high: int
     mid: int
     low: int
-    committed_slots: int | None
+    committed: Committed | None
+    mean_top: torch.Tensor | list[float] = field(compare=False)
+    top: torch.Tensor | list[list[int]] = field(compare=False)
 
 
 def advance(
@@ -151,7 +174,7 @@ def advance(
         del keys, values
         committed = commit(store, header, valid, rules)
     store.write_words(words)
-    return o, Progress(num_high, num_mid, num_low, committed)
+    return o, Progress(num_high, num_mid, num_low, committed, found.mean_top, found.top)
 
 
 def peek(
@@ -223,12 +246,13 @@ def _gather_sums(
     store.write_sums(sums)
 
 
-def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> int:
-    """Update(B_s) in place, the header too; returns the number of valid slots of B_(s+1)."""
+def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> Committed:
+    """Update(B_s), of ``valid`` slots, in place, the header too."""
     mids, lows = int(header.mids), int(header.lows)
     usage = header.usage[:valid]
     usage += header.confirm[:valid]
     slots = header.merge[:valid].nonzero().flatten()
+    victims: list[int] = []
     if mids:
         sums = store.read_sums()
         if rules.update is UpdateRule.PAPER:
@@ -246,11 +270,13 @@ def commit(store: BankStore, header: Header, valid: int, rules: MemoryRules) -> 
     taken = min(lows, rules.bank_size - valid)
     replaced = min(lows - taken, rules.max_insertions, valid)
     if replaced:
-        victims = usage.argsort(stable=True)[:replaced]
-        store.write_slots(victims.tolist(), *store.read_staged(replaced))
+        victims = usage.argsort(stable=True)[:replaced].tolist()
+        store.write_slots(victims, *store.read_staged(replaced))
         usage[victims] = 1
     header.usage[valid : valid + taken] = 1
     header.valid.fill_(valid + taken)
     keys = store.read_keys(valid + taken).float()
     header.squares[: valid + taken] = key_squares(keys)
-    return valid + taken
+    merged = slots.tolist() if mids else []
+    used = header.usage[: valid + taken].tolist()
+    return Committed(valid + taken, taken, merged, victims, lows - taken - replaced, used)

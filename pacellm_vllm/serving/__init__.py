@@ -2,5 +2,9 @@
 
 ``command``  builds the ``vllm serve`` command that ``pacellm serve`` runs
 ``routes``   ``GET /plugins/pacellm/memory`` on vLLM's API server
+``pages``    a page to look at requests with, in ``page/``
 ``report``   the worker method behind it: what each layer's memory did
+``asking``   every engine asked for it
+``metrics``  the same for Prometheus
+``middleware`` which adds that to vLLM's ``/metrics``
 """

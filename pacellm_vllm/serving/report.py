@@ -6,13 +6,18 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
+from pacellm_vllm.memory.batch import BatchSettings
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
+ANSWER_METHOD = "pacellm_answer_report"
 EXPERTS_METHOD = "pacellm_experts_report"
+
+_ADDED = {"high", "mid", "low", "commits"}
+_ADDED |= {"merged", "filled", "replaced", "dropped"}
 
 
 class MemoryReport(BankRecording):
@@ -34,6 +39,12 @@ class MemoryReport(BankRecording):
             for layer in layers
             if isinstance(layer, PaceMemory)
         }
+
+    def pacellm_answer_report(
+        self, request_id: str, first: int = 0
+    ) -> dict[int, dict[str, Any]] | None:
+        """``Journal.report`` of a request that asked for one; None where there is none."""
+        return BatchSettings.of_engine(self.vllm_config).journal.report(request_id, first)
 
     def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""
@@ -62,8 +73,11 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
     for report in reports[1:]:
         for layer, counts in report.items():
             mine = total[layer]
-            for name in mine.keys() & {"high", "mid", "low", "commits"}:
+            for name in mine.keys() & _ADDED:
                 mine[name] += counts[name]
+            if "similarity" in mine:
+                pairs = zip(mine["similarity"], counts["similarity"], strict=True)
+                mine["similarity"] = [one + other for one, other in pairs]
             for name in mine.keys() & {"slots_last", "slots_peak"}:
                 mine[name] = max(mine[name], counts[name])
             if counts.get("tokens"):
@@ -71,6 +85,11 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
                 mine["tokens"] += counts["tokens"]
                 mine["share"] = (computed + counts["tokens"] * counts["share"]) / mine["tokens"]
     return total
+
+
+def add_pools(pools: list[dict[str, int]]) -> dict[str, int]:
+    """What data parallel engines' ``PoolCounts`` come to together."""
+    return {name: sum(pool[name] for pool in pools) for name in pools[0]}
 
 
 def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:

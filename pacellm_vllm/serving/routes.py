@@ -1,19 +1,27 @@
-"""``GET /plugins/pacellm/memory``: what the memory, and experts, did, as JSON.
+"""``GET /plugins/pacellm/memory``: what the memory, and experts, did, as JSON; and ``/metrics``.
 
 vLLM loads it when VLLM_PLUGINS names ``pacellm_http`` (``pacellm serve`` does so).
 """
 
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from pacellm_vllm.compat import api_key_check, ask_all_engines
+from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.serving import pages
+from pacellm_vllm.serving.middleware import MetricsMiddleware
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from pacellm_vllm.serving.metrics import Scrapes
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
+ANSWER_ROUTE = "/plugins/pacellm/answers/{answer_id}"
 
 router = APIRouter()
 
@@ -26,40 +34,82 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 @router.get(MEMORY_ROUTE, responses=_REFUSALS)
 async def memory(request: Request) -> dict[str, Any]:
-    """``{"active": bool, "config": {...}, "engine": {...}, "layers": ..., "experts": ...}``.
+    """``{"active": bool, "config": {...}, "engine": {...}, "layers": ..., "experts": ..., "pool":
+    ...}``.
 
-    ``config`` is None without memory or experts; the last two are counts by layer. 401 without the
-    server's API key.
+    ``config`` is None without memory or experts; ``layers`` and ``experts`` are counts by layer,
+    ``pool`` is ``PoolCounts``, of all engines together. 401 without the server's API key.
     """
+    engine = _engine(request)
+    # A server without memory, which has this route too, imports nothing of it before it is asked.
+    from pacellm_vllm.serving.asking import ask_engines
+    from pacellm_vllm.serving.report import add_engines, add_pools, describe_engine
+
+    config = engine.vllm_config
+    if config.model_config.architecture not in ARCHITECTURES:
+        return {"active": False, **describe_engine(config), "layers": {}, "experts": {}, "pool": {}}
+    _check_reports(config)
+    reports = await ask_engines(engine)
+    return {
+        "active": True,
+        **describe_engine(config),
+        "layers": add_engines([report.layers for report in reports]),
+        "experts": add_engines([report.experts for report in reports]),
+        "pool": add_pools([report.pool for report in reports]),
+    }
+
+
+@router.get(
+    ANSWER_ROUTE,
+    responses={**_REFUSALS, 404: {"description": "No answer with this id has a report."}},
+)
+async def answer(
+    request: Request, answer_id: str, first: int = 0, empty: bool = False
+) -> dict[str, Any]:
+    """What memory did for one request that said ``"pacellm_report": true``, also while it runs.
+
+    ``answer_id`` is the ``id`` of its response; of several prompts in one request the first one's,
+    and with ``-1`` behind it the second one's. ``layers`` has ``Journal.report`` by layer, whose
+    strongest recalls are of tokens from position ``first`` on. 404 where there is no report, or
+    with ``empty`` no layers.
+    """
+    engine = _engine(request)
+    found = None
+    if engine.vllm_config.model_config.architecture in ARCHITECTURES:
+        from pacellm_vllm.models.checks import carries_memory
+        from pacellm_vllm.serving.asking import ask_answer
+
+        _check_reports(engine.vllm_config)
+        if carries_memory(engine.vllm_config):
+            found = await ask_answer(engine, answer_id, max(first, 0))
+    if found is None and not empty:
+        raise HTTPException(
+            404,
+            "pacellm: there is no report with this id; ask for one with vllm_xargs "
+            '{"pacellm_report": true}, and read it soon, as the oldest are dropped.',
+        )
+    return {"id": answer_id, "layers": found or {}}
+
+
+def _engine(request: Request) -> EngineClient:
+    """Of the server, for a request that may see it."""
     state = request.app.state.pacellm
-    if not state.authorized(request.headers):
+    if not pages.may_look(request):
         raise HTTPException(401, "Unauthorized")
     if state.engine is None:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
-    # A server without memory, which has this route too, imports nothing of it before it is asked.
-    from pacellm_vllm.models.checks import REPORT_EXTENSION
-    from pacellm_vllm.serving.report import (
-        EXPERTS_METHOD,
-        REPORT_METHOD,
-        add_engines,
-        describe_engine,
-        merge_reports,
-    )
+    return state.engine
 
-    config = state.engine.vllm_config
-    if config.model_config.architecture not in ARCHITECTURES:
-        return {"active": False, **describe_engine(config), "layers": {}, "experts": {}}
-    if config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+
+def _check_reports(vllm_config: "VllmConfig") -> None:
+    from pacellm_vllm.models.checks import REPORT_EXTENSION
+
+    if vllm_config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
         raise HTTPException(
             501,
             "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
             "drop that flag to see the memory.",
         )
-    layers, experts = [
-        add_engines([merge_reports(each) for each in await ask_all_engines(state.engine, method)])
-        for method in (REPORT_METHOD, EXPERTS_METHOD)
-    ]
-    return {"active": True, **describe_engine(config), "layers": layers, "experts": experts}
 
 
 class HttpPlugin:
@@ -70,11 +120,27 @@ class HttpPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(pages.router)
+        app.add_middleware(MetricsMiddleware)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        state.pacellm = Namespace(engine=engine_client, authorized=api_key_check(args))
+        state.pacellm = Namespace(
+            engine=engine_client, authorized=api_key_check(args), scrapes=_scrapes(engine_client)
+        )
+
+
+def _scrapes(client: EngineClient | None) -> "Scrapes | None":
+    """None where there is nothing to ask for."""
+    if client is None or client.vllm_config.model_config.architecture not in ARCHITECTURES:
+        return None
+    from pacellm_vllm.models.checks import REPORT_EXTENSION
+    from pacellm_vllm.serving.metrics import Scrapes
+
+    if client.vllm_config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+        return None
+    return Scrapes(client)
 
 
 def create_plugin() -> HttpPlugin:

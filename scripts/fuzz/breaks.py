@@ -26,12 +26,12 @@ def commit_one_token_early() -> None:
     """The last token of a segment reads the bank that the others left, and leaves nothing."""
     advance, step = update.advance, steps._advance
 
-    def commit_now(store: Any, rules: Any) -> int:
+    def commit_now(store: Any, rules: Any) -> update.Committed:
         words = store.read_words()
         header = update.Header.unpack(words)
-        slots = update.commit(store, header, int(header.valid), rules)
+        committed = update.commit(store, header, int(header.valid), rules)
         store.write_words(words)
-        return slots
+        return committed
 
     def early(
         store: Any, a: Any, position: int, rules: Any, reduce: Any = None, out: Any = None
@@ -40,10 +40,10 @@ def commit_one_token_early() -> None:
         if rules.segment_size == 1 or len(a) < left:
             return advance(store, a, position, rules, reduce, out)
         out = torch.empty_like(a) if out is None else out
-        progress = update.Progress(0, 0, 0, None)
+        progress = update.Progress(0, 0, 0, None, [], [])
         if left:
             _, progress = advance(store, a[:left], position, rules, reduce, out[:left])
-            progress.committed_slots = commit_now(store, rules)
+            progress.committed = commit_now(store, rules)
         if len(a) > left:
             update.peek(store, a[left:], position + left, rules, reduce, out[left:])
         return out, progress
@@ -54,11 +54,11 @@ def commit_one_token_early() -> None:
         left = rules.segment_size - 1 - position % rules.segment_size
         if rules.segment_size > 1 and left == 0:
             steps._enhance(store, a, out, found, rules)
-            return update.Progress(0, 0, 0, None)
+            return update.Progress(0, 0, 0, None, [], [])
         progress = step(store, words, counts, a, out, position, found, rules)
         if left == 1:
             store.write_words(words)
-            progress.committed_slots = commit_now(store, rules)
+            progress.committed = commit_now(store, rules)
         return progress
 
     _replace_everywhere(advance, early)

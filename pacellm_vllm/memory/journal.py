@@ -1,0 +1,218 @@
+"""Journal: what memory did for each request that asked to be told, in the worker that did it."""
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.ops.update import Committed, Progress
+
+# By letter: what became of a token, and what its look-up asked for. A token that met an empty bank
+# asks for a slot as a low one does, and is counted as one elsewhere.
+KINDS = {
+    "h": "high",
+    "m": "mid",
+    "l": "low",
+    "e": "empty",
+    "u": "unsound",
+    "c": "cached",
+    "n": "none",
+}
+# About 16 bytes each; the oldest answers go first.
+MOST_TOKENS = 1 << 21
+MOST_ANSWERS = 1024
+STRONGEST = 20
+_UNKNOWN = -1
+
+
+class Journal:
+    """Answers by key, an id that its request knows and behind a newline what makes it unique.
+
+    At most ``most_tokens`` tokens, counted once a layer, and ``most_answers`` answers are kept.
+    """
+
+    def __init__(self, most_tokens: int = MOST_TOKENS, most_answers: int = MOST_ANSWERS) -> None:
+        self._answers: OrderedDict[str, dict[int, LayerAnswer]] = OrderedDict()
+        self._forgotten: OrderedDict[str, None] = OrderedDict()
+        self._most_tokens = most_tokens
+        self._most_answers = most_answers
+        self._tokens = 0
+
+    def note(
+        self, key: str, layer: int, position: int, rules: MemoryRules, progress: Progress
+    ) -> None:
+        """Tokens from ``position`` on, in one segment, and the commit if they ended it."""
+        answer = self._layer(key, layer)
+        if answer is not None:
+            self._grown(answer, answer.read(position, rules, progress))
+
+    def note_idle(self, key: str, layer: int, position: int, count: int) -> None:
+        """Tokens of a request that holds no bank."""
+        answer = self._layer(key, layer)
+        if answer is not None:
+            self._grown(answer, answer.pass_by(position, count))
+
+    def report(self, request_id: str, first: int = 0) -> dict[int, dict[str, Any]] | None:
+        """By layer, see :meth:`LayerAnswer.report`; None of what is not, or no longer, known.
+
+        Of several requests with one id the one that began last.
+        """
+        keys = [key for key in self._answers if key.partition("\n")[0] == request_id]
+        if not keys:
+            return None
+        return {index: found.report(first) for index, found in self._answers[keys[-1]].items()}
+
+    def _layer(self, key: str, layer: int) -> "LayerAnswer | None":
+        if key in self._forgotten:
+            return None
+        return self._answers.setdefault(key, {}).setdefault(layer, LayerAnswer())
+
+    def _grown(self, answer: "LayerAnswer", tokens: int) -> None:
+        self._tokens += tokens
+        while self._tokens > self._most_tokens or len(self._answers) > self._most_answers:
+            key, layers = self._answers.popitem(last=False)
+            self._tokens -= sum(len(layer) for layer in layers.values())
+            # What is still running must not begin again in the middle.
+            self._forgotten[key] = None
+            if len(self._forgotten) > self._most_answers:
+                self._forgotten.popitem(last=False)
+
+
+class LayerAnswer:
+    """One request in one layer, by position: ``kinds``, and what each token found.
+
+    ``similarity`` is the mean cosine with the most similar slots, which decides the kind,
+    ``slot`` the most similar one and ``source`` the position of the token whose activation it
+    held then, -1 where that was read by another request.
+    """
+
+    def __init__(self) -> None:
+        self._kinds = bytearray()
+        self._similarity = array("f")
+        self._slot = array("h")
+        self._source = array("i")
+        # After each commit: where it was, what it did, and each slot's source and merges.
+        self._commits: list[tuple[int, Committed, list[int], list[int]]] = []
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def read(self, position: int, rules: MemoryRules, progress: Progress) -> int:
+        """Returns how many tokens more than before are held."""
+        before = len(self)
+        self._go_to(position, "c")
+        sources, _ = self._slots()
+        found, top = progress.mean_top, progress.top
+        means = found if isinstance(found, list) else found.tolist()
+        slots = top if isinstance(top, list) else top.tolist()
+        for mean, row in zip(means, slots, strict=True):
+            self._kinds.append(ord(_kind(mean, rules)))
+            self._similarity.append(mean if row else 0.0)
+            self._slot.append(row[0] if row else _UNKNOWN)
+            known = row and row[0] < len(sources)
+            self._source.append(sources[row[0]] if known else _UNKNOWN)
+        if progress.committed is not None:
+            self._commit(progress.committed, rules)
+        return len(self) - before
+
+    def pass_by(self, position: int, count: int) -> int:
+        """Tokens without a bank; returns as :meth:`read`."""
+        before = len(self)
+        self._go_to(position, "c")
+        self._go_to(position + count, "n")
+        return len(self) - before
+
+    def report(self, first: int = 0) -> dict[str, Any]:
+        """Plain numbers and lists.
+
+        ``tokens`` counts by kind; ``kinds`` a letter of ``KINDS`` a token; ``similarity``,
+        ``slot`` and ``source`` a number a token; ``commits`` and ``slots`` dictionaries;
+        ``strongest`` the recalls of tokens from position ``first`` on with the most similarity.
+        """
+        letters = self._kinds.decode()
+        counts = Counter(letters)
+        similarity = [round(value, 3) for value in self._similarity]
+        sources, merges = self._slots()
+        usage = self._commits[-1][1].usage if self._commits else []
+        recalls = [at for at in range(first, len(self)) if letters[at] in "hm"]
+        recalls.sort(key=lambda at: (-self._similarity[at], at))
+        return {
+            "tokens": {name: counts[letter] for letter, name in KINDS.items()},
+            "kinds": letters,
+            "similarity": similarity,
+            "slot": self._slot.tolist(),
+            "source": self._source.tolist(),
+            "commits": [
+                {
+                    "position": at,
+                    "valid": done.valid,
+                    "filled": done.filled,
+                    "merged": len(done.merged),
+                    "replaced": len(done.replaced),
+                    "dropped": done.dropped,
+                }
+                for at, done, _, _ in self._commits
+            ],
+            "slots": [
+                {"source": source, "merges": merged, "usage": used}
+                for source, merged, used in zip(sources, merges, usage, strict=True)
+            ],
+            "strongest": [
+                {
+                    "position": at,
+                    "similarity": similarity[at],
+                    "slot": self._slot[at],
+                    "source": self._source[at],
+                }
+                for at in recalls[:STRONGEST]
+            ],
+        }
+
+    def _slots(self) -> tuple[list[int], list[int]]:
+        return self._commits[-1][2:] if self._commits else ([], [])
+
+    def _go_to(self, position: int, letter: str) -> None:
+        """Forget what was read from ``position`` on (a request preempted begins anew), or say of
+        what is missing before it that it was not read here.
+        """
+        missing = position - len(self)
+        if missing < 0:
+            for column in (self._kinds, self._similarity, self._slot, self._source):
+                del column[position:]
+            while self._commits and self._commits[-1][0] > position:
+                self._commits.pop()
+        elif missing:
+            self._kinds.extend(letter.encode() * missing)
+            self._similarity.extend([0.0] * missing)
+            self._slot.extend([_UNKNOWN] * missing)
+            self._source.extend([_UNKNOWN] * missing)
+
+    def _commit(self, done: Committed, rules: MemoryRules) -> None:
+        end = len(self)
+        asked = (at for at in range(end - rules.segment_size, end) if chr(self._kinds[at]) in "le")
+        sources, merges = map(list, self._slots())
+        # Of a bank from the prefix cache it is not known here whose tokens it holds.
+        unknown = done.valid - len(sources)
+        sources += [_UNKNOWN] * unknown
+        merges += [0] * unknown
+        for slot in done.merged:
+            merges[slot] += 1
+        for slot in _in_order(done):
+            sources[slot], merges[slot] = next(asked), 0
+        self._commits.append((end, done, sources, merges))
+
+
+def _in_order(done: Committed) -> Iterable[int]:
+    """The slots that the segment's low tokens went into, the first token's first."""
+    return [*range(done.valid - done.filled, done.valid), *done.replaced]
+
+
+def _kind(mean_top: float, rules: MemoryRules) -> str:
+    if mean_top != mean_top:
+        return "u"
+    if mean_top == float("-inf"):
+        return "e"
+    if mean_top > rules.theta_high:
+        return "h"
+    return "m" if mean_top > rules.theta_low else "l"

@@ -1,0 +1,57 @@
+"""What every engine behind one API server says of its memory and experts, and of one answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+
+from pacellm_vllm.compat import ask_all_cores, ask_all_engines, engine_ranks
+from pacellm_vllm.memory.manager import POOL_METHOD
+from pacellm_vllm.models.checks import carries_memory
+from pacellm_vllm.serving.report import (
+    ANSWER_METHOD,
+    EXPERTS_METHOD,
+    REPORT_METHOD,
+    merge_reports,
+)
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine's counts since it started: by layer index, of memory and of experts.
+
+    ``pool`` is ``PoolCounts`` as a dictionary, empty where there is no memory.
+    """
+
+    rank: int
+    layers: dict[str, dict[str, Any]]
+    experts: dict[str, dict[str, Any]]
+    pool: dict[str, int]
+
+
+async def ask_engines(client: EngineClient) -> list[EngineReport]:
+    """By rank. The engines must be of ours, their workers with our extension."""
+    layers, experts = [
+        [merge_reports(each) for each in await ask_all_engines(client, method)]
+        for method in (REPORT_METHOD, EXPERTS_METHOD)
+    ]
+    carries = carries_memory(client.vllm_config)
+    pools = await ask_all_cores(client, POOL_METHOD) if carries else [{}] * len(layers)
+    ranks = engine_ranks(client)
+    return [EngineReport(*each) for each in zip(ranks, layers, experts, pools, strict=True)]
+
+
+async def ask_answer(
+    client: EngineClient, answer_id: str, first: int
+) -> dict[str, dict[str, Any]] | None:
+    """``Journal.report`` by layer index of the answer that a client knows as ``answer_id``.
+
+    None where no engine knows of it. What a client is told of ``/v1/completions`` is the id of all
+    its prompts; behind it vLLM writes which prompt, from 0.
+    """
+    for request_id in (answer_id, f"{answer_id}-0"):
+        for workers in await ask_all_engines(client, ANSWER_METHOD, request_id, first):
+            known = [found for found in workers if found is not None]
+            if known:
+                return merge_reports(known)
+    return None

@@ -1,0 +1,162 @@
+"""What a request is told of its memory: every token's kind and source are the oracle's."""
+
+import pytest
+from engines import engine
+from oracle import OracleModel
+from test_engine_oracle import clear_cases
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.memory.batch import WithDrafts, WithKernels
+from pacellm_vllm.memory.journal import KINDS, Journal, LayerAnswer
+from pacellm_vllm.ops.update import Committed, Progress
+
+PACE = {"layers": [1, 3], "preset": "official", "bank_size": 23, "segment_size": 32}
+PACE["max_insertions"] = 5
+ANSWER = 33
+REPORT = {"pacellm_report": True}
+
+
+class Told(OracleModel):
+    """An oracle that notes each token's kind, and whose activation each slot took last.
+
+    Slots are told by their bits: a slot that holds a token's activation was taken by that token.
+    """
+
+    def _reset(self, overrides):
+        super()._reset(overrides)
+        self.kinds = dict.fromkeys(self.banks, "")
+        self.sources = {layer: [] for layer in self.banks}
+        self.best = {layer: [] for layer in self.banks}
+
+    def _commit(self):
+        import torch
+
+        size = self.rules.segment_size
+        for layer, bank in self.banks.items():
+            a, o = (torch.cat(part) for part in zip(*self._segment[layer], strict=True))
+            first = self._position - size
+            if bank.num_valid:
+                sims = bank.similarities(a)
+                slots = [int(bank.top_slots(row)[0]) for row in sims]
+                self.best[layer] += [(slot, self.sources[layer][slot]) for slot in slots]
+            else:
+                self.best[layer] += [(-1, -1)] * size
+            self.kinds[layer] += "".join(kind[0] for kind in bank.update(a, o))
+            self.sources[layer] += [-1] * (bank.num_valid - len(self.sources[layer]))
+            for slot in range(bank.num_valid):
+                same = (a == bank.keys[slot]).all(dim=1).nonzero().flatten()
+                if len(same):
+                    self.sources[layer][slot] = first + int(same[0])
+            self._segment[layer] = []
+
+
+@pytest.fixture(scope="module")
+def case(checkpoint):
+    """A prompt that ends, with its answer, a segment, and the oracle that read it."""
+    [(prompt, tokens, _)] = clear_cases(checkpoint(), PACE, [7 * 32 - ANSWER + 1], ANSWER)
+    told = Told(checkpoint(), PACE)
+    assert told.generate(prompt, ANSWER)[0] == tokens
+    return prompt, tokens, told
+
+
+def reports(running, output, first=0):
+    [found] = running.llm.collective_rpc("pacellm_answer_report", args=(output.request_id, first))
+    return found
+
+
+def check(report, told, known_from=0):
+    for layer, bank in told.banks.items():
+        mine = report[layer]
+        assert mine["kinds"][known_from:] == told.kinds[layer][known_from:]
+        assert mine["kinds"][:known_from] == "c" * known_from
+        assert sum(mine["tokens"].values()) == 7 * 32
+        assert mine["tokens"]["cached"] == known_from
+        assert [one["usage"] for one in mine["slots"]] == bank.usage[: bank.num_valid].tolist()
+        if not known_from:
+            assert [one["source"] for one in mine["slots"]] == told.sources[layer]
+            pairs = list(zip(mine["slot"], mine["source"], strict=True))
+            assert pairs == told.best[layer]
+            for name in ("merged", "replaced", "filled", "dropped"):
+                assert sum(one[name] for one in mine["commits"]) == bank.counts["slots"][name]
+        assert [one["position"] for one in mine["commits"]] == list(
+            range(known_from + 32, 7 * 32 + 1, 32)
+        )
+
+
+@pytest.mark.parametrize("chunk", [512, 40, 7])
+def test_a_report_is_what_the_oracle_did_however_the_prompt_is_cut(case, checkpoint, chunk):
+    prompt, tokens, told = case
+    settings = {"max_num_batched_tokens": chunk, "enable_prefix_caching": False}
+    with engine(checkpoint(), PACE, max_num_seqs=4, **settings) as running:
+        others = [prompt[::-1], prompt[5:]]
+        asked = running.generate([prompt], ANSWER, extra_args=REPORT)
+        assert list(asked[0].outputs[0].token_ids) == tokens
+        check(reports(running, asked[0]), told)
+        # Of requests that did not ask, nothing is kept.
+        [not_asked] = running.generate(others[:1], ANSWER)
+        assert reports(running, not_asked) is None
+        assert reports(running, asked[0])[1]["kinds"] == told.kinds[1]
+        strongest = reports(running, asked[0], first=len(prompt))[1]["strongest"]
+        assert strongest
+        assert min(one["position"] for one in strongest) >= len(prompt)
+        assert strongest[0]["similarity"] == max(one["similarity"] for one in strongest)
+
+
+def test_reports_of_a_batch_with_preemption_are_apart(case, checkpoint):
+    prompt, tokens, told = case
+    blocks = {"num_gpu_blocks_override": 60, "max_model_len": 256}
+    with engine(
+        checkpoint(), PACE, max_num_seqs=4, enable_prefix_caching=False, **blocks
+    ) as running:
+        outputs = running.generate([prompt] * 4, ANSWER, extra_args=REPORT)
+        assert running.metric("vllm:num_preemptions") > 0
+        for output in outputs:
+            assert list(output.outputs[0].token_ids) == tokens
+            check(reports(running, output), told)
+
+
+def test_what_the_prefix_cache_had_is_told(case, checkpoint):
+    prompt, tokens, told = case
+    with engine(checkpoint(), PACE, max_num_batched_tokens=64) as running:
+        running.generate([prompt], 1)
+        [output] = running.generate([prompt], ANSWER, extra_args=REPORT)
+        assert output.num_cached_tokens >= 64
+        assert list(output.outputs[0].token_ids) == tokens
+        check(reports(running, output), told, output.num_cached_tokens)
+
+
+def test_a_request_without_a_bank_is_told_so(case, checkpoint):
+    prompt, _, _ = case
+    with engine(checkpoint(), PACE, enable_prefix_caching=False) as running:
+        [off] = running.generate([prompt], 2, extra_args={**REPORT, "pacellm_enabled": False})
+        assert reports(running, off)[1]["kinds"] == "n" * (len(prompt) + 1)
+        with pytest.raises(VLLMValidationError, match="a report is about one answer, not n = 2"):
+            running.generate([prompt], 2, extra_args=REPORT, n=2, temperature=1)
+
+
+@pytest.mark.parametrize("settings", [WithDrafts, WithKernels])
+def test_engines_that_cannot_tell_say_so(settings):
+    with pytest.raises(PaceConfigError, match=r"report.*; drop pacellm_report"):
+        settings.validate_params(SamplingParams(extra_args=REPORT))
+    settings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))
+
+
+def test_memory_of_reports_is_bounded():
+    class Rules:
+        segment_size, theta_high, theta_low = 4, 0.7, 0.3
+
+    journal = Journal(most_tokens=100, most_answers=5)
+    done = Committed(valid=4, filled=4, merged=[], replaced=[], dropped=0, usage=[1] * 4)
+    for i in range(50):
+        piece = Progress(0, 0, 4, done, [float("-inf")] * 4, [[]] * 4)
+        journal.note(f"{i}\nx", 1, 0, Rules, piece)
+    kept = [i for i in range(50) if journal.report(str(i))]
+    assert kept == [45, 46, 47, 48, 49]
+    # One that was dropped while it ran does not begin again in the middle.
+    journal.note("44\nx", 1, 4, Rules, Progress(0, 0, 4, done, [0.1] * 4, [[0]] * 4))
+    assert journal.report("44") is None
+    journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101))
+    assert not any(journal.report(str(i)) for i in range(50))
+    assert set(KINDS.values()) == set(LayerAnswer().report()["tokens"])

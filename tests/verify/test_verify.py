@@ -1,0 +1,141 @@
+"""``pacellm verify``: silent about a sound installation, and says which of three faults it is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engines import engine
+from fuzz.breaks import BREAKS
+from oracle import OracleModel
+from test_engine_oracle import clear_cases
+
+from pacellm_vllm.cli import main
+from pacellm_vllm.memory import backend, manager
+from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.verify.replay import Recording, recording
+from pacellm_vllm.verify.truth import true_outputs
+
+TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
+ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 32 << 20, "block_size": 16}
+# Strong, so that a wrong bank shows in an answer.
+PACE = ["--segment-size", "64", "--bank-size", "40", "--alpha", "0.9"]
+
+
+def verify(tmp_path, capsys):
+    """The exit status, each check's verdict and detail by name, and what was printed."""
+    found = tmp_path / "found.json"
+    arguments = ["verify", str(TINY), "--device", "cpu", *PACE, "--json", str(found)]
+    status = main([*arguments, "--engine", json.dumps(ENGINE)])
+    checks = json.loads(found.read_text())["checks"]
+    by_name = {check["name"].partition(",")[0].split()[0]: check for check in checks}
+    return status, by_name, capsys.readouterr().out
+
+
+def faults(checks):
+    return {name for name, check in checks.items() if check["verdict"] == "FAULT"}
+
+
+def test_a_sound_installation(tmp_path, capsys):
+    status, checks, said = verify(tmp_path, capsys)
+    assert status == 0
+    assert {name: check["verdict"] for name, check in checks.items()} == {
+        "memory's": "same",
+        "chunks": "same",
+        "preemption": "same",
+        "from": "same",
+        "CUDA": "not reached",
+    }
+    assert "not reached: CUDA graphs." in said
+    assert said.count("| median |") == 1 or "| | median |" in said
+    assert "For a bug report:" in said
+    assert str(TINY.parent) not in said
+
+
+def test_a_wrong_sum_is_found(tmp_path, capsys, monkeypatch):
+    """The products of a decode step, which are read in place, forget a row's first number."""
+    products = PagedStore.products
+
+    def short(store, a, out):
+        products(store, torch.cat([a.new_zeros(200), a[200:]]), out)
+
+    monkeypatch.setattr(PagedStore, "products", short)
+    status, checks, _ = verify(tmp_path, capsys)
+    assert status == 1
+    assert "memory's" in faults(checks)
+    assert "another sum than float64" in checks["memory's"]["detail"]
+    assert "(decode step)" in checks["memory's"]["detail"]
+
+
+def test_a_stale_page_is_found(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        manager, "copy_blocks_before_forward", manager.copy_blocks_before_forward
+    )  # put back at the end
+    BREAKS["page-not-refreshed"]()
+    status, checks, _ = verify(tmp_path, capsys)
+    assert status == 1
+    assert faults(checks) == {"from"}
+    assert "a stale page" in checks["from"]["detail"]
+
+
+def test_a_wrong_schedule_is_found(tmp_path, capsys, monkeypatch):
+    """Segments begin where chunks do."""
+    cut = backend.cut_pieces
+
+    def wrong(starts, lengths, layout, *more):
+        pieces = cut(starts, lengths, layout, *more)
+        size = layout.segment_size
+        return [
+            replace(piece, position=piece.position // size * size)
+            if piece.end - piece.begin > 1
+            else piece
+            for piece in pieces
+        ]
+
+    monkeypatch.setattr(backend, "cut_pieces", wrong)
+    status, checks, _ = verify(tmp_path, capsys)
+    assert status == 1
+    assert "chunks" in faults(checks)
+    assert "memory's" not in faults(checks)
+    assert "the schedule of segments is wrong" in checks["chunks"]["detail"]
+
+
+@pytest.mark.parametrize("preset", ["gentle", "official", "paper"])
+def test_the_truth_is_the_oracles(checkpoint, preset):
+    """Its arithmetic on an engine's activations, and the engine's, both near the oracle's."""
+    pace = {"layers": [1, 3], "preset": preset, "bank_size": 23, "segment_size": 32}
+    [(prompt, tokens, _)] = clear_cases(checkpoint(), pace, [300], 16)
+    given = {1: [], 3: []}
+    gave = {1: [], 3: []}
+
+    class Told(OracleModel):
+        def _remember(self, index, module, args):
+            found = super()._remember(index, module, args)
+            if index in given:
+                given[index].append(args[0].flatten(0, -2))
+                gave[index].append(found[0].flatten(0, -2))
+            return found
+
+    oracle = Told(checkpoint(), pace)
+    assert oracle.generate(prompt, 16)[0] == tokens
+    with engine(checkpoint(), pace, max_num_seqs=1) as running:
+        with recording(running.llm) as layers:
+            running.tokens([prompt], 16)
+        assert [one.layer.index for one in layers] == [1, 3]
+        assert all(isinstance(one, Recording) for one in layers)
+        for one in layers:
+            a, o = (torch.cat(parts[one.layer.index]) for parts in (given, gave))
+            truth = true_outputs(a, one.layer.rules, torch.float32)
+            assert torch.allclose(truth.outputs, o, atol=1e-4, rtol=1e-4)
+            assert one.mistake() is None
+            assert one.compared() == 315
+            assert not hasattr(one.layer, "run") or "run" not in vars(one.layer)
+
+
+def test_bad_arguments_are_refused_in_a_sentence(capsys):
+    assert main(["verify", "/nowhere"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["verify", str(TINY), "--engine", '{"tensor_parallel_size": 2}']) == 2
+    assert "cannot have tensor_parallel_size" in capsys.readouterr().err
+    assert main(["verify", str(TINY), "--nonsense"]) == 2
