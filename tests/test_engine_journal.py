@@ -12,7 +12,7 @@ from pacellm_vllm.memory.batch import WithDrafts, WithKernels
 from pacellm_vllm.memory.journal import KINDS, Journal, LayerAnswer
 from pacellm_vllm.ops.update import Committed, Progress
 
-PACE = {"layers": [1, 3], "preset": "official", "bank_size": 23, "segment_size": 32}
+PACE = {"layers": [1, 3], "preset": "official", "bank_size": 37, "segment_size": 32}
 PACE["max_insertions"] = 5
 ANSWER = 33
 REPORT = {"pacellm_report": True}
@@ -106,7 +106,7 @@ def test_a_report_is_what_the_oracle_did_however_the_prompt_is_cut(case, checkpo
 
 def test_reports_of_a_batch_with_preemption_are_apart(case, checkpoint):
     prompt, tokens, told = case
-    blocks = {"num_gpu_blocks_override": 60, "max_model_len": 256}
+    blocks = {"num_gpu_blocks_override": 66, "max_model_len": 256}
     with engine(
         checkpoint(), PACE, max_num_seqs=4, enable_prefix_caching=False, **blocks
     ) as running:
