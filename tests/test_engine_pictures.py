@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import make_prompt
-from engines import blocks, engine, prompt_logprobs
+from engines import NATIVE, blocks, engine, prompt_logprobs
 from pictures import SeeingOracle, make_picture, make_seeing_checkpoint
 from test_engine_oracle import GAP, GOOD_GAP, TRIES
 from vllm import SamplingParams
@@ -82,6 +82,7 @@ def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(tokens, seeing, ca
         assert running.all_blocks_are_back()
 
 
+@pytest.mark.skipif(NATIVE, reason="with blocks of 32 tokens none of these is preempted")
 def test_preempted_requests_give_the_same_tokens(seeing, cases):
     tight = {"max_model_len": 256, "num_gpu_blocks_override": blocks(512)}
     settings = {"max_num_batched_tokens": 64, **tight}
