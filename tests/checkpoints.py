@@ -99,6 +99,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 96},
     "qwen3_moe": {**_EXPERTS, "num_experts": 8},
     "olmoe": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
+    "flex_olmo": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
+    "mellum": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
     "gpt_oss": {**_EXPERTS, **_WINDOWS, "num_local_experts": 8, "intermediate_size": 96},
     "glm4_moe": {
         **_EXPERTS,

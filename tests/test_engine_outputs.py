@@ -108,3 +108,13 @@ def test_sites_that_a_model_does_not_have_are_refused(arch, pace, sentence, chec
     ):
         pass
     assert sentence in str(refusal.value)
+
+
+def test_a_model_that_passes_its_memory_by_is_stopped(checkpoint, monkeypatch):
+    """As vLLM's Transformers backend would, whose routed blocks have a forward of their own."""
+    monkeypatch.setattr("pacellm_vllm.models.pacify.remember_output", lambda block, memory: None)
+    with (
+        pytest.raises(RuntimeError, match=r"does not call model\.layers\.1\.block_sparse_moe"),
+        engine(checkpoint("mixtral"), OUTPUT) as running,
+    ):
+        running.tokens([[1, 2, 3]], 2)

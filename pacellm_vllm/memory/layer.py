@@ -66,6 +66,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         shared_out = get_tensor_model_parallel_world_size() > 1
         self._reduce = tensor_model_parallel_all_reduce if shared_out and not whole else None
         self._to_check = shared_out and whole
+        self.was_called = False
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return BankBackend
@@ -123,6 +124,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
                 "to activation, or --tensor-parallel-size to 1."
             )
 
+    def check_called(self) -> None:
+        """``RuntimeError`` where a forward has passed this layer by: a memory that does nothing."""
+        if not self.was_called:
+            raise RuntimeError(
+                f"pacellm: the model does not call {self.prefix.removesuffix('.memory')} as a "
+                "module, so its memory would do nothing; serve the model without pacellm."
+            )
+
     @property
     def runs_kernels(self) -> bool:
         return self._tally is not None
@@ -142,6 +151,7 @@ def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()
     # None is all a profiling run has: no pages exist yet.
     layer = context.no_compile_layers[layer_name]
+    layer.was_called = True
     layer.check_whole(a)
     if context.attn_metadata is None:
         out.copy_(a)

@@ -1,6 +1,8 @@
 """The FFN blocks of vLLM's decoders, dense or routed, and memory of the states that they return."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,9 +44,10 @@ class PaceBlock:
     """Mixin: an FFN block whose result passes through ``memory``, whatever happens inside it."""
 
     memory: PaceMemory
+    ffn: Callable[..., Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        returned = super().forward(*args, **kwargs)  # type: ignore[misc]
+        returned = self.ffn(*args, **kwargs)
         # A projection's bias that its caller adds comes along, and is mostly None.
         states, *others = returned if isinstance(returned, tuple) else (returned,)
         width = self.memory.width
@@ -64,6 +67,9 @@ class PaceBlock:
 
 def remember_output(block: FfnBlock, memory: PaceMemory) -> None:
     """Make what ``block`` returns pass through ``memory``."""
-    base = type(block.module)
-    block.module.__class__ = type(f"Pace{base.__name__}", (PaceBlock, base), {})
-    block.module.memory = memory
+    module, base = block.module, type(block.module)
+    # vLLM's Transformers backend gives routed blocks a forward of their own, which would hide ours.
+    own = vars(module).pop("forward", None)
+    module.ffn = own or MethodType(base.forward, module)
+    module.__class__ = type(f"Pace{base.__name__}", (PaceBlock, base), {})
+    module.memory = memory

@@ -89,14 +89,23 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
             if not {*layers} & {*here}:
                 StageWithoutMemory(vllm_config, config, width, f"{decoder[here[0]].name}.stage")
         self._pace_experts = experts
+        every = vllm_config.compilation_config.static_forward_context.values()
+        self._pace_memories = [layer for layer in every if isinstance(layer, PaceMemory)]
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         experts = self._pace_experts
         return base.load_weights(self, experts.reorder(weights) if experts else weights)
 
+    def compute_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # After a forward, if only a profiling one.
+        for memory in self._pace_memories:
+            memory.check_called()
+        return base.compute_logits(self, *args, **kwargs)
+
     body: dict[str, Any] = {
         "__init__": __init__,
         "load_weights": load_weights,
+        "compute_logits": compute_logits,
         "__module__": "pacellm_vllm.models",
     }
     return type(name, (base,), body)
