@@ -159,7 +159,7 @@ def test_eight_thousand_tokens(page):
     ended = [commit["position"] for commit in mine["commits"]]
     bars = len(ended) + (len(mine["kinds"]) > ended[-1])
     assert bars > 100
-    assert len(page.find_elements(By.CSS_SELECTOR, "#rates rect")) == 3 * bars
+    assert len(page.find_elements(By.CSS_SELECTOR, "#rates rect")) == 4 * bars
 
 
 def test_a_finished_request_of_somebody_else_is_shown_by_its_id(page, server):

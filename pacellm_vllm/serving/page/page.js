@@ -174,8 +174,8 @@ function drawRates(layer) {
     const tokens = layer.kinds.slice(from, end);
     from = end;
     let top = 0;
-    for (const [kind, letters] of [["h", "h"], ["m", "m"], ["l", "le"]]) {
-      const share = [...tokens].filter((letter) => letters.includes(letter)).length / tokens.length;
+    for (const kind of ["h", "m", "l", "e"]) {
+      const share = [...tokens].filter((letter) => letter === kind).length / tokens.length;
       const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
       const box = { x: (600 * i) / ends.length, y: 120 * top, width: 600 / ends.length - 1, height: 120 * share };
       for (const [key, value] of Object.entries(box)) bar.setAttribute(key, Math.max(value, 0));
