@@ -618,7 +618,11 @@ def set_cpu_worker(vllm_config: VllmConfig, name: str) -> None:
     if not current_platform.is_cpu():
         return
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", name):
+    module = name.rpartition(".")[0]
+    # A checked configuration may be checked again.
+    if parallel.worker_cls.startswith(f"{module}."):
+        return
+    if parallel.worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
         raise ValueError(
             f"pacellm: worker class {parallel.worker_cls} does not work with memory on a CPU: it "
             "does not zero what banks have written before attention gets it; drop --worker-cls."

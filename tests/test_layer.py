@@ -14,7 +14,9 @@ NAME = "model.layers.1.mlp.memory"
 def run(metadata):
     """What the op makes of three tokens when a step's attention metadata is ``metadata``."""
     a, out = torch.randn(3, 8), torch.full((3, 8), float("nan"))
-    memory = SimpleNamespace(run=lambda a, out, mine: out.copy_(a + mine))
+    memory = SimpleNamespace(
+        run=lambda a, out, mine: out.copy_(a + mine), check_whole=lambda a: None
+    )
     context = SimpleNamespace(attn_metadata=metadata, no_compile_layers={NAME: memory})
     with override_forward_context(context):
         torch.ops.vllm.pacellm_memory(a, out, NAME)

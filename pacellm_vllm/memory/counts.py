@@ -43,7 +43,8 @@ class MemoryCounts:
 
     def as_dict(self) -> dict[str, Any]:
         found = asdict(self)
-        return {**found, **(found.pop("plain") or {})}
+        plain = found.pop("plain")
+        return {**found, **(plain or {})}
 
 
 @dataclass

@@ -398,7 +398,8 @@ class _Driver:
         for index, memory in running.memories().items():
             found = memory.counts.as_dict()
             self._record.bank_pages = memory.spec.layout.num_pages
-            if min(found.values()) < 0 or found["slots_peak"] > self._case.pace["bank_size"]:
+            wrong = any(isinstance(count, int) and count < 0 for count in found.values())
+            if wrong or found["slots_peak"] > self._case.pace["bank_size"]:
                 self._record.faults.append(f"layer {index} counts {found}")
             counts["commits"] += found["commits"]
 
