@@ -1,7 +1,7 @@
 """What a request is told of its memory: every token's kind and source are the oracle's."""
 
 import pytest
-from engines import engine
+from engines import NATIVE, engine
 from oracle import OracleModel
 from test_engine_oracle import clear_cases
 from vllm import SamplingParams
@@ -104,6 +104,7 @@ def test_a_report_is_what_the_oracle_did_however_the_prompt_is_cut(case, checkpo
         assert strongest[0]["similarity"] == max(one["similarity"] for one in strongest)
 
 
+@pytest.mark.skipif(NATIVE, reason="with blocks of 32 tokens none of these is preempted")
 def test_reports_of_a_batch_with_preemption_are_apart(case, checkpoint):
     prompt, tokens, told = case
     blocks = {"num_gpu_blocks_override": 66, "max_model_len": 256}
