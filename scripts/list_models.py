@@ -16,15 +16,16 @@ from vllm.model_executor.models.interfaces import (
 )
 
 from pacellm_vllm.compat import generation_models
-from pacellm_vllm.models.compared import COMPARED
+from pacellm_vllm.models.compared import compared_as
 from pacellm_vllm.models.table import WHY_NOT, BaseModel
 
 EQUAL = "equal to the oracle"
 
 
-def standing(base: BaseModel, compared: dict[tuple[str, str], str]) -> tuple[str, str]:
+def standing(base: BaseModel) -> tuple[str, str]:
     """In a word, and with what is to be said about it."""
-    if base.architecture in COMPARED:
+    twin = compared_as(base)
+    if twin == base.architecture:
         return "compared", EQUAL
     if base.architecture in WHY_NOT:
         return "refused", f"refused: {WHY_NOT[base.architecture]}"
@@ -36,8 +37,7 @@ def standing(base: BaseModel, compared: dict[tuple[str, str], str]) -> tuple[str
         return "refused", "refused: layers of it keep a recurrent state"
     if hasattr(import_module(base.module), "CrossAttention"):
         return "refused", "refused: an encoder-decoder model"
-    twin = compared.get((base.module, base.name))
-    if twin and base.module != "vllm.model_executor.models.transformers":
+    if twin:
         return "recognised", f"not compared, but {twin}, of the same class, was"
     return "recognised", "not compared"
 
@@ -45,15 +45,10 @@ def standing(base: BaseModel, compared: dict[tuple[str, str], str]) -> tuple[str
 def main() -> None:
     logging.disable(logging.ERROR)
     bases = [BaseModel(*model) for model in generation_models()]
-    compared = {
-        (base.module, base.name): base.architecture
-        for base in bases
-        if base.architecture in COMPARED
-    }
     counts: Counter[str] = Counter()
     rows = []
     for base in sorted(bases, key=lambda base: base.architecture.lower()):
-        kind, said = standing(base, compared)
+        kind, said = standing(base)
         counts[kind] += 1
         rows.append(f"| {base.architecture} | {' '.join(said.split())[:160]} |")
     print(

@@ -176,6 +176,25 @@ SHARPNESS = 2.0
 LOGIT_RMS = 2.0
 
 
+# What all of them have of a Hugging Face configuration, unless a family's own says otherwise.
+SMALL: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    # Random models would end a sequence, or start one, at random.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "dtype": "float32",
+}
+
+
 def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> Path:
     """Write a random fp32 checkpoint (safetensors, no tokenizer) and return its directory.
 
@@ -185,22 +204,7 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
         seed: fixes every weight.
         sizes: overrides of any field of the Hugging Face configuration.
     """
-    settings: dict[str, Any] = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 344,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        # Random models would end a sequence, or start one, at random.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": "float32",
-    }
+    settings = dict(SMALL)
     if arch == "falcon":
         # Its configuration works this out.
         del settings["head_dim"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import random_weight
+from checkpoints import SMALL, random_weight
 from hf import load_model
 from oracle import OracleModel
 from PIL import Image
@@ -66,22 +66,7 @@ def make_seeing_checkpoint(directory: Any, seed: int = 0) -> Path:
     """Write a random fp32 Idefics 3 with all that a server of it needs; return its directory."""
     directory = Path(directory)
     tokenizer = make_tokenizer()
-    text = {
-        "model_type": "llama",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 344,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": "float32",
-    }
+    text = {**SMALL, "model_type": "llama", "vocab_size": len(tokenizer)}
     vision = {
         # As many layers as the decoder has, which are told apart all the same.
         "num_hidden_layers": 4,

@@ -1,12 +1,15 @@
 """Flags that several measurements share, and what their values may be."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
+from pacellm_vllm.flags import settings_of
 
 
 def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
@@ -20,13 +23,31 @@ def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument(
         "--memory", default="", metavar="JSON", help="settings that all configurations share"
     )
-    parser.add_argument(
-        "--engine",
-        default="",
-        metavar="JSON",
-        help='arguments of vllm.LLM, such as \'{"dtype": "float32", "max_model_len": 8192}\'',
-    )
+    add_engine(parser, '{"dtype": "float32", "max_model_len": 8192}')
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_engine(parser: argparse.ArgumentParser, example: str) -> None:
+    """How an engine in this process is made; read it with :func:`given`."""
+    parser.add_argument(
+        "--engine", default="", metavar="JSON", help=f"arguments of vllm.LLM, such as '{example}'"
+    )
+
+
+def guarded(run: Callable[[argparse.Namespace], int | None], command: str) -> Callable[..., int]:
+    """``run(args, rest)`` of ``command``: 2, and one sentence, for what was asked wrongly."""
+
+    def run_guarded(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
+        if rest:
+            print(f"pacellm: unknown argument {rest[0]!r} of {command}.", file=sys.stderr)
+            return 2
+        try:
+            return run(args) or 0
+        except (EvalError, PaceConfigError) as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return run_guarded
 
 
 def add_config_names(parser: argparse.ArgumentParser) -> None:
@@ -114,3 +135,25 @@ def read_tokenizer(model: str) -> Any:
             f"pacellm: the tokenizer of {model!r} cannot be read ({reason}); MODEL must be a "
             "checkpoint directory or a hub name."
         ) from None
+
+
+def read_model(args: argparse.Namespace) -> tuple[Any, PaceConfig]:
+    """The tokenizer of ``args.model``, and the settings that an engine of it will come to.
+
+    ``EvalError`` where either cannot be read.
+    """
+    from transformers import AutoTokenizer
+    from vllm.transformers_utils.config import get_config
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        hf_config = get_config(args.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EvalError(
+            f"pacellm: the tokenizer or configuration of {args.model!r} cannot be read ({reason}); "
+            "MODEL must be a checkpoint directory or a hub name."
+        ) from None
+    return tokenizer, PaceConfig.from_sources(
+        getattr(hf_config, CONFIG_KEY, None), settings_of(args)
+    )

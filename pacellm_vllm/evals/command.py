@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.evals import loss_command, niah_command, suite_command, sweep_command
-from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.evals.arguments import guarded
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,21 +20,15 @@ def add_parser(subparsers: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     for command in (loss_command, niah_command, suite_command, sweep_command):
         kind = command.add_parser(kinds)
-        kind.set_defaults(run=_guarded(command.run))
+        kind.set_defaults(run=guarded(_resumable(command.run), "pacellm eval"))
 
 
-def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
-    def guarded(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
-        if rest:
-            print(f"pacellm: unknown argument {rest[0]!r} of pacellm eval.", file=sys.stderr)
-            return 2
+def _resumable(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def resumable(args: argparse.Namespace) -> int:
         try:
             return run(args)
-        except (EvalError, PaceConfigError) as error:
-            print(error, file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("pacellm: interrupted; the same command continues.", file=sys.stderr)
             return 130
 
-    return guarded
+    return resumable

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
 from pacellm_vllm.evals.records import EvalError, write_whole
-from pacellm_vllm.evals.settings import parse_object
 from pacellm_vllm.flags import add_settings, settings_of
 
 
@@ -27,27 +25,9 @@ def add_parser(things: Any) -> None:
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a text to read")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens read, at most (4096)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="for memory.json and PNG files")
-    parser.add_argument(
-        "--engine",
-        default="",
-        metavar="JSON",
-        help='arguments of vllm.LLM, such as \'{"dtype": "float32"}\'',
-    )
+    add_engine(parser, '{"dtype": "float32"}')
     add_settings(parser)
-    parser.set_defaults(run=main_inspect)
-
-
-def main_inspect(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
-    """Run ``pacellm inspect memory``; returns 0, or 2 for what was asked wrongly."""
-    if rest:
-        print(f"pacellm: unknown argument {rest[0]!r} of pacellm inspect.", file=sys.stderr)
-        return 2
-    try:
-        _inspect(args)
-    except (EvalError, PaceConfigError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    parser.set_defaults(run=guarded(_inspect, "pacellm inspect"))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -86,19 +66,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> tuple[Any, list[int], PaceConfig]:
     """The tokenizer, the text's tokens and the settings that the engine will come to."""
-    from transformers import AutoTokenizer
-    from vllm.transformers_utils.config import get_config
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        hf_config = get_config(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvalError(
-            f"pacellm: the tokenizer or configuration of {args.model!r} cannot be read ({reason}); "
-            "MODEL must be a checkpoint directory or a hub name."
-        ) from None
-    config = PaceConfig.from_sources(getattr(hf_config, CONFIG_KEY, None), settings_of(args))
+    tokenizer, config = read_model(args)
     try:
         text = args.text.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -133,14 +101,14 @@ def _record(
         "max_model_len": len(tokens) + 1,
         "enable_prefix_caching": False,
     }
-    given = parse_object(args.engine, "--engine") if args.engine else {}
+    engine = given(args, "engine")
     for name, value in ours.items():
-        if given.get(name, value) != value:
+        if engine.get(name, value) != value:
             raise EvalError(
-                f"pacellm: --engine {name} = {given[name]!r} is not possible here; a text is "
+                f"pacellm: --engine {name} = {engine[name]!r} is not possible here; a text is "
                 f"recorded with {value!r}, so drop it."
             )
-    with offline_engine(args.model, settings_of(args), {**given, **ours}) as llm:
+    with offline_engine(args.model, settings_of(args), {**engine, **ours}) as llm:
         [refusal] = llm.collective_rpc(RECORD_METHOD)
         if refusal:
             raise EvalError(refusal)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,3 +106,12 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def version_of(module: str) -> str:
+    """Of the distribution that has ``module``: vLLM's own CPU build has another name than vLLM.
+
+    ``PackageNotFoundError`` where there is none.
+    """
+    names = packages_distributions().get(module, [module])
+    return version(names[0])

@@ -1,7 +1,6 @@
 """``pacellm eval suite``: benchmarks through lm-eval, configurations side by side."""
 
 import argparse
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pacellm_vllm.evals.arguments import (
     read_tokenizer,
     servers_of,
 )
-from pacellm_vllm.evals.records import EvalError, Records
+from pacellm_vllm.evals.records import EvalError, Records, version_of
 from pacellm_vllm.evals.settings import parse_settings
 
 # Beside its text, of at most --max-length, what a chat template may add to a prompt.
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     described = {
         "versions": {
             "pacellm-vllm": __version__,
-            **{name: _version(name) for name in ("vllm", "torch", "transformers", "lm_eval")},
+            **{name: version_of(name) for name in ("vllm", "torch", "transformers", "lm_eval")},
         },
         "model": args.model,
         "configs": {setting.name: setting.memory for setting in settings},
@@ -152,11 +151,6 @@ def run(args: argparse.Namespace) -> int:
         report = write_report(args.out, loaded, categories, names, records, described)
     print(as_markdown(report), end="")
     return 0
-
-
-def _version(name: str) -> str:
-    # By module: vLLM's own CPU build is a distribution of another name.
-    return version(packages_distributions()[name][0])
 
 
 def _refuse_choices(loaded: Any) -> None:

@@ -146,6 +146,12 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         return counts_of(self._tally)
 
 
+def memory_layers(vllm_config: VllmConfig) -> list[PaceMemory]:
+    """The memory layers of an engine, on this rank."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(layer, PaceMemory)]
+
+
 @eager_in_graphs
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()

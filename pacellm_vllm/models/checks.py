@@ -18,7 +18,7 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
 from pacellm_vllm.memory.batch import BatchSettings, NoSettings, WithDrafts, WithKernels
-from pacellm_vllm.models.compared import COMPARED
+from pacellm_vllm.models.compared import compared_as
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
@@ -98,14 +98,7 @@ def known_harm(config: PaceConfig) -> str | None:
 def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
     base = ARCHITECTURES[architecture]
-    compared = [other for other in ARCHITECTURES.values() if other.architecture in COMPARED]
-    # Of vLLM's Transformers backend every family has the same class.
-    classes = {
-        (other.module, other.name)
-        for other in compared
-        if not other.module.endswith(".transformers")
-    }
-    if base in compared or (base.module, base.name) in classes:
+    if compared_as(base):
         return None
     return (
         f"pacellm: memory in {base.architecture} was not compared with an independent "

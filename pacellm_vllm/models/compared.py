@@ -4,6 +4,8 @@ Others, but for those of the same vLLM class, are served by what is seen in them
 warning that says so.
 """
 
+from pacellm_vllm.models.table import ARCHITECTURES, BaseModel
+
 COMPARED = frozenset(
     [
         "ApertusForCausalLM",
@@ -63,3 +65,20 @@ COMPARED = frozenset(
         "VaultGemmaForCausalLM",
     ]
 )
+
+
+def compared_as(base: BaseModel) -> str | None:
+    """The architecture that was compared for ``base``: itself, or the last one of its class.
+
+    Of vLLM's Transformers backend every family has the same class, which says nothing.
+    """
+    if base.architecture in COMPARED:
+        return base.architecture
+    if base.module.endswith(".transformers"):
+        return None
+    same = (
+        other.architecture
+        for other in reversed(ARCHITECTURES.values())
+        if other.architecture in COMPARED and (other.module, other.name) == (base.module, base.name)
+    )
+    return next(same, None)

@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from pacellm_vllm.compat import pack_cpu_attention
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.layer import PaceMemory, memory_layers
 from pacellm_vllm.memory.stage import StageWithoutMemory
 from pacellm_vllm.models.block import find_block, remember_output
 from pacellm_vllm.models.experts import ModelExperts
@@ -89,8 +89,7 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
             if not {*layers} & {*here}:
                 StageWithoutMemory(vllm_config, config, width, f"{decoder[here[0]].name}.stage")
         self._pace_experts = experts
-        every = vllm_config.compilation_config.static_forward_context.values()
-        self._pace_memories = [layer for layer in every if isinstance(layer, PaceMemory)]
+        self._pace_memories = memory_layers(vllm_config)
 
     def load_weights(self: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         experts = self._pace_experts

@@ -8,7 +8,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.backend import BankMetadata
-from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.layer import PaceMemory, memory_layers
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.models.ffn import output_projection
 from pacellm_vllm.ops.lookup import MOST_SQUARE
@@ -43,8 +43,7 @@ class BankRecording:
         Returns a sentence, and records nothing, where there is no memory, no known final norm, or
         where memory runs as kernels.
         """
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        memories = [layer for layer in layers if isinstance(layer, PaceMemory)]
+        memories = memory_layers(self.vllm_config)
         if not memories:
             return "pacellm: no layer carries memory; name some with --layers."
         if memories[0].runs_kernels:

@@ -7,7 +7,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.batch import BatchSettings
-from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.layer import memory_layers
 from pacellm_vllm.models.settings import as_json, read_config
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.recorder import BankRecording
@@ -28,7 +28,6 @@ class MemoryReport(BankRecording):
 
     def pacellm_memory_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: preset, site, bank size and ``MemoryCounts`` since the engine started."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
         return {
             layer.index: {
                 "preset": layer.config.preset,
@@ -36,8 +35,7 @@ class MemoryReport(BankRecording):
                 "bank_size": layer.config.bank_size,
                 **layer.counts.as_dict(),
             }
-            for layer in layers
-            if isinstance(layer, PaceMemory)
+            for layer in memory_layers(self.vllm_config)
         }
 
     def pacellm_answer_report(

@@ -5,17 +5,14 @@ import json
 import os
 import platform
 import random
-import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
-from pacellm_vllm.evals.records import EvalError
-from pacellm_vllm.evals.settings import parse_object
+from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
+from pacellm_vllm.evals.records import EvalError, version_of, write_whole
 from pacellm_vllm.flags import add_settings, settings_of
 
 _PACKAGES = ("vllm", "torch", "transformers", "triton")
@@ -41,37 +38,21 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="cpu: the package's PyTorch CPU platform",
     )
-    parser.add_argument(
-        "--engine",
-        default="",
-        metavar="JSON",
-        help='arguments of vllm.LLM, such as \'{"dtype": "bfloat16"}\'',
-    )
+    add_engine(parser, '{"dtype": "bfloat16"}')
     parser.add_argument("--seed", type=int, default=0, help="of the text that is read (0)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="for the results")
     add_settings(parser)
-    parser.set_defaults(run=main_verify)
-
-
-def main_verify(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
-    """Run ``pacellm verify``; returns 0, 1 for a fault, or 2 for what was asked wrongly."""
-    if rest:
-        print(f"pacellm: unknown argument {rest[0]!r} of pacellm verify.", file=sys.stderr)
-        return 2
-    try:
-        return _verify(args)
-    except (EvalError, PaceConfigError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    parser.set_defaults(run=guarded(_verify, "pacellm verify"))
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Returns 1 for a fault, else 0."""
     # Recordings are made in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if args.device == "cpu":
         os.environ["PACELLM_CPU_PLATFORM"] = "1"
-    engine = parse_object(args.engine, "--engine") if args.engine else {}
+    engine = given(args, "engine")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:
             raise EvalError(
@@ -91,17 +72,12 @@ def _verify(args: argparse.Namespace) -> int:
     failed = [check for check in done.checks if check.failed]
     print(_bug_report(args.model, done))
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                {
-                    "checks": [vars(check) for check in done.checks],
-                    "overhead": done.overhead,
-                    "about": done.about,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        found = {
+            "checks": [vars(check) for check in done.checks],
+            "overhead": done.overhead,
+            "about": done.about,
+        }
+        write_whole(args.json, json.dumps(found, indent=1) + "\n")
     if failed:
         print(f"\npacellm: {len(failed)} of {len(done.checks)} checks found a fault.")
         return 1
@@ -112,21 +88,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> list[list[int]]:
     """Token ids of plain English, of some segments each."""
-    from transformers import AutoTokenizer
-    from vllm.transformers_utils.config import get_config
-
     from pacellm_vllm.evals.text import sentences
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        hf_config = get_config(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvalError(
-            f"pacellm: the tokenizer or configuration of {args.model!r} cannot be read ({reason}); "
-            "MODEL must be a checkpoint directory or a hub name."
-        ) from None
-    config = PaceConfig.from_sources(getattr(hf_config, CONFIG_KEY, None), settings_of(args))
+    tokenizer, config = read_model(args)
     prompts: list[list[int]] = []
     for i, length in enumerate(_LENGTHS):
         wanted = int(length * config.segment_size)
@@ -140,7 +104,7 @@ def _bug_report(model: str, done: Any) -> str:
     lines = [f"pacellm {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     for name in _PACKAGES:
         try:
-            lines.append(f"{name} {version(name)}")
+            lines.append(f"{name} {version_of(name)}")
         except PackageNotFoundError:
             lines.append(f"{name}: none")
     from vllm.platforms import current_platform

@@ -9,7 +9,8 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from pacellm_vllm.evals.answers import offline_engine
-from pacellm_vllm.verify.replay import memories, recording
+from pacellm_vllm.memory.layer import memory_layers
+from pacellm_vllm.verify.replay import recording
 
 ANSWER = 24
 # Nats by which a log-probability may move without a fault, in float32 and in half precision.
@@ -106,7 +107,7 @@ class Verification:
         from pacellm_vllm.serving.report import describe_engine
 
         config = llm.llm_engine.vllm_config
-        layer = memories(llm)[0]
+        layer = memory_layers(config)[0]
         block = config.cache_config.block_size
         self._blocks = -(-self._base["max_model_len"] // block) + layer.spec.layout.num_pages
         self.about = {

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from pacellm_vllm.memory.backend import BankMetadata
-from pacellm_vllm.memory.layer import PaceMemory
-from pacellm_vllm.verify.truth import true_outputs
+from pacellm_vllm.memory.layer import PaceMemory, memory_layers
+from pacellm_vllm.verify.truth import Truth, true_outputs
 
 # Of a row's largest number: rounding, by dtype of activations.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -37,11 +38,10 @@ class Recording:
 
         Behind a decision within rounding of a tie nothing is said.
         """
-        a, gave = torch.cat(self._given), torch.cat(self._gave)
-        truth = true_outputs(a, self.layer.rules, self.layer.config.stored_dtype(a.dtype))
+        truth, gave = self._truth, torch.cat(self._gave)
         size = truth.outputs.float().abs().amax(dim=1).clamp_min(1e-6)
         error = (gave.float() - truth.outputs.float()).abs().amax(dim=1) / size
-        wrong = (~(error <= _ROUNDING[a.dtype])).nonzero().flatten()
+        wrong = (~(error <= _ROUNDING[gave.dtype])).nonzero().flatten()
         if not len(wrong):
             return None
         position = int(wrong[0])
@@ -55,23 +55,21 @@ class Recording:
 
     def compared(self) -> int:
         """Tokens before the first decision within rounding of a tie."""
+        gap = self._truth.gap
+        near = (gap < _TIE).nonzero().flatten()
+        return int(near[0]) if len(near) else len(gap)
+
+    @cached_property
+    def _truth(self) -> Truth:
+        """Once the request has ended."""
         a = torch.cat(self._given)
-        truth = true_outputs(a, self.layer.rules, self.layer.config.stored_dtype(a.dtype))
-        near = (truth.gap < _TIE).nonzero().flatten()
-        return int(near[0]) if len(near) else len(a)
-
-
-def memories(llm: Any) -> list[PaceMemory]:
-    """The memory layers of an engine in this process."""
-    config = llm.llm_engine.vllm_config.compilation_config
-    found = config.static_forward_context.values()
-    return [layer for layer in found if isinstance(layer, PaceMemory)]
+        return true_outputs(a, self.layer.rules, self.layer.config.stored_dtype(a.dtype))
 
 
 @contextlib.contextmanager
 def recording(llm: Any) -> Iterator[list[Recording]]:
     """Record the next request, which must run alone, in every layer with memory."""
-    recordings = [Recording(layer) for layer in memories(llm)]
+    recordings = [Recording(layer) for layer in memory_layers(llm.llm_engine.vllm_config)]
     for one in recordings:
         one.layer.run = one.run  # type: ignore[method-assign]
     try:
