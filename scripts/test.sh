@@ -28,5 +28,5 @@ if [ $# -eq 0 ]; then
     scripts/setup.sh
     OMP_NUM_THREADS=1 "$PACELLM_VENV/bin/python" -m pytest -n 2 --dist loadfile \
         tests/test_compat.py tests/test_plan.py tests/test_manager*.py tests/test_engine_*.py \
-        tests/test_native.py --deselect tests/test_engine_outputs.py
+        tests/test_native.py
 fi

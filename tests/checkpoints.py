@@ -100,7 +100,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_EXPERTS, "num_experts": 8},
     "olmoe": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
     "flex_olmo": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
-    "mellum": {**_EXPERTS, "num_experts": 8, "intermediate_size": 96},
+    "mellum": {
+        **_EXPERTS,
+        "num_experts": 8,
+        "intermediate_size": 96,
+        # vLLM 0.32 adds it up.
+        "num_nextn_predict_layers": 0,
+    },
     "gpt_oss": {**_EXPERTS, **_WINDOWS, "num_local_experts": 8, "intermediate_size": 96},
     "glm4_moe": {
         **_EXPERTS,
