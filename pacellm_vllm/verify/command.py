@@ -40,6 +40,13 @@ def add_parser(commands: Any) -> None:
     )
     add_engine(parser, '{"dtype": "bfloat16"}')
     parser.add_argument("--seed", type=int, default=0, help="of the text that is read (0)")
+    parser.add_argument(
+        "--long",
+        metavar="TOKENS",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[],
+        help="also answer one request of each of these lengths, such as 131072,200000",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="for the results")
     add_settings(parser)
     parser.set_defaults(run=guarded(_verify, "pacellm verify"))
@@ -49,7 +56,7 @@ def _verify(args: argparse.Namespace) -> int:
     """Returns 1 for a fault, else 0."""
     # Recordings are made in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if args.device == "cpu":
         os.environ["PACELLM_CPU_PLATFORM"] = "1"
     engine = given(args, "engine")
@@ -66,7 +73,7 @@ def _verify(args: argparse.Namespace) -> int:
     def tell(check: Check) -> None:
         print(f"{check.verdict:<18} {check.name}: {check.detail}", flush=True)
 
-    done = Verification(args.model, settings_of(args), engine, prompts, tell)
+    done = Verification(args.model, settings_of(args), engine, prompts, tell, args.long)
     done.run()
     print(f"\n{done.overhead_table()}\n")
     failed = [check for check in done.checks if check.failed]

@@ -1,11 +1,16 @@
 """The same requests under one schedule after another, with memory on and off."""
 
+import importlib.util
+import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from vllm.platforms import current_platform
 
 from pacellm_vllm.evals.answers import offline_engine
@@ -15,9 +20,7 @@ from pacellm_vllm.verify.replay import recording
 ANSWER = 24
 # Nats by which a log-probability may move without a fault, in float32 and in half precision.
 _LOOSE = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 2e-1}
-_ROUNDS = 5
-# How many of each request there are where they are to be preempted.
-_CROWD = 3
+_ROUNDS = 3
 OFF = {"pacellm_enabled": False}
 
 
@@ -54,15 +57,56 @@ class Check:
         return self.verdict == "FAULT"
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Another way to run the same engine: arguments of ``LLM`` and variables of the environment."""
+
+    name: str
+    engine: Mapping[str, Any]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def device_variants() -> list[Variant]:
+    """What this device can run an engine in: graphs, runners, schedulers. None on a CPU."""
+    if not current_platform.is_cuda():
+        return []
+    graphs = {"enforce_eager": False, "async_scheduling": False}
+    piecewise = {**graphs, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    return [
+        Variant("CUDA graphs", graphs),
+        Variant("piecewise CUDA graphs", piecewise),
+        Variant("asynchronous scheduling", {**graphs, "async_scheduling": True}),
+        Variant("model runner V1", {"enforce_eager": True}, v1),
+        Variant("model runner V1 with CUDA graphs", graphs, v1),
+        Variant("model runner V2", {"enforce_eager": True}, v2),
+        Variant("model runner V2 with CUDA graphs", graphs, v2),
+    ]
+
+
+def attention_backends() -> list[str]:
+    """Names of the attention backends of vLLM that this device has."""
+    if not current_platform.is_cuda():
+        return []
+    found = ["FLASH_ATTN", "TRITON_ATTN"]
+    return [*found, "FLASHINFER"] if importlib.util.find_spec("flashinfer") else found
+
+
 @dataclass
 class Verification:
-    """All checks of one model; ``run`` fills them in and calls ``tell`` after each."""
+    """All checks of one model; ``run`` fills them in and calls ``tell`` after each.
+
+    ``prompts`` are of one or more tokens each, ``long`` are lengths in tokens of requests that only
+    have to be answered.
+    """
 
     model: str
     memory: Mapping[str, Any]
     engine: Mapping[str, Any]
     prompts: Sequence[list[int]]
     tell: Callable[[Check], None]
+    long: Sequence[int] = ()
     checks: list[Check] = field(default_factory=list)
     overhead: list[tuple[float, float]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
@@ -79,20 +123,32 @@ class Verification:
         with self._open(alone) as llm:
             self._note_about(llm)
             self._replay(llm)
+            self._waits(llm)
             self._true = {name: self._ask_alone(llm, own) for name, own in _WAYS.items()}
+            # Of whole blocks, so that each of two needs another one with its next token.
+            blocks = len(max(self.prompts, key=len)) // self._block
+            crowded = max(self.prompts, key=len)[: blocks * self._block]
+            preempted = {name: _ask(llm, [crowded], own) for name, own in _WAYS.items()}
         several = {"max_num_seqs": max(2, len(self.prompts)), "enforce_eager": True}
-        size = self.about["segment_size"]
-        chunk = max(size // 3 + 1, several["max_num_seqs"] + 1)
+        chunk = max(self._layout.segment_size // 3 + 1, several["max_num_seqs"] + 1)
         with self._open({**several, "max_num_batched_tokens": chunk}) as llm:
             self._compare(
                 f"chunks of {chunk} tokens, all requests in one batch",
                 "an answer depends on how its prompt is cut or on who is in the batch: the "
                 "schedule of segments is wrong",
-                {name: _ask(llm, self.prompts, own) for name, own in _WAYS.items()},
+                _ask_all(llm, self.prompts),
             )
-        self._preempted(several)
+        self._preempted(several, crowded, preempted)
         self._cached(several)
-        self._graphs(several)
+        variants = device_variants()
+        if not variants:
+            self._note(Check("CUDA graphs", "not reached", "there are none on this device"))
+        for variant in variants:
+            self._varied(several, variant)
+        for name in attention_backends():
+            self._backend(several, name)
+        for tokens in self.long:
+            self._long(tokens)
         with self._open({**several, "max_num_batched_tokens": 8192, "enforce_eager": False}) as llm:
             self._time(llm)
 
@@ -108,8 +164,7 @@ class Verification:
 
         config = llm.llm_engine.vllm_config
         layer = memory_layers(config)[0]
-        block = config.cache_config.block_size
-        self._blocks = -(-self._base["max_model_len"] // block) + layer.spec.layout.num_pages
+        self._block, self._layout = config.cache_config.block_size, layer.spec.layout
         self.about = {
             **describe_engine(config),
             "segment_size": layer.rules.segment_size,
@@ -159,19 +214,38 @@ class Verification:
         detail = f"{blame} ({differ} of {len(said['on'].tokens)} requests, {detail})"
         self._note(Check(name, "FAULT", detail))
 
-    def _preempted(self, several: Mapping[str, Any]) -> None:
-        name = "preemption, in a pool that holds one request"
-        crowd = {**several, "max_num_seqs": _CROWD * len(self.prompts)}
-        with self._open({**crowd, "num_gpu_blocks_override": self._blocks + 2}) as llm:
-            prompts = [*self.prompts] * _CROWD
-            said = {way: _ask(llm, prompts, own) for way, own in _WAYS.items()}
+    def _waits(self, llm: Any) -> None:
+        """How often the host waits for the device in this package's own lines."""
+        if not current_platform.is_cuda():
+            return
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                _ask(llm, [min(self.prompts, key=len)], None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in seen if "synchronizing" in str(w.message).lower()]
+        ours = sorted({f"{w.filename}:{w.lineno}" for w in waits if "pacellm" in w.filename})
+        verdict = "FAULT" if ours else "same"
+        detail = f"of {len(waits)} waits, in our lines: {', '.join(ours) or 'none'}"
+        self._note(Check("the host does not wait for the memory", verdict, detail))
+
+    def _preempted(
+        self, several: Mapping[str, Any], prompt: list[int], truth: Mapping[str, Said]
+    ) -> None:
+        name = "preemption, in a pool that two prompts fill"
+        held = len(prompt) // self._block + self._layout.pages_for(len(prompt))
+        # One more is vLLM's null block, and one is for the first of the two to go on with.
+        with self._open({**several, "num_gpu_blocks_override": 2 * held + 2}) as llm:
+            said = _ask_all(llm, [prompt] * 2)
             count = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
         if not count:
             self._note(Check(name, "not reached", "no request was preempted"))
             return
         blame = "an answer depends on whether its request was preempted"
-        truth = {way: _joined([one] * _CROWD) for way, one in self._true.items()}
-        self._compare(name, blame, said, f", {count:g} preemptions", truth)
+        twice = {way: _joined([one] * 2) for way, one in truth.items()}
+        self._compare(name, blame, said, f", {count:g} preemptions", twice)
 
     def _cached(self, several: Mapping[str, Any]) -> None:
         name = "from the prefix cache"
@@ -187,14 +261,41 @@ class Verification:
         blame = "a bank from the prefix cache is not what was put there: a stale page"
         self._compare(name, blame, said, f", {said['on'].cached} tokens from the cache", truth)
 
-    def _graphs(self, several: Mapping[str, Any]) -> None:
-        name = "CUDA graphs"
-        if not current_platform.is_cuda():
-            self._note(Check(name, "not reached", "there are none on this device"))
-            return
-        with self._open({**several, "enforce_eager": False}) as llm:
-            said = {way: _ask(llm, self.prompts, own) for way, own in _WAYS.items()}
-        self._compare(name, "an answer depends on whether graphs are replayed", said)
+    def _varied(self, several: Mapping[str, Any], variant: Variant) -> None:
+        with patch.dict(os.environ, variant.env):
+            said = self._ask_where_possible(variant.name, {**several, **variant.engine})
+        if said:
+            self._compare(variant.name, f"an answer depends on {variant.name}", said)
+
+    def _backend(self, several: Mapping[str, Any], name: str) -> None:
+        """Graphs against no graphs: two backends round differently."""
+        name, engine = f"attention backend {name}", {**several, "attention_backend": name}
+        eager = self._ask_where_possible(name, engine)
+        graphs = eager and self._ask_where_possible(name, {**engine, "enforce_eager": False})
+        if graphs:
+            blame = "an answer depends on whether graphs are replayed"
+            self._compare(f"{name}, graphs", blame, graphs, truth=eager)
+
+    def _ask_where_possible(self, name: str, engine: Mapping[str, Any]) -> dict[str, Said] | None:
+        """What an engine says; None, and a line in the table, where it cannot be made or fails."""
+        verdict = "not reached"
+        try:
+            with self._open(engine) as llm:
+                verdict = "FAULT"
+                return _ask_all(llm, self.prompts)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self._note(Check(name, verdict, reason[-1]))
+            return None
+
+    def _long(self, tokens: int) -> None:
+        words = max(self.prompts, key=len)
+        prompt = (words * (tokens // len(words) + 1))[:tokens]
+        with self._open({"max_model_len": tokens + ANSWER + 1, "max_num_seqs": 1}) as llm:
+            begun = time.perf_counter()
+            _ask(llm, [prompt], None, prompt_logprobs=None)
+            took = time.perf_counter() - begun
+        self._note(Check(f"a request of {tokens} tokens", "answered", f"in {took:.1f} s"))
 
     def _time(self, llm: Any) -> None:
         """Seconds of all requests with memory on and off, by turns."""
@@ -248,6 +349,10 @@ def _ask(
         logprobs.append(found)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return Said(tokens, logprobs, sum(output.num_cached_tokens or 0 for output in outputs))
+
+
+def _ask_all(llm: Any, prompts: Sequence[list[int]]) -> dict[str, Said]:
+    return {way: _ask(llm, prompts, own) for way, own in _WAYS.items()}
 
 
 def _joined(parts: Sequence[Said]) -> Said:

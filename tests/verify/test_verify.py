@@ -1,6 +1,7 @@
 """``pacellm verify``: silent about a sound installation, and says which of three faults it is."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from test_engine_oracle import clear_cases
 from pacellm_vllm.cli import main
 from pacellm_vllm.memory import backend, manager
 from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.verify import engines
+from pacellm_vllm.verify.engines import Variant
 from pacellm_vllm.verify.replay import Recording, recording
 from pacellm_vllm.verify.truth import true_outputs
 
@@ -23,11 +26,11 @@ ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 32 << 20, "block_size": 1
 PACE = ["--segment-size", "64", "--bank-size", "40", "--alpha", "0.9"]
 
 
-def verify(tmp_path, capsys):
+def verify(tmp_path, capsys, *more):
     """The exit status, each check's verdict and detail by name, and what was printed."""
     found = tmp_path / "found.json"
     arguments = ["verify", str(TINY), "--device", "cpu", *PACE, "--json", str(found)]
-    status = main([*arguments, "--engine", json.dumps(ENGINE)])
+    status = main([*arguments, "--engine", json.dumps(ENGINE), *more])
     checks = json.loads(found.read_text())["checks"]
     by_name = {check["name"].partition(",")[0].split()[0]: check for check in checks}
     return status, by_name, capsys.readouterr().out
@@ -99,6 +102,34 @@ def test_a_wrong_schedule_is_found(tmp_path, capsys, monkeypatch):
     assert "chunks" in faults(checks)
     assert "memory's" not in faults(checks)
     assert "the schedule of segments is wrong" in checks["chunks"]["detail"]
+
+
+def test_what_a_device_can_run_is_compared_too(tmp_path, capsys, monkeypatch):
+    """What graphs, runners and backends are on a GPU: here other engines, one of them broken."""
+    cut = backend.cut_pieces
+
+    def wrong(starts, lengths, layout, *more):
+        pieces = cut(starts, lengths, layout, *more)
+        broken = "PACELLM_TEST_BREAK" in os.environ
+        return [replace(piece, position=0) if broken else piece for piece in pieces]
+
+    monkeypatch.setattr(backend, "cut_pieces", wrong)
+    variants = [
+        Variant("sound", {"max_num_seqs": 1}),
+        Variant("broken", {}, {"PACELLM_TEST_BREAK": "1"}),
+        Variant("impossible", {"max_num_batched_tokens": 0}),
+    ]
+    monkeypatch.setattr(engines, "device_variants", lambda: variants)
+    monkeypatch.setattr(engines, "attention_backends", lambda: ["NONE_SUCH"])
+    status, checks, said = verify(tmp_path, capsys, "--long", "700")
+    assert status == 1
+    assert checks["sound"]["verdict"] == "same"
+    assert faults(checks) == {"broken"}
+    assert checks["impossible"]["verdict"] == checks["attention"]["verdict"] == "not reached"
+    assert "NONE_SUCH" in checks["attention"]["detail"]
+    assert checks["a"]["verdict"] == "answered"
+    assert "1 of 9 checks found a fault" in said
+    assert "PACELLM_TEST_BREAK" not in os.environ
 
 
 @pytest.mark.parametrize("preset", ["gentle", "official", "paper"])
