@@ -26,5 +26,8 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" --no-deps ortools==9.15.6755
 # Half of what it declares serves its own command and tables, which we do not use.
 "${pip[@]}" --no-deps lm_eval==0.4.13
+# Its compiled half needs the PyTorch that it was built for; tests use the other one from here
+# (tests/beside), and nothing else finds it.
+"${pip[@]}" --no-deps --upgrade --target "$venv/torchvision" torchvision==0.28.0
 "${pip[@]}" --no-deps --editable .
 echo "$stamp" > "$venv/pacellm-installed"

@@ -333,7 +333,7 @@ def _decoder_layers(model: Any) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) == number
-        and "vision_model" not in name
+        and not any(part in name for part in ("vision", "visual"))
     )
     return layers
 

@@ -1,10 +1,12 @@
 """Memory in the text decoder of a model that sees pictures."""
 
+import functools
+
 import pytest
-import torch
 from checkpoints import make_prompt
 from engines import NATIVE, blocks, engine, prompt_logprobs
-from pictures import SeeingOracle, make_picture, make_seeing_checkpoint
+from oracle import OracleModel
+from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoint
 from test_engine_oracle import GAP, GOOD_GAP, TRIES
 from vllm import SamplingParams
 
@@ -12,33 +14,46 @@ PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions":
 PICTURES = [make_picture(seed) for seed in range(2)]
 LENGTHS = (20, 90, 150)
 MAX_TOKENS = 24
+# Where pictures are read causally, which is all that vLLM's attention on a CPU can do.
+CAUSAL = [arch for arch in FAMILIES if arch != "gemma3"]
+
+
+def pace_of(arch):
+    return {**PACE, "site": "output"} if arch == "llama4" else PACE
 
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    return make_seeing_checkpoint(tmp_path_factory.mktemp("idefics3"))
+    """``seeing(arch)``: a checkpoint's directory, made on first use."""
+    return functools.cache(lambda arch: make_seeing_checkpoint(tmp_path_factory.mktemp(arch), arch))
 
 
 @pytest.fixture(scope="module")
-def cases(seeing):
-    """Prompts with a picture in the middle, each with both pictures: (prompt, picture, truth)."""
-    oracle = SeeingOracle(seeing, PACE)
-    place = oracle.model.config.image_token_id
-    found = []
-    for length in LENGTHS:
-        for picture in PICTURES:
-            best = (GAP, None)
-            for seed in range(TRIES):
-                prompt = make_prompt(1000 * length + seed, length)
-                prompt.insert(length // 2, place)
-                case = (prompt, picture, *oracle.answer(prompt, picture, MAX_TOKENS))
-                gap = min(bank.closest_call for bank in oracle.banks.values())
-                best = max(best, (gap, case), key=lambda found: found[0])
-                if gap > GOOD_GAP:
-                    break
-            assert best[1] is not None
-            found.append(best[1])
-    return found
+def cases_of(seeing):
+    """``cases_of(arch)``: prompts with a picture in the middle, each with both pictures, as
+    (prompt, picture, tokens, log-probabilities).
+    """
+
+    @functools.cache
+    def find(arch):
+        oracle = SeeingOracle(seeing(arch), pace_of(arch))
+        found = []
+        for length in LENGTHS:
+            for picture in PICTURES:
+                best = (GAP, None)
+                for seed in range(TRIES):
+                    prompt = make_prompt(1000 * length + seed, length)
+                    prompt[length // 2 : length // 2] = oracle.place()
+                    case = (prompt, picture, *oracle.answer(prompt, picture, MAX_TOKENS))
+                    gap = min(bank.closest_call for bank in oracle.banks.values())
+                    best = max(best, (gap, case), key=lambda found: found[0])
+                    if gap > GOOD_GAP:
+                        break
+                assert best[1] is not None
+                found.append(best[1])
+        return found
+
+    return find
 
 
 def ask(running, cases, **sampling):
@@ -52,20 +67,21 @@ def ask(running, cases, **sampling):
     return running.llm.generate(prompts, params, use_tqdm=False)
 
 
-def seeing_engine(path, **settings):
+def seeing_engine(path, arch, **settings):
     # vLLM's default hashes pictures by a package that a CPU needs for nothing else.
     hashes = {"mm_hasher_algorithm": "sha256"}
-    return engine(path, PACE, skip_tokenizer_init=False, **hashes, **settings)
+    return engine(path, pace_of(arch), skip_tokenizer_init=False, **hashes, **settings)
 
 
 def tokens_of(outputs):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("tokens", [48, 256])
-def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(tokens, seeing, cases):
+@pytest.mark.parametrize(("arch", "tokens"), [("idefics3", 48), *((arch, 256) for arch in CAUSAL)])
+def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(arch, tokens, seeing, cases_of):
+    cases = cases_of(arch)
     truth = [answer for _, _, answer, _ in cases]
-    with seeing_engine(seeing, max_num_batched_tokens=tokens) as running:
+    with seeing_engine(seeing(arch), arch, max_num_batched_tokens=tokens) as running:
         outputs = ask(running, cases, prompt_logprobs=0)
         for output, (_, _, _, logprobs) in zip(outputs, cases, strict=True):
             worst = max(abs(a - b) for a, b in zip(prompt_logprobs(output), logprobs, strict=True))
@@ -80,17 +96,41 @@ def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(tokens, seeing, ca
         assert tokens_of(warm) == truth
         assert sum(output.num_cached_tokens for output in warm) > 0
         assert running.all_blocks_are_back()
+    # The pictures matter: two prompts that differ in nothing else are worth telling apart.
+    (*_, one), (*_, other) = cases[-2:]
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.05
 
 
 @pytest.mark.skipif(NATIVE, reason="with blocks of 32 tokens none of these is preempted")
-def test_preempted_requests_give_the_same_tokens(seeing, cases):
+@pytest.mark.parametrize("arch", ["idefics3", "qwen3_vl"])
+def test_preempted_requests_give_the_same_tokens(arch, seeing, cases_of):
+    cases = cases_of(arch)
     tight = {"max_model_len": 256, "num_gpu_blocks_override": blocks(512)}
-    settings = {"max_num_batched_tokens": 64, **tight}
-    with seeing_engine(seeing, **settings) as running:
+    with seeing_engine(seeing(arch), arch, max_num_batched_tokens=64, **tight) as running:
         assert tokens_of(ask(running, cases)) == [answer for _, _, answer, _ in cases]
         assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()
 
 
-def test_pictures_matter(cases):
-    assert not torch.equal(torch.tensor(cases[0][2]), torch.tensor(cases[1][2]))
+def test_pictures_that_a_cpu_would_read_causally_are_refused(seeing):
+    """Gemma 3 lets a picture's tokens see all of it, which no attention of vLLM on a CPU does."""
+    with (
+        pytest.raises(Exception, match="--limit-mm-per-prompt"),
+        seeing_engine(seeing("gemma3"), "gemma3"),
+    ):
+        pass
+
+
+def test_its_texts_are_served(seeing):
+    """The same model, without pictures."""
+    oracle = OracleModel(seeing("gemma3"), PACE)
+    prompt = make_prompt(0, 150)
+    tokens, logprobs = oracle.generate(prompt, MAX_TOKENS)
+    assert min(bank.closest_call for bank in oracle.banks.values()) > GAP
+    with seeing_engine(
+        seeing("gemma3"), "gemma3", limit_mm_per_prompt={"image": 0}, max_num_batched_tokens=64
+    ) as running:
+        [output] = running.generate([prompt], MAX_TOKENS, prompt_logprobs=0)
+        got = prompt_logprobs(output)
+        assert max(abs(a - b) for a, b in zip(got, logprobs, strict=True)) <= 1e-3
+        assert list(output.outputs[0].token_ids) == tokens

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from checkpoints import FAMILIES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from test_engine_pictures import CAUSAL
+from transformers.models.auto import modeling_auto as auto
 
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
@@ -18,7 +19,9 @@ def rows():
 
 
 def test_compared_is_what_tests_compare():
-    assert {*COMPARED} == {*(NAMES[arch] for arch in FAMILIES), "Idefics3ForConditionalGeneration"}
+    texts = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch] for arch in FAMILIES)
+    pictures = (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[arch] for arch in CAUSAL)
+    assert {*COMPARED} == {*texts, *pictures}
 
 
 def test_the_document_says_of_every_architecture_how_it_stands():

@@ -130,6 +130,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             bool(model.is_encoder_decoder),
             "a bank knows one sequence of tokens; serve it without pacellm",
         ),
+        "pictures of this model on a CPU": (
+            current_platform.is_cpu() and model.is_mm_prefix_lm and _takes_pictures(model),
+            "its decoder lets the tokens of a picture see each other, and vLLM's attention on a "
+            "CPU lets them see earlier ones only; pass --limit-mm-per-prompt '{\"image\": 0}'",
+        ),
         "dual-batch overlap or microbatches": (
             bool(parallel.use_ubatching),
             "parts of a batch would read one step's metadata; drop --enable-dbo and --ubatch-size",
@@ -155,6 +160,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
     for what, (found, why) in refusals.items():
         if found:
             raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
+
+
+def _takes_pictures(model: Any) -> bool:
+    config = model.multimodal_config
+    return config is not None and config.get_limit_per_prompt("image") > 0
 
 
 def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:

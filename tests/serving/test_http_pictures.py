@@ -5,7 +5,7 @@ import io
 
 import pytest
 import requests
-from pictures import PICTURE, SeeingOracle, make_picture, make_seeing_checkpoint
+from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoint
 from servers import PACELLM, serving
 from transformers import AutoProcessor
 
@@ -16,11 +16,6 @@ ENGINE += ["--block-size", "16"]
 ENGINE += ["--kv-cache-memory-bytes", str(64 << 20), "--mm-hasher-algorithm", "sha256"]
 WORDS = "What is in this picture, and what was in the ones before? Say it, say it again, say it."
 MAX_TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    return make_seeing_checkpoint(tmp_path_factory.mktemp("idefics3"))
 
 
 def message(picture):
@@ -38,11 +33,13 @@ def message(picture):
     ]
 
 
-def test_a_chat_about_a_picture_equals_the_oracle(seeing, tmp_path):
+@pytest.mark.parametrize("arch", ["idefics3", "qwen3_vl"])
+def test_a_chat_about_a_picture_equals_the_oracle(arch, tmp_path):
+    seeing = make_seeing_checkpoint(tmp_path / arch, arch)
     oracle = SeeingOracle(seeing, PACE)
     tokenizer = AutoProcessor.from_pretrained(seeing).tokenizer
     prompt = tokenizer.encode(
-        f"<|im_start|>user\n{PICTURE}{WORDS}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{FAMILIES[arch].placeholder}{WORDS}<|im_end|>\n<|im_start|>assistant\n"
     )
     command = [*PACELLM, "serve", str(seeing), *FLAGS, *ENGINE, "--served-model-name", "seeing"]
     with serving(command, tmp_path / "server.log") as url:
@@ -63,7 +60,7 @@ def test_a_chat_about_a_picture_equals_the_oracle(seeing, tmp_path):
             )
             assert reply.status_code == 200, reply.text
             body = reply.json()
-            assert body["prompt_token_ids"] == oracle.see(prompt, picture)[0]
+            assert body["prompt_token_ids"] == oracle.expand(prompt, picture)[0]
             assert body["choices"][0]["token_ids"] == answer
         report = requests.get(f"{url}/plugins/pacellm/memory", timeout=60).json()
         assert [layer["site"] for layer in report["layers"].values()] == ["activation"] * 2
