@@ -88,6 +88,12 @@ _RULER = Benchmark(
     _ruler,
 )
 
+_QUESTIONS = Benchmark(
+    ("qa/{name}.jsonl",),
+    ("question", "context", "answers"),
+    "your own questions: context is a text, and answers a list, each of which is right",
+)
+
 
 def stay_offline() -> None:
     """Keep this process from asking a hub, or vLLM from counting its use."""
@@ -127,6 +133,14 @@ class DataDirectory:
             for row in self._rows(_RULER, {"task": task, "length": str(length)})
         ]
         return {"test": _dataset(rows)}
+
+    def has_questions(self, name: str) -> bool:
+        """Whether there is a file of questions about texts by that name."""
+        return (self.path / "qa" / f"{name}.jsonl").is_file()
+
+    def questions(self, name: str) -> dict[str, Any]:
+        """The test split of such a file."""
+        return {"test": _dataset(self._rows(_QUESTIONS, {"name": name}))}
 
     def _rows(self, benchmark: Benchmark, values: Mapping[str, str]) -> list[Row]:
         paths = [path.format(**values) for path in benchmark.paths]

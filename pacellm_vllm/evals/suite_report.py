@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from pacellm_vllm.evals.bootstrap import grouped_difference
+from pacellm_vllm.evals.questions import LOGPROB
 from pacellm_vllm.evals.records import EvalError, Records, write_whole
 from pacellm_vllm.evals.report import endings, unchecked
 from pacellm_vllm.evals.suite import Loaded, by_label
@@ -114,10 +115,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {settings['model']}: {', '.join(names)}",
         "",
-        f"Scores are points of 100. Differences are to `{first}` on the same items, with paired "
+        "Scores are points of 100, but nats where the metric is `logprob`. "
+        f"Differences are to `{first}` on the same items, with paired "
         "bootstrap 95 % intervals. `better`: the interval is above 0; `no worse`: it does not "
-        "reach down to -0.6 points; `worse`: it is below 0. `equal on every item` does not say "
-        "that there is no difference, only that these items show none.",
+        "reach down to -0.6 points (-0.006 nats); `worse`: it is below 0. `equal on every "
+        "item` does not say that there is no difference, only that these items show none.",
         "",
     ]
     for kind, column in (("categories", "category"), ("tasks", "task")):
@@ -128,8 +130,9 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
         for label, row in report[kind].items():
             cells = [label, str(row["items"])]
-            cells += [f"{100 * row['scores'][name]:.2f}" for name in names]
-            cells += [_difference(row["differences"][name]) for name in others]
+            scale, digits = (1, 4) if row.get("metric") == LOGPROB else (100, 2)
+            cells += [f"{scale * row['scores'][name]:.{digits}f}" for name in names]
+            cells += [_difference(row["differences"][name], scale, digits) for name in others]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     room = min(engine["engine"]["max_model_len"] for engine in engines.values())
@@ -142,9 +145,9 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *unchecked(engines)]) + "\n"
 
 
-def _difference(found: Mapping[str, Any]) -> str:
-    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] {found['verdict']}"
+def _difference(found: Mapping[str, Any], scale: int, digits: int) -> str:
+    mean, low, high = (f"{scale * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}] {found['verdict']}"
 
 
 def _at_most(max_length: int | None, room: int) -> str:

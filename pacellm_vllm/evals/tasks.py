@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pacellm_vllm.evals import questions
 from pacellm_vllm.evals.data import DataDirectory
 from pacellm_vllm.evals.records import EvalError
 
@@ -92,19 +93,25 @@ class Library:
         self._manager = lm_eval.tasks.TaskManager(
             include_defaults=False, include_path=some, metadata=metadata
         )
-        if not all(name in self._manager.task_index for name in names):
+        theirs = [name for name in names if not self._is_file(name)]
+        if not all(name in self._manager.task_index for name in theirs):
             self._manager = lm_eval.tasks.TaskManager(metadata=metadata)
-        for name in names:
+        for name in theirs:
             if name not in self._manager.task_index:
                 near = difflib.get_close_matches(name, self._manager.all_tasks, 3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else "."
                 raise EvalError(f"pacellm: lm-eval has no task or group {name!r}{hint}")
 
+    def _is_file(self, name: str) -> bool:
+        """Whether ``name`` is a task about a file of questions."""
+        file = questions.file_of(name)
+        return bool(file and self._data and self._data.has_questions(file))
+
     def expand(self, name: str) -> tuple[list[str], list[Category]]:
         """The tasks that ``name`` stands for, and it and the groups in it as categories."""
-        entry = self._manager.task_index[name]
-        if name in self._manager.all_subtasks:
+        if self._is_file(name) or name in self._manager.all_subtasks:
             return [name], []
+        entry = self._manager.task_index[name]
         if name in self._manager.all_tags:
             tasks = sorted(entry.tags)
             return tasks, [Category(name, tuple(tasks))]
@@ -137,6 +144,9 @@ class Library:
         spec: dict[str, Any] = {"task": name}
         if self._data is not None and name in _RULER:
             spec |= _ruler_config(name, self._data, self._lengths)
+        elif self._data is not None and self._is_file(name):
+            read = partial(self._data.questions, questions.file_of(name) or "")
+            spec |= questions.task_config(name, partial(_ignoring, read))
         elif self._data is not None:
             config = index[name].cfg or {}
             read = partial(_ignoring, partial(self._data.splits, config))

@@ -37,6 +37,15 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def questions(root, items=4):
+    """Questions of one's own about texts."""
+    rows = []
+    for i in range(items):
+        context, question, answer = needle(f"qa{i}")
+        rows.append({"question": question, "context": context, "answers": [answer, "no one"]})
+    write_lines(root / "qa" / "numbers.jsonl", rows)
+
+
 def longbench(root, items=4, tasks=tuple(LONGBENCH)):
     """As ``data.zip`` of THUDM/LongBench has it."""
     for task in tasks:
@@ -102,4 +111,5 @@ def write_all(root: Path, items: int = 4) -> Path:
     infinitebench(root, items)
     ruler(root, items=items)
     mmlu(root, items)
+    questions(root, items)
     return root

@@ -5,11 +5,15 @@ import socket
 
 import benchmark_files
 import pytest
+import torch
+from hf import load_model
+from transformers import AutoTokenizer
 
 from pacellm_vllm.cli import main
 
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
 TASKS = "longbench_triviaqa,longbench_lcc,infinitebench_passkey,niah_single_1,mmlu_anatomy"
+TASKS += ",qa_numbers,qa_numbers_logprob"
 WORDS = ["--tasks", TASKS, "--limit", "3", "--batch", "2", "--max-length", "300", "--quiet"]
 WORDS += ["--memory", '{"segment_size": 64}']
 CONFIGS = '{"off": null, "again": null, "official": {"preset": "official"}}'
@@ -63,7 +67,7 @@ def test_each_score_is_of_its_own_item(in_process):
     # The answer is one of 25 words or so.
     assert 0.05 < report["tasks"]["longbench_triviaqa"]["scores"]["off"] < 0.1
     found = results(out)
-    assert len(found) == 3 * 6 * 3
+    assert len(found) == 3 * 8 * 3
     keys = [row for row in found.values() if row["id"].startswith("infinitebench_passkey")]
     assert len({row["target"] for row in keys}) > 1
     for row in keys:
@@ -73,6 +77,28 @@ def test_each_score_is_of_its_own_item(in_process):
     likeliest = max(range(4), key=lambda i: choices[i][0])
     right = found["off", "mmlu_anatomy/0"]["scores"]["acc"]
     assert right == (likeliest == found["off", "mmlu_anatomy/0"]["target"])
+
+
+def test_a_given_answer_is_scored_as_transformers_scores_it(in_process, tiny, data):
+    out, report, _ = in_process
+    found = results(out)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = load_model(tiny, dtype=torch.float32)
+    rows = [json.loads(line) for line in (data / "qa/numbers.jsonl").open()]
+    for i, row in enumerate(rows[:3]):
+        prompt = tokenizer(f"{row['context']}\n\nQuestion: {row['question']}\nAnswer:").input_ids
+        answer = tokenizer(f" {row['answers'][0]}").input_ids
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        truth = sum(logprobs[at, token].item() for at, token in zip(places, answer, strict=True))
+        got = found["off", f"qa_numbers_logprob/{i}"]["scores"]["logprob"]
+        assert got == pytest.approx(truth, abs=1e-3)
+    shown = next(
+        line for line in (out / "report.md").read_text().splitlines() if "_logprob | 3" in line
+    )
+    mean = report["tasks"]["qa_numbers_logprob"]["scores"]["off"]
+    assert f"| {mean:.4f} |" in shown
 
 
 def test_a_configuration_against_itself_is_exactly_zero(in_process):

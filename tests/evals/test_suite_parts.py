@@ -197,6 +197,25 @@ def test_longbench_tasks_read_their_own_files(data, name):
         assert right == pytest.approx(0 if name == "trec" else 1, abs=1e-6)
 
 
+def test_questions_of_ones_own(data):
+    task = library(data, "qa_numbers").load("qa_numbers")
+    item, *_ = build_items(task, 2, None, chat=False, seed=0)
+    [row, *_] = [json.loads(line) for line in (data / "qa/numbers.jsonl").open()]
+    prompt = f"{row['context']}\n\nQuestion: {row['question']}\nAnswer:"
+    assert item.instances[0].args[0] == prompt
+    number = row["answers"][0]
+    assert score(task, item, [f" It is the {number}."]) == {"found": 1, "f1": 0.5}
+    assert score(task, item, [" No one"]) == {"found": 1, "f1": 1}
+    assert score(task, item, [" seven"]) == {"found": 0, "f1": 0}
+    assert metric_of(task) == "found"
+    scored = library(data, "qa_numbers_logprob").load("qa_numbers_logprob")
+    item, *_ = build_items(scored, 2, None, chat=False, seed=0)
+    assert [instance.args for instance in item.instances] == [(prompt, f" {number}")]
+    assert score(scored, item, [(-3.5, False)]) == {"logprob": -3.5}
+    with pytest.raises(EvalError, match="no task or group 'qa_nowhere'"):
+        library(data, "qa_nowhere")
+
+
 def test_rulers_lengths_are_parts_with_no_upper_end(data, tmp_path):
     benchmark_files.ruler(tmp_path, lengths=(128, 200_000), items=3)
     task = library(tmp_path, "niah_single_1").load("niah_single_1")
