@@ -1,4 +1,7 @@
-"""``pacellm inspect experts MODEL --text FILE``: what the experts of a model do on a text."""
+"""``pacellm inspect experts MODEL --text FILE``: what the experts of a model do on a text.
+
+Those of a mixture are its own; those of a dense model are clusters of neurons.
+"""
 
 import argparse
 import json
@@ -20,7 +23,8 @@ def add_parser(things: Any) -> argparse.ArgumentParser:
         description="Runs MODEL on a text with transformers, on this machine's CPU, and reports "
         "how few experts hold most of a token's activation, against random splits of the same "
         "size, how neurons correlate within and between experts, and which tokens experts "
-        "answer to.",
+        "answer to. Of a mixture of experts it reports its own: their shares of the tokens, which "
+        "are chosen together, and which tokens they answer to.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory or hub name")
@@ -66,28 +70,82 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.out:
         check_absent(Path(args.out))
-    reports, how = _measure(args)
+    from pacellm_vllm.experts import mixture
+
+    folder = find_model(args.model)
+    number = _routed_experts(folder)
+    shown: Any = mixture if number else picture
+    reports, how = _measure_mixture(args, folder, number) if number else _measure(args, folder)
     title = f"{Path(args.model).name}: {how}"
-    Console().print(picture.table(reports, title))
+    Console().print(shown.table(reports, title))
     if args.out:
         with clear_disk_errors(), whole_directory(Path(args.out)) as folder:
             about = {"model": args.model, "experts": how, "text": args.text, "tokens": args.tokens}
             about["layers"] = {layer: asdict(report) for layer, report in reports.items()}
             (folder / "experts.json").write_text(json.dumps(about, indent=1) + "\n")
-            picture.draw(reports, title, folder / "experts.png")
+            shown.draw(reports, title, folder / "experts.png")
         print(f"pacellm: {args.out} has experts.json and experts.png.")
 
 
-def _measure(args: argparse.Namespace) -> tuple[dict[int, Any], str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _routed_experts(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    from pacellm_vllm.experts.mixture import routed_experts
+
+    try:
+        return routed_experts(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError):
+        # What opens the checkpoint says what is wrong with it.
+        return 0
+
+
+def _read(args: argparse.Namespace, folder: Path) -> tuple[Any, dict[int, str]]:
+    """The text's tokens [T], and what each of them says."""
+    from transformers import AutoTokenizer
+
+    from pacellm_vllm.experts.report import read_text
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ExpertsError(
+            f"pacellm: {folder} has no tokenizer that can be read ({error})."
+        ) from None
+    tokens = read_text(Path(args.text), tokenizer, args.tokens)
+    return tokens, {int(t): str(tokenizer.decode([int(t)])) for t in tokens.unique()}
+
+
+def _measure_mixture(
+    args: argparse.Namespace, folder: Path, number: int
+) -> tuple[dict[int, Any], str]:
+    from transformers import AutoModelForCausalLM
+
+    from pacellm_vllm.experts.mixture import measure_routing, read_routing
+
+    if args.experts is not None or args.path is not None:
+        raise ExpertsError(
+            "pacellm: a mixture has experts of its own, which --experts and --path do not change; "
+            "drop them."
+        )
+    tokens, names = _read(args, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    routing = read_routing(model, tokens, args.layers, not args.quiet)
+    reports = {
+        layer: measure_routing(chosen, weights, number, tokens, names)
+        for layer, (chosen, weights) in routing.items()
+    }
+    return reports, f"its own {number} experts in {len(reports)} layers"
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> tuple[dict[int, Any], str]:
+    from transformers import AutoModelForCausalLM
 
     from pacellm_vllm.experts.cache import ResultCache, default_cache
     from pacellm_vllm.experts.checkpoint import feed_forwards, open_checkpoint, read_features
     from pacellm_vllm.experts.loading import ExpertsPlan
     from pacellm_vllm.experts.orders import StoredExperts
-    from pacellm_vllm.experts.report import collect, measure, read_text
+    from pacellm_vllm.experts.report import collect, measure
 
-    folder = find_model(args.model)
     given = {"num_experts": args.experts, "path": args.path, "layers": args.layers}
     given = {name: value for name, value in given.items() if value is not None}
     if args.experts is None and args.path is None:
@@ -96,13 +154,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[int, Any], str]:
     checkpoint = open_checkpoint(folder)
     ffns = feed_forwards(checkpoint, None)
     plan = ExpertsPlan.of(config, checkpoint.num_layers, ffns[0].neurons)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ExpertsError(
-            f"pacellm: {folder} has no tokenizer that can be read ({error})."
-        ) from None
-    tokens = read_text(Path(args.text), tokenizer, args.tokens)
+    tokens, names = _read(args, folder)
     orders = {}
     for layer in plan.layers:
         gate = read_features(checkpoint, ffns[layer], "gate")
@@ -117,7 +169,6 @@ def _measure(args: argparse.Namespace) -> tuple[dict[int, Any], str]:
     named = {n for n, _ in model.named_modules()}
     modules = {i: next(n for n in named if n.endswith(name)) for i, name in outputs.items()}
     activations = collect(model, modules, tokens, not args.quiet)
-    names = {int(t): str(tokenizer.decode([int(t)])) for t in tokens.unique()}
     reports = {}
     for layer in plan.layers:
         a, order = activations.pop(layer), orders[layer]

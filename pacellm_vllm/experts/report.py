@@ -66,7 +66,7 @@ def measure(
         within,
         between,
         dead,
-        _answers(mass, tokens, names),
+        answers(mass, tokens, names),
     )
 
 
@@ -99,9 +99,13 @@ def _correlations(a: torch.Tensor, num_experts: int) -> tuple[float, float, int]
     return inside / max(pairs, 1), (everything - inside) / max(others, 1), int((~alive).sum())
 
 
-def _answers(
+def answers(
     mass: torch.Tensor, tokens: torch.Tensor, names: Mapping[int, str], count: int = 5
 ) -> dict[int, list[tuple[str, float]]]:
+    """By expert, the ``count`` tokens that give it most, in times its even share.
+
+    ``mass`` [T, E] is what each of ``tokens`` [T] gives each expert; ``names`` as in ``measure``.
+    """
     num_experts = mass.shape[1]
     share = num_experts * mass / mass.sum(1, keepdim=True).clamp_min(1e-30)
     ids, which, occurrences = tokens.unique(return_inverse=True, return_counts=True)
