@@ -8,6 +8,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from pacellm_vllm.config import PaceConfig
@@ -142,7 +143,9 @@ def _attention_layers(vllm_config: VllmConfig) -> list[AttentionLayerBase]:
     return [
         layer
         for layer in layers
-        if isinstance(layer, AttentionLayerBase) and layer.get_attn_backend() is not BankBackend
+        if isinstance(layer, AttentionLayerBase)
+        and not isinstance(layer, MambaBase)
+        and layer.get_attn_backend() is not BankBackend
     ]
 
 

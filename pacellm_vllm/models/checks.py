@@ -14,6 +14,7 @@ from pacellm_vllm.compat import (
     plugin_logger,
     prepare_requests,
     set_cpu_worker,
+    turn_prefix_caching_off,
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
@@ -41,6 +42,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _check_memory(vllm_config)
     if layers:
         set_cpu_worker(vllm_config, CPU_WORKER)
+        _without_shared_states(vllm_config)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
     if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
@@ -53,6 +55,16 @@ def check_engine(vllm_config: VllmConfig) -> None:
     keep_booleans()
     check_http_requests(is_ours, processor.validate_params)
     prepare_requests(_why_no_sessions, _extra_args)
+
+
+def _without_shared_states(vllm_config: VllmConfig) -> None:
+    """Recurrent layers leave their states at other places than banks': no prefix is cached."""
+    if vllm_config.model_config.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
+        turn_prefix_caching_off(vllm_config)
+        logger.warning(
+            "pacellm: prefix caching is off, because in a model with recurrent layers it has not "
+            "been tried beside banks; pass --no-enable-prefix-caching to say so yourself."
+        )
 
 
 def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
@@ -122,9 +134,15 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "a bank needs all tokens of its request on one rank; set the context parallel sizes "
             "to 1",
         ),
-        "layers that keep a recurrent state": (
-            bool(model.is_hybrid or model.is_attention_free or model.has_inner_state),
-            "their pages have not been tried beside banks; serve it without pacellm",
+        "a model without attention": (
+            bool(model.is_attention_free),
+            "those that vLLM has are recurrent throughout and have no FFN to remember anything of; "
+            "serve it without pacellm",
+        ),
+        "recurrent layers in pipeline stages": (
+            bool(model.is_hybrid and parallel.pipeline_parallel_size > 1),
+            "stages with different numbers of attention layers would need pages of different "
+            "sizes; use --tensor-parallel-size",
         ),
         "an encoder-decoder model": (
             bool(model.is_encoder_decoder),
@@ -164,6 +182,8 @@ def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
         return False, ""
     if config.method != "ngram":
         return True, f"only n-gram drafts have been tested, not {config.method}; use ngram"
+    if vllm_config.model_config.is_hybrid:
+        return True, "drafts have not been tested with recurrent layers; drop --speculative-config"
     if not current_platform.is_cpu():
         return True, "drafts have been tested on the CPU only; drop --speculative-config"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

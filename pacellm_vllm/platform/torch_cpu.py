@@ -32,7 +32,7 @@ class TorchCpuPlatform(CpuPlatform):
     @classmethod
     def import_kernels(cls) -> None:
         """Register ``torch.ops._C`` operators, whose libraries are not in the wheel."""
-        from pacellm_vllm.platform import activations, experts, kernels  # noqa: F401
+        from pacellm_vllm.platform import activations, experts, kernels, recurrent  # noqa: F401
 
     @classmethod
     def get_attn_backend_cls(
