@@ -366,7 +366,7 @@ def _ffn(layer: torch.nn.Module) -> Any:
 
 
 def _output_projection(layer: torch.nn.Module) -> Any:
-    """The last projection of a Hugging Face FFN: its input is the activation a. Or there is none."""
+    """The last projection of a Hugging Face FFN, whose input is the activation a, or None."""
     found = [
         module
         for name, module in layer.named_modules()
