@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import HYBRIDS, make_checkpoint
-from engines import engine, poisoned_pages
+from engines import NATIVE, engine, poisoned_pages
 from test_engine_oracle import (
     MAX_TOKENS_OF_OTHERS,
     SHAPES,
@@ -13,6 +13,10 @@ from test_engine_oracle import (
 SHAPE = SHAPES["odd bank, replacements"]
 LENGTHS = [20, 64, 150]
 MIXTURES = ("jamba", "lfm2_moe", "qwen3_next")
+# vLLM's own CPU build has no scan for Jamba, takes Qwen3-Next in bfloat16 only, and differs from
+# transformers without memory too for both LFM2.
+if NATIVE:
+    HYBRIDS = {arch: HYBRIDS[arch] for arch in ("granitemoehybrid", "falcon_h1", "nemotron_h")}
 
 
 def pace_of(arch, preset):
@@ -46,7 +50,9 @@ def test_hybrids_equal_the_oracle_in_any_chunks(arch, preset, chunks, checkpoint
             assert running.all_blocks_are_back()
 
 
-@pytest.mark.parametrize("arch", ["lfm2", "granitemoehybrid", "jamba", "qwen3_next"])
+@pytest.mark.parametrize(
+    "arch", sorted({"lfm2", "granitemoehybrid", "jamba", "qwen3_next"} & HYBRIDS.keys())
+)
 def test_preempted_requests_read_no_stale_page_or_state(arch, checkpoint):
     pace = pace_of(arch, "gentle")
     cases = clear_cases(checkpoint(arch), pace, [20, 33, 45, 50, 60, 90], 100)
@@ -76,7 +82,7 @@ def test_many_states_beside_little_attention(tmp_path):
         assert running.all_blocks_are_back()
 
 
-@pytest.mark.parametrize("arch", ["granitemoehybrid", "qwen3_next"])
+@pytest.mark.parametrize("arch", sorted({"granitemoehybrid", "qwen3_next"} & HYBRIDS.keys()))
 def test_two_ranks_equal_the_oracle(arch, checkpoint):
     pace = pace_of(arch, "official")
     cases = clear_cases(checkpoint(arch), pace, LENGTHS, MAX_TOKENS_OF_OTHERS)
