@@ -653,19 +653,6 @@ def start_state_updates(vllm_config: VllmConfig) -> None:
     )
 
 
-def turn_prefix_caching_off(vllm_config: VllmConfig) -> None:
-    """Cache no prefixes in an engine whose layers keep recurrent states.
-
-    Symptom: vLLM's check of such a model, which runs after a plugin's, or in some models' own check
-    before it, takes the size of state blocks from whether prefixes are cached, and keeps a size
-    that is there. Can go when that size is worked out once, from the finished configuration.
-    """
-    cache = vllm_config.cache_config
-    cache.enable_prefix_caching = False
-    cache.mamba_cache_mode = "none"
-    cache.mamba_block_size = None
-
-
 def rows_of_requests(rows: int) -> torch.Tensor | None:
     """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
 

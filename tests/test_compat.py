@@ -26,11 +26,7 @@ from vllm.model_executor.layers import fused_moe as fused_moe_package
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
-from vllm.model_executor.models.config import (
-    MODELS_CONFIG_MAP,
-    MambaModelConfig,
-    VerifyAndUpdateConfig,
-)
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -441,9 +437,3 @@ def planned_states(wrapped):
 def test_states_in_groups_of_their_own_specs_are_still_overlooked(state_updates, wrapped):
     state_updates.initialize_mamba_ssu_backend(MambaConfig(), planned_states(wrapped))
     assert (state_updates._mamba_ssu_backend is None) == wrapped
-
-
-def test_a_state_size_that_is_there_is_still_kept():
-    """The reason for ``turn_prefix_caching_off``."""
-    source = inspect.getsource(MambaModelConfig.verify_and_update_config)
-    assert source.count("if cache_config.mamba_block_size is None") == 2

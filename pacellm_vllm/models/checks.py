@@ -14,7 +14,6 @@ from pacellm_vllm.compat import (
     plugin_logger,
     prepare_requests,
     set_cpu_worker,
-    turn_prefix_caching_off,
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
@@ -58,12 +57,15 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 def _without_shared_states(vllm_config: VllmConfig) -> None:
-    """Recurrent layers leave their states at other places than banks': no prefix is cached."""
+    """Cache no prefixes beside recurrent layers, which leave states at places of their own.
+
+    vLLM's check of such a model runs after a plugin's: a request then has one state.
+    """
     if vllm_config.model_config.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
-        turn_prefix_caching_off(vllm_config)
+        vllm_config.cache_config.enable_prefix_caching = False
         logger.warning(
             "pacellm: prefix caching is off, because in a model with recurrent layers it has not "
-            "been tried beside banks; pass --no-enable-prefix-caching to say so yourself."
+            "been tried beside banks; --no-enable-prefix-caching says the same without this line."
         )
 
 
