@@ -78,6 +78,7 @@ def test_many_states_beside_little_attention(tmp_path):
         [size] = {tensor.size for tensor in plan.kv_cache_tensors}
         block = running.core.vllm_config.cache_config.block_size
         assert size == plan.num_blocks * block * 2 * 2 * 32 * 4
+        assert running.memories()[0].spec.other_blocks == 3
         assert_engine_agrees(running, cases, MAX_TOKENS_OF_OTHERS)
         assert running.all_blocks_are_back()
 
