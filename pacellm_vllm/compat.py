@@ -630,6 +630,29 @@ def set_cpu_worker(vllm_config: VllmConfig, name: str) -> None:
     parallel.worker_cls = name
 
 
+def start_state_updates(vllm_config: VllmConfig) -> None:
+    """Choose how this worker's Mamba layers update their states in decode steps, if it has any.
+
+    Symptom: vLLM does so when it has planned the KV cache, and overlooks groups whose layers have
+    specs of their own (``UniformTypeKVCacheSpecs``), as all groups beside banks do: the first
+    decode step finds that "Mamba SSU backend has not been initialized". Can go when
+    ``initialize_mamba_ssu_backend`` looks into such groups.
+    """
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    kinds = {layer.mamba_type for layer in layers if isinstance(layer, MambaBase)}
+    specs = [MambaSpec(block_size=1, shapes=(), dtypes=(), mamba_type=kind) for kind in kinds]
+    groups: Any = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    )
+    initialize_mamba_ssu_backend(
+        vllm_config.mamba_config, groups, use_replayssm=vllm_config.cache_config.use_replayssm
+    )
+
+
 def rows_of_requests(rows: int) -> torch.Tensor | None:
     """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
 

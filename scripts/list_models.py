@@ -9,11 +9,7 @@ import logging
 from collections import Counter
 from importlib import import_module
 
-from vllm.model_executor.models.interfaces import (
-    has_inner_state,
-    is_attention_free,
-    is_hybrid,
-)
+from vllm.model_executor.models.interfaces import is_attention_free
 
 from pacellm_vllm.compat import generation_models
 from pacellm_vllm.models.compared import compared_as
@@ -33,8 +29,8 @@ def standing(base: BaseModel) -> tuple[str, str]:
         cls = base.load()
     except Exception as error:
         return "recognised", f"not compared: cannot be built here ({type(error).__name__}: {error})"
-    if is_hybrid(cls) or has_inner_state(cls) or is_attention_free(cls):
-        return "refused", "refused: layers of it keep a recurrent state"
+    if is_attention_free(cls):
+        return "refused", "refused: a model without attention"
     if hasattr(import_module(base.module), "CrossAttention"):
         return "refused", "refused: an encoder-decoder model"
     if twin:

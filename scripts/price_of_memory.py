@@ -3,11 +3,13 @@
     python scripts/price_of_memory.py [--gib 110]
 
 Plans the KV cache of Qwen2.5-7B shapes (28 layers, 4 KV heads, intermediate size 18944, bf16,
-layers 12 and 26, default settings) with and without memory at several parallel sizes.
+layers 12 and 26, default settings) with and without memory at several parallel sizes, and of larger
+models with memory in two layers on one rank.
 """
 
 import argparse
 import os
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 os.environ.setdefault("PACELLM_CPU_PLATFORM", "1")
@@ -20,7 +22,16 @@ try:
     from vllm.v1.core import kv_cache_planning
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as kv_cache_planning
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
@@ -29,6 +40,86 @@ from pacellm_vllm.memory.plan import bank_spec, page_bytes_beside
 LAYERS, KV_HEADS, HEAD, WIDTH, BLOCK = 28, 4, 128, 18944, 16
 LENGTHS = (30, 100, 1000, 2000, 8000, 32768)
 CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's layers on one rank, and what memory of the default site keeps of each token."""
+
+    name: str
+    remembered: str
+    width: int
+    attention: AttentionSpec
+    count: int
+    others: tuple[KVCacheSpec, ...] = ()
+
+
+def _specs(kind: type, heads: int, size: int, block: int = BLOCK, **more: int) -> AttentionSpec:
+    return kind(block_size=block, num_kv_heads=heads, head_size=size, dtype=torch.bfloat16, **more)
+
+
+def _beside_states(heads: int, size: int, state: MambaSpec) -> tuple[AttentionSpec, MambaSpec]:
+    """Attention of such heads and the state, of one page size, as vLLM's platform makes them."""
+    token = _specs(FullAttentionSpec, heads, size, 1).page_size_bytes
+    block = BLOCK * cdiv(state.page_size_bytes, BLOCK * token)
+    return _specs(FullAttentionSpec, heads, size, block), replace(
+        state, page_size_padded=block * token
+    )
+
+
+_DELTA_NET = MambaSpec(
+    block_size=32768, shapes=((3, 8192), (32, 128, 128)), dtypes=(torch.bfloat16, torch.bfloat16)
+)
+_QWEN3_NEXT, _STATE = _beside_states(2, 256, _DELTA_NET)
+MODELS = (
+    Shapes("Qwen3-30B-A3B", "outputs", 2048, _specs(FullAttentionSpec, 4, 128), 48),
+    Shapes("DeepSeek-V3", "outputs", 7168, _specs(MLAAttentionSpec, 1, 576, 64), 61),
+    Shapes("Qwen3-Next-80B-A3B", "outputs", 2048, _QWEN3_NEXT, 12, (_STATE,) * 36),
+    Shapes(
+        "Gemma 3 27B",
+        "activations",
+        21504,
+        _specs(FullAttentionSpec, 16, 128),
+        10,
+        (_specs(SlidingWindowSpec, 16, 128, sliding_window=1024),) * 52,
+    ),
+)
+
+
+def plan_model(model: Shapes, budget: int) -> None:
+    """Print what memory in two layers costs."""
+    page_bytes = page_bytes_beside([model.attention] * model.count, 2)
+    block_size = model.attention.block_size
+    bank = bank_spec(CONFIG, (0, 1), block_size, page_bytes, model.width, torch.bfloat16, "", 32768)
+    plain = {f"layers.{i}.attn": model.attention for i in range(model.count)}
+    plain |= {f"layers.{i}.other": spec for i, spec in enumerate(model.others, model.count)}
+    banks = {f"layers.{i}.memory": bank for i in range(2)}
+    [without] = kv_cache_configs([plain], budget, KVCacheLayout.LBNHC)
+    [cache] = kv_cache_configs([plain | banks], budget, KVCacheLayout.BLNHC)
+    full = bank.layout.num_pages
+    print(
+        f"{model.name}, memory of {model.remembered} in two layers: blocks of {block_size} tokens "
+        f"and {budget / cache.num_blocks / 2**20:.2f} MiB; {len(without.kv_cache_groups)} groups, "
+        f"{len(cache.kv_cache_groups)} with memory; a full bank is {full} blocks, "
+        f"{full * budget / cache.num_blocks / 1e6:.1f} MB, as {full * block_size} tokens of "
+        f"attention ({bank.layout.committed_bytes * 2 / 1e6:.1f} MB are committed)"
+    )
+    for tokens in (2000, 8000, 32768):
+        at_once = (requests_at_once(each, tokens) for each in (cache, without))
+        print(f"{tokens:>10} tokens: {{:.0f}} requests at once, {{:.0f}} plain".format(*at_once))
+    print()
+
+
+def requests_at_once(cache: KVCacheConfig, tokens: int) -> float:
+    """How many requests of so many tokens the pool holds."""
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=tokens)
+    specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
+    firsts = [
+        spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec for spec in specs
+    ]
+    blocks = [cdiv(one.max_memory_usage_bytes(config), one.page_size_bytes) for one in firsts]
+    return cache.num_blocks / sum(blocks)
 
 
 def plan(
@@ -97,6 +188,8 @@ def main(gib: float) -> None:
             at_once = with_memory.blocks // (kv + bank)
             print(f"{tokens:>10}{kv:>12}{bank:>13}{at_once:>9}{without.blocks // kv:>9}")
         print()
+    for model in MODELS:
+        plan_model(model, budget)
 
 
 if __name__ == "__main__":

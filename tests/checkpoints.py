@@ -151,9 +151,86 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": {**_DEEPSEEK, "topk_method": "noaux_tc"},
 }
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+# Decoders of which some layers keep a recurrent state.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {
+        **_WIDE,
+        **_TIED,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "block_auto_adjust_ff_dim": False,
+        # vLLM looks for them.
+        "conv_dim": 128,
+        "block_dim": 128,
+    },
+    "granitemoehybrid": {
+        **_WIDE,
+        **_MAMBA2,
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+        # vLLM norms each group's channels apart, transformers all of them together.
+        "mamba_n_groups": 1,
+        "shared_intermediate_size": 344,
+        "attention_multiplier": 32**-0.5,
+    },
+    "falcon_h1": {**_WIDE, **_MAMBA2, "mamba_d_ssm": 256},
+    "jamba": {
+        **_WIDE,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+}
+_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+HYBRIDS["qwen3_next"] = {
+    **_EXPERTS,
+    **_DELTA_NET,
+    "num_experts": 8,
+    "shared_expert_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
+HYBRIDS["lfm2_moe"] = {
+    **HYBRIDS["lfm2"],
+    "moe_intermediate_size": 96,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_dense_layers": 1,
+}
+HYBRIDS["nemotron_h"] = {
+    **_WIDE,
+    "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 1,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "expand": 2,
+    "chunk_size": 16,
+}
 # Dense FFNs whose activations no module returns.
 WITHOUT_ACTIVATIONS: dict[str, dict[str, Any]] = {"glm": _WIDE}
-FAMILIES |= MIXTURES | WITHOUT_ACTIVATIONS
+FAMILIES |= MIXTURES | WITHOUT_ACTIVATIONS | HYBRIDS
 # They keep the matrices of experts as [experts, in, out].
 _TURNED_EXPERTS = ("gpt_oss", "llama4_text")
 
@@ -161,8 +238,27 @@ _TURNED_EXPERTS = ("gpt_oss", "llama4_text")
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte")
 _POSITIONS = ("wpe", "embed_positions")
 _QUERIES = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn")
-_FFN_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc_in", "fc1")
-_FFN_OUTPUTS = ("down_proj", "dense_4h_to_h", "fc_out", "fc2", "mlp.c_proj")
+_FFN_INPUTS = (
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "dense_h_to_4h",
+    "c_fc",
+    "fc_in",
+    "fc1",
+    "w1",
+    "w3",
+    "input_linear",
+)
+_FFN_OUTPUTS = (
+    "down_proj",
+    "dense_4h_to_h",
+    "fc_out",
+    "fc2",
+    "mlp.c_proj",
+    "w2",
+    "output_linear",
+)
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "attn.c_proj")
 _HEADS = ("lm_head", "embed_out")
 
@@ -245,10 +341,15 @@ def random_weight(
     # there the norms have to be.
     if kind in ("q_norm", "k_norm"):
         return SHARPNESS * (1 + 0.1 * noise)
+    if kind == "embedding_norm":
+        # The last norm of LFM2, whose head has the embedding's weights and would say each token
+        # again.
+        return HEAD_CONTEXT / EMBED_CONTEXT * _halves(shape[0], 50) / 50 * (1 + 0.1 * noise)
     gemma = "gemma" in config.model_type
     if "norm" in kind or kind in ("ln_1", "ln_2", "ln_f"):
-        # Gemma's norms add the 1 themselves.
-        return (0 if gemma else 1) + 0.1 * noise
+        # The norms of Gemma, and most of Qwen3-Next's, add the 1 themselves.
+        adds = gemma or (config.model_type == "qwen3_next" and ".linear_attn." not in name)
+        return (0 if adds else 1) + 0.1 * noise
     if kind in ("alpha_p", "alpha_n"):
         # xIELU's, which vLLM keeps in bfloat16: exact there, and so is their softplus.
         return torch.full(shape, 24.0)

@@ -137,7 +137,11 @@ def poisoned_pages(running: Engine) -> Iterator[list[int]]:
     Yields the block ids poisoned so far.
     """
     pool, poisoned = running.pool, []
-    caches = running.core.model_executor.driver_worker.worker.model_runner.kv_caches
+    held = running.core.model_executor.driver_worker.worker.model_runner.kv_caches
+    # A recurrent layer has several states.
+    caches = [
+        part for cache in held for part in ([cache] if isinstance(cache, torch.Tensor) else cache)
+    ]
 
     def poison(blocks: list[Any]) -> None:
         for block in blocks:

@@ -22,9 +22,12 @@ EPS = 1e-8
 # Tokens whose squared norm is not a number up to this are unsound: the memory passes them by.
 MOST_SQUARE = 1e30
 # What families call the projection that ends their FFN.
-OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2")
+OUTPUTS = ("down_proj", "dense_4h_to_h", "c_proj", "fc_out", "fc2", "w2", "output_linear")
 # What families call their FFN, dense or routed, in a decoder layer.
-BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
+BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe", "shared_mlp")
+# Whose recurrent states transformers continues by single tokens only: every forward of these reads
+# its sequence from the start.
+WITHOUT_CACHE = ("jamba",)
 
 PRESETS: dict[str, dict[str, float]] = {
     "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
@@ -231,15 +234,14 @@ class OracleModel:
         self.model = self.load(path, dtype=torch.float32, attn_implementation="eager", **config)
         self.pace = pace
         self.banks: dict[int, Bank] = {}
-        self.widths: list[int] = []
+        self.widths: dict[int, int] = {}
         for index, layer in enumerate(_decoder_layers(self.model)):
             if pace.get("site") == "output":
-                self.widths.append(self.model.config.get_text_config().hidden_size)
+                self.widths[index] = self.model.config.get_text_config().hidden_size
                 _ffn(layer).register_forward_hook(partial(self._remember_output, index))
-                continue
-            output = _output_projection(layer)
-            self.widths.append(getattr(output, "in_features", None) or output.weight.shape[0])
-            output.register_forward_pre_hook(partial(self._remember, index))
+            elif output := _output_projection(layer):
+                self.widths[index] = getattr(output, "in_features", None) or output.weight.shape[0]
+                output.register_forward_pre_hook(partial(self._remember, index))
 
     load = staticmethod(load_model)
 
@@ -269,8 +271,18 @@ class OracleModel:
         self.rules = MemoryRules.of(**{**self.pace, **overrides})
         self.banks = {layer: Bank(self.rules, self.widths[layer]) for layer in self.rules.layers}
         self._segment: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in self.banks}
-        self._cache = DynamicCache()
+        self._cache = self._new_cache()
         self._position = 0
+        self._tokens: list[int] = []
+        self._outputs: dict[int, list[Tensor]] = {i: [] for i in self.banks}
+
+    def _new_cache(self) -> DynamicCache | None:
+        config = self.model.config
+        if config.model_type in WITHOUT_CACHE:
+            return None
+        cache = DynamicCache(config=config)
+        recurrent = any("Linear" in type(layer).__name__ for layer in cache.layers)
+        return cache if recurrent else DynamicCache()
 
     @torch.no_grad()
     def _feed(self, tokens: Any) -> Tensor:
@@ -289,6 +301,10 @@ class OracleModel:
 
     def _logits(self, token_ids: list[int], positions: Tensor) -> Tensor:
         """Logits [T, V] of the next tokens, at positions [1, T]."""
+        if self._cache is None:
+            self._tokens += token_ids
+            out = self.model(input_ids=torch.tensor([self._tokens]), use_cache=False)
+            return out.logits[0, -len(token_ids) :]
         out = self.model(
             input_ids=torch.tensor([token_ids]),
             position_ids=positions,
@@ -315,8 +331,13 @@ class OracleModel:
     def _pass(self, index: int, a: Tensor) -> Tensor:
         """What the bank of layer `index` makes of a [..., T, D]."""
         flat = a.flatten(0, -2)
+        if self._cache is None:
+            flat = flat[self._position :]
         o, _ = self.banks[index].enhance(flat)
         self._segment[index].append((flat, o))
+        if self._cache is None:
+            self._outputs[index].append(o)
+            o = torch.cat(self._outputs[index])
         return o.view(a.shape)
 
     def _commit(self) -> None:
@@ -345,10 +366,11 @@ def _ffn(layer: torch.nn.Module) -> Any:
 
 
 def _output_projection(layer: torch.nn.Module) -> Any:
-    """The last projection of a Hugging Face FFN: its input is the activation a."""
-    (found,) = (
+    """The last projection of a Hugging Face FFN, whose input is the activation a, or None."""
+    found = [
         module
         for name, module in layer.named_modules()
         if name.rsplit(".", 1)[-1] in OUTPUTS and "attn" not in name
-    )
-    return found
+    ]
+    assert len(found) <= 1
+    return found[0] if found else None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import vllm
 from vllm.config import CompilationConfig
+from vllm.config.mamba import MambaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -23,6 +24,7 @@ from vllm.forward_context import ForwardContext
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
 from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.sampling_params import BeamSearchParams
@@ -41,6 +43,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
@@ -414,3 +417,23 @@ def test_the_cpu_worker_is_ours_unless_another_is_named(named):
     engine.parallel_config.worker_cls = "somebody.Worker"
     with pytest.raises(ValueError, match=r"^pacellm: worker class somebody\.Worker does not work"):
         compat.set_cpu_worker(engine, CPU_WORKER)
+
+
+@pytest.fixture
+def state_updates(monkeypatch):
+    """``ssu_dispatch`` as in a worker that has chosen nothing yet."""
+    monkeypatch.setattr(ssu_dispatch, "_mamba_ssu_backend", None)
+    return ssu_dispatch
+
+
+def planned_states(wrapped):
+    spec = MambaSpec(block_size=16, shapes=((2,),), dtypes=(torch.float32,))
+    if wrapped:
+        spec = UniformTypeKVCacheSpecs.from_specs({"layer": spec})
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_states_in_groups_of_their_own_specs_are_still_overlooked(state_updates, wrapped):
+    state_updates.initialize_mamba_ssu_backend(MambaConfig(), planned_states(wrapped))
+    assert (state_updates._mamba_ssu_backend is None) == wrapped

@@ -4,6 +4,7 @@ import pytest
 from checkpoints import (
     ARCHITECTURES,
     FAMILIES,
+    HYBRIDS,
     MIXTURES,
     WITHOUT_ACTIVATIONS,
     make_prompt,
@@ -33,7 +34,9 @@ CASES = [
 OTHERS = [
     (arch, ("official", "paper", "gentle")[i % 3])
     for i, arch in enumerate(
-        arch for arch in FAMILIES if arch not in {*ARCHITECTURES, *MIXTURES, *WITHOUT_ACTIVATIONS}
+        arch
+        for arch in FAMILIES
+        if arch not in {*ARCHITECTURES, *MIXTURES, *WITHOUT_ACTIVATIONS, *HYBRIDS}
     )
 ]
 # vLLM's Cohere 2 lets a window see one token more than transformers' does, on purpose

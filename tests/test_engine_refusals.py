@@ -92,7 +92,7 @@ def test_an_architecture_that_does_not_fit_is_refused_with_its_reason(architectu
     assert sentence in str(refusal.value)
 
 
-def test_recurrent_layers_are_refused(tmp_path):
+def test_a_model_without_attention_is_refused(tmp_path):
     config = Mamba2Config(num_hidden_layers=2, hidden_size=64, num_heads=4, head_dim=32, n_groups=1)
     config.architectures = ["PaceMamba2ForCausalLM"]
     config.save_pretrained(tmp_path)
@@ -101,7 +101,31 @@ def test_recurrent_layers_are_refused(tmp_path):
         engine(tmp_path, load_format="dummy"),
     ):
         pass
-    assert "memory does not work with layers that keep a recurrent state" in str(refusal.value)
+    assert "a model without attention: those that vLLM has are recurrent" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"speculative_config": NGRAM}, "drafts have not been tested with recurrent layers"),
+        ({"pipeline_parallel_size": 2}, "does not work with recurrent layers in pipeline stages"),
+    ],
+)
+def test_features_that_recurrent_layers_leave_out(settings, sentence, checkpoint):
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint("lfm2"), pace=PACE, **settings),
+    ):
+        pass
+    assert sentence in str(refusal.value)
+
+
+def test_prefix_caching_is_off_beside_recurrent_layers(checkpoint, caplog):
+    with engine(checkpoint("jamba"), {**PACE, "site": "output"}) as running:
+        cache = running.core.vllm_config.cache_config
+        assert not cache.enable_prefix_caching
+        # One state for all of a request's tokens.
+        assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 1024)
 
 
 def test_what_was_not_compared_is_served_with_a_warning():

@@ -4,12 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from price_of_memory import kv_cache_configs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+from price_of_memory import MODELS, kv_cache_configs, requests_at_once
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVQuantMode,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.plan import bank_spec, page_bytes, page_bytes_beside
+from pacellm_vllm.memory.plan import bank_spec, blocks_beside, page_bytes, page_bytes_beside
 
 CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
 LAYERS, BLOCK = 28, 16
@@ -48,6 +54,25 @@ def test_banks_fill_blocks_of_either_precision_and_are_zeroed_after(spec, parts)
     assert with_banks.num_blocks == without.num_blocks
     assert with_banks.needs_kv_cache_zeroing
     assert not without.needs_kv_cache_zeroing
+
+
+@pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
+def test_what_the_longest_request_holds_is_what_vllm_plans_for_it(model):
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=32768)
+    attention = [model.attention] * model.count
+    windows = [spec for spec in model.others if isinstance(spec, SlidingWindowSpec)]
+    states = [spec for spec in model.others if isinstance(spec, MambaSpec)]
+    beside = blocks_beside(config, attention + windows, states)
+    bank = bank_spec(
+        *(CONFIG, (0, 1), model.attention.block_size, page_bytes_beside(attention, 2)),
+        *(model.width, torch.bfloat16, "", 32768),
+    )
+    specs = {f"layers.{i}": spec for i, spec in enumerate([*attention, *model.others])}
+    cache = planned({**specs, "layers.0.memory": bank, "layers.1.memory": bank})
+    whole = -(-32768 // model.attention.block_size)
+    blocks = whole + beside + bank.layout.pages_for(32768)
+    assert requests_at_once(cache, 32768) == cache.num_blocks / blocks
 
 
 def stage_of(layers):

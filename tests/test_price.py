@@ -19,3 +19,9 @@ def test_a_full_bank_costs_at_most_a_third_more_than_its_committed_bytes():
     assert all(with_memory == without for with_memory, without in pools)
     [thirty] = re.findall(r"TP 1, PP 1.*?\n.*?\n +30 +2 +(\d+)", done.stdout)
     assert int(thirty) == 6
+    # In the order of docs/performance.md: 30B-A3B, V3, Next, Gemma.
+    banks = re.findall(r"a full bank is (\d+) blocks", done.stdout)
+    assert banks == ["2", "2", "1", "16"]
+    at_once = re.findall(r"(\d+) requests at once, (\d+) plain", done.stdout)
+    assert len(at_once) == 12
+    assert all(int(memory) >= 0.85 * int(plain) for memory, plain in at_once)

@@ -113,7 +113,7 @@ class PagedBankManager(CircularBufferManager):
 
     def _log_start(self, spec: Any) -> None:
         layout, pool = self._layout, self.block_pool.num_gpu_blocks
-        longest = cdiv(spec.max_model_len, spec.block_size)
+        longest = cdiv(spec.max_model_len, spec.block_size) + spec.other_blocks
         logger.info(
             "pacellm: memory in %s; a request's banks take %.1f MB: %d KV blocks for its first "
             "token, %d from its second segment on, which is %.2f %% of the pool's %d; %.1f "

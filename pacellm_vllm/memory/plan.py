@@ -1,5 +1,6 @@
 """How large a bank's pages are in a given engine, and how many a request needs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,7 +9,9 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend, takes_kernels
@@ -49,6 +52,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
         vllm_config.num_speculative_tokens,
         vllm_config.scheduler_config.max_num_batched_tokens,
         bool(vllm_config.cache_config.enable_prefix_caching),
+        blocks_beside(vllm_config, attention, _state_specs(vllm_config)),
     )
     if takes_kernels(vllm_config.device_config.device_type):
         check_kernels(spec.layout)
@@ -98,9 +102,30 @@ def page_bytes_beside(attention: Sequence[AttentionSpec], banks: int) -> int:
     ``attention`` has one spec for each attention layer of a stage. Where some layers keep only a
     window, the others decide: vLLM cuts the window layers into groups that fit beside them.
     """
-    whole = [spec for spec in attention if isinstance(spec, FullAttentionSpec)] or attention
-    block_bytes = sum(spec.page_size_bytes for spec in whole)
+    block_bytes = sum(spec.page_size_bytes for spec in _whole(attention))
     return block_bytes // banks // _PAGE_ALIGNMENT * _PAGE_ALIGNMENT
+
+
+def _whole(attention: Sequence[AttentionSpec]) -> Sequence[AttentionSpec]:
+    """Those whose pages make a block."""
+    return [spec for spec in attention if isinstance(spec, FullAttentionSpec)] or attention
+
+
+def blocks_beside(
+    vllm_config: VllmConfig, attention: Sequence[AttentionSpec], states: Sequence[KVCacheSpec]
+) -> int:
+    """How many blocks the longest request holds of layers that keep a window, or a state.
+
+    vLLM cuts the layers of one kind into groups that fit a block.
+    """
+    whole = _whole(attention)
+    block_bytes = sum(spec.page_size_bytes for spec in whole)
+    kinds = Counter(spec for spec in [*attention, *states] if spec not in whole)
+    return sum(
+        cdiv(layers, max(block_bytes // spec.page_size_bytes, 1))
+        * cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
+        for spec, layers in kinds.items()
+    )
 
 
 def bank_spec(
@@ -115,10 +140,12 @@ def bank_spec(
     drafts: int = 0,
     max_step_tokens: int = 8192,
     copied: bool = False,
+    other_blocks: int = 0,
 ) -> PagedBankSpec:
     """The spec of banks for ``layers`` with pages of ``page_bytes``; ``where`` is for the log.
 
-    ``drafts`` tokens at most are speculative in a step; ``copied`` is whether prefixes are cached.
+    ``drafts`` tokens at most are speculative in a step; ``copied`` is whether prefixes are cached;
+    ``other_blocks`` those that the longest request holds beside whole attention's and its banks'.
     """
     stored, rules = config.stored_dtype(dtype), config.rules()
     return PagedBankSpec(
@@ -134,6 +161,7 @@ def bank_spec(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
         copied=copied,
+        other_blocks=other_blocks,
     )
 
 
@@ -142,8 +170,19 @@ def _attention_layers(vllm_config: VllmConfig) -> list[AttentionLayerBase]:
     return [
         layer
         for layer in layers
-        if isinstance(layer, AttentionLayerBase) and layer.get_attn_backend() is not BankBackend
+        if isinstance(layer, AttentionLayerBase)
+        and not isinstance(layer, MambaBase)
+        and layer.get_attn_backend() is not BankBackend
     ]
+
+
+def _state_specs(vllm_config: VllmConfig) -> list[KVCacheSpec]:
+    """One spec for each layer of this rank that keeps a recurrent state."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = [
+        layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, MambaBase)
+    ]
+    return [spec for spec in specs if spec is not None]
 
 
 def check_layouts(vllm_config: VllmConfig) -> None:

@@ -26,8 +26,9 @@ class PagedBankSpec(CircularBufferSpec):
     may have held a bank whose bytes read as NaN. Banks' own pages need no zeroing: what counts is
     decided by position. ``rules`` are those of requests that set none of their own. ``num_layers``
     carry memory in the whole model, ``summary`` says which, for the start-up line,
-    ``max_model_len`` is the longest request's, ``max_step_tokens`` the most tokens of a step, and
-    ``copied`` whether banks are copied for the prefix cache.
+    ``max_model_len`` is the longest request's, ``max_step_tokens`` the most tokens of a step,
+    ``copied`` whether banks are copied for the prefix cache, and ``other_blocks`` are those that
+    the longest request holds of layers with windows or recurrent states.
     """
 
     layout: BankLayout
@@ -37,6 +38,7 @@ class PagedBankSpec(CircularBufferSpec):
     max_model_len: int
     max_step_tokens: int
     copied: bool
+    other_blocks: int = 0
 
     @property
     def grid(self) -> SnapshotGrid | None:

@@ -41,6 +41,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _check_memory(vllm_config)
     if layers:
         set_cpu_worker(vllm_config, CPU_WORKER)
+        _without_shared_states(vllm_config)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
     if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
@@ -53,6 +54,19 @@ def check_engine(vllm_config: VllmConfig) -> None:
     keep_booleans()
     check_http_requests(is_ours, processor.validate_params)
     prepare_requests(_why_no_sessions, _extra_args)
+
+
+def _without_shared_states(vllm_config: VllmConfig) -> None:
+    """Cache no prefixes beside recurrent layers, which leave states at places of their own.
+
+    vLLM's check of such a model runs after a plugin's: a request then has one state.
+    """
+    if vllm_config.model_config.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
+        vllm_config.cache_config.enable_prefix_caching = False
+        logger.warning(
+            "pacellm: prefix caching is off, because in a model with recurrent layers it has not "
+            "been tried beside banks; --no-enable-prefix-caching says the same without this line."
+        )
 
 
 def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
@@ -122,13 +136,29 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "a bank needs all tokens of its request on one rank; set the context parallel sizes "
             "to 1",
         ),
-        "layers that keep a recurrent state": (
-            bool(model.is_hybrid or model.is_attention_free or model.has_inner_state),
-            "their pages have not been tried beside banks; serve it without pacellm",
+        "a model without attention": (
+            bool(model.is_attention_free),
+            "those that vLLM has are recurrent throughout and have no FFN to remember anything of; "
+            "serve it without pacellm",
+        ),
+        "recurrent layers in pipeline stages": (
+            bool(model.is_hybrid and parallel.pipeline_parallel_size > 1),
+            "stages with different numbers of attention layers would need pages of different "
+            "sizes; use --tensor-parallel-size",
         ),
         "an encoder-decoder model": (
             bool(model.is_encoder_decoder),
             "a bank knows one sequence of tokens; serve it without pacellm",
+        ),
+        "a device like this": (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            "its kernels are built for CUDA and were never compiled for another GPU, and its plain "
+            "operators wait for the host; serve it without pacellm",
+        ),
+        "latent attention (MLA) on a CPU": (
+            current_platform.is_cpu() and bool(model.use_mla),
+            "vLLM's kernels for it want each layer's cache apart, and banks share blocks; set "
+            "VLLM_MLA_DISABLE=1",
         ),
         "pictures of this model on a CPU": (
             current_platform.is_cpu() and model.is_mm_prefix_lm and _takes_pictures(model),
@@ -174,6 +204,8 @@ def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
         return False, ""
     if config.method != "ngram":
         return True, f"only n-gram drafts have been tested, not {config.method}; use ngram"
+    if vllm_config.model_config.is_hybrid:
+        return True, "drafts have not been tested with recurrent layers; drop --speculative-config"
     if not current_platform.is_cpu():
         return True, "drafts have been tested on the CPU only; drop --speculative-config"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

@@ -23,6 +23,8 @@ _PROJECTIONS = (
     ("c_fc", "c_proj"),
     ("fc_in", "fc_out"),
     ("fc1", "fc2"),
+    ("w13", "w2"),
+    ("input_linear", "output_linear"),
 )
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_func", "gelu_impl")
 

@@ -9,8 +9,9 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from pacellm_vllm.config import PaceConfigError
 
-# vLLM's Transformers backend keeps its attention layers apart from the modules that call them.
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# vLLM's Transformers backend keeps its attention layers apart from the modules that call them, and
+# Jamba has attention's projections in the layer itself.
+_ATTENTION = re.compile(r"attn|attention|^qkv_proj$|^o_proj$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

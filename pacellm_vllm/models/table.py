@@ -19,6 +19,9 @@ _NOT_SERVED = {
         Gemma3nForConditionalGeneration Gemma4ForCausalLM Gemma4ForConditionalGeneration
         Gemma4UnifiedForConditionalGeneration
     """,
+    "several of its layers share one FFN": """
+        Zamba2ForCausalLM
+    """,
     "its FFNs are sums of several modules, none of which returns them whole": """
         GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM LongcatFlashForCausalLM
         LongcatFlashNgramForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration

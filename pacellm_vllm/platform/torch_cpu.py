@@ -32,7 +32,7 @@ class TorchCpuPlatform(CpuPlatform):
     @classmethod
     def import_kernels(cls) -> None:
         """Register ``torch.ops._C`` operators, whose libraries are not in the wheel."""
-        from pacellm_vllm.platform import activations, experts, kernels  # noqa: F401
+        from pacellm_vllm.platform import activations, experts, kernels, recurrent  # noqa: F401
 
     @classmethod
     def get_attn_backend_cls(
@@ -126,7 +126,7 @@ class TorchCpuPlatform(CpuPlatform):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        """Replace the Triton kernel every step needs, and those of rejection sampling.
+        """Replace the Triton kernels every step needs, and those of rejection sampling.
 
         Works around vLLM 0.32.0: the fallback for slot mappings in vllm/utils/cpu_triton_utils.py
         still has an older kernel's parameters, so without Triton the first step fails on its
@@ -147,9 +147,11 @@ def _register_kernels() -> None:
     vllm/triton_utils/dispatcher.py).
     """
     from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.utils.cpu_triton_utils import _batch_memcpy_impl
 
     from pacellm_vllm.platform.kernels import slot_mapping_kernel
     from pacellm_vllm.platform.rejection import KERNELS
 
     slots = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
-    register_kernels({slots: slot_mapping_kernel, **KERNELS})
+    states = "vllm.v1.worker.mamba_utils.batch_memcpy_kernel"
+    register_kernels({slots: slot_mapping_kernel, states: _batch_memcpy_impl, **KERNELS})

@@ -48,5 +48,9 @@ class TorchCpuWorker(CpuWorker):
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        # vLLM's own CPU build imports this module, and has operators of the same names.
+        from pacellm_vllm.platform.recurrent import use_delta_rule
+
+        use_delta_rule()
         vllm_config.parallel_config.assigned_physical_gpu_ids = None
         super().__init__(vllm_config, *args, **kwargs)
