@@ -128,6 +128,30 @@ def test_prefix_caching_is_off_beside_recurrent_layers(checkpoint, caplog):
         assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 1024)
 
 
+def test_latent_attention_on_a_cpu_is_refused(checkpoint, monkeypatch):
+    monkeypatch.delenv("VLLM_MLA_DISABLE", raising=False)
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint("deepseek_v2"), {**PACE, "site": "output"}),
+    ):
+        pass
+    assert "(MLA) on a CPU" in str(refusal.value)
+    assert "VLLM_MLA_DISABLE=1" in str(refusal.value)
+
+
+def test_a_device_that_was_never_compiled_for_is_refused(checkpoint, monkeypatch):
+    """As ROCm, whose device vLLM calls cuda, and XPU."""
+    monkeypatch.setattr(type(checks.current_platform), "is_cpu", lambda platform: False)
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint(), PACE),
+    ):
+        pass
+    assert "does not work with a device like this: its kernels are built for CUDA" in str(
+        refusal.value
+    )
+
+
 def test_what_was_not_compared_is_served_with_a_warning():
     sentence = checks.not_compared("PaceBailingMoeForCausalLM")
     assert sentence.startswith("pacellm: memory in BailingMoeForCausalLM was not compared")
@@ -174,7 +198,8 @@ def test_other_drafts_on_a_gpu_or_with_asynchronous_scheduling_are_refused(check
     with pytest.raises(PaceConfigError, match="pass --no-async-scheduling"):
         check_engine(config)
     config.scheduler_config.async_scheduling = False
-    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    monkeypatch.setattr(checks, "current_platform", gpu)
     with pytest.raises(PaceConfigError, match="drafts have been tested on the CPU only"):
         check_engine(config)
     config.speculative_config = SimpleNamespace(method="eagle")
