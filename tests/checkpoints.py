@@ -130,6 +130,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
     },
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
+    # As published; transformers takes them for granted.
+    "deepseek_v3": {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "llama4_text": {
         **_EXPERTS,
         "num_local_experts": 4,

@@ -1,5 +1,7 @@
 """Memory of FFN outputs: mixtures of experts and others, held to the oracle."""
 
+import functools
+
 import pytest
 from checkpoints import MIXTURES, WITHOUT_ACTIVATIONS
 from engines import NATIVE, blocks, engine
@@ -18,17 +20,25 @@ LENGTHS = [20, 64, 150]
 MAX_TOKENS = 40
 
 
-@pytest.fixture(autouse=True)
-def without_latent_attention(monkeypatch):
-    """DeepSeek's models then keep keys and values as others do, which the CPU platform can."""
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+# Those with latent attention (MLA).
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+with_latent = pytest.mark.parametrize(
+    "arch",
+    [
+        "mixtral",
+        pytest.param(
+            "deepseek_v3",
+            marks=pytest.mark.skipif(NATIVE, reason="MLA is refused on vLLM's own CPU build"),
+        ),
+    ],
+)
 
 
 @pytest.mark.parametrize("arch", [*MIXTURES, *WITHOUT_ACTIVATIONS])
 def test_families_without_activations_equal_the_oracle(arch, checkpoint):
-    if NATIVE and arch in ("deepseek_v2", "glm4_moe_lite"):
+    if NATIVE and arch in LATENT:
         pytest.skip(
-            "without MLA, vLLM's own CPU build differs from transformers without memory too"
+            "MLA is refused on vLLM's own CPU build, which is wrong without it (docs/cpu.md)"
         )
     cases = clear_cases(checkpoint(arch), {**PACE, "site": "output"}, LENGTHS, MAX_TOKENS_OF_OTHERS)
     with engine(checkpoint(arch), PACE, max_num_batched_tokens=80) as running:
@@ -52,15 +62,19 @@ def test_outputs_of_dense_ffns_equal_the_oracle(preset, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def mixture_cases(checkpoint):
-    return clear_cases(checkpoint("mixtral"), OUTPUT, [20, 33, 90, 121, 150, 260], MAX_TOKENS)
+def cases_of(checkpoint):
+    """``cases_of(arch)``: prompts with the truth, found on first use."""
+    lengths = [20, 33, 90, 121, 150, 260]
+    return functools.cache(lambda arch: clear_cases(checkpoint(arch), OUTPUT, lengths, MAX_TOKENS))
 
 
+@with_latent
 @pytest.mark.parametrize("chunk", [32, 256])
-def test_any_chunk_and_a_warm_cache_give_the_same_answers(chunk, checkpoint, mixture_cases):
-    prompts, truth = [case[0] for case in mixture_cases], [case[1] for case in mixture_cases]
-    with engine(checkpoint("mixtral"), OUTPUT, max_num_batched_tokens=chunk) as running:
-        assert_engine_agrees(running, mixture_cases, MAX_TOKENS)
+def test_any_chunk_and_a_warm_cache_give_the_same_answers(chunk, arch, checkpoint, cases_of):
+    cases = cases_of(arch)
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
+    with engine(checkpoint(arch), OUTPUT, max_num_batched_tokens=chunk) as running:
+        assert_engine_agrees(running, cases, MAX_TOKENS)
         assert running.tokens(prompts, MAX_TOKENS) == truth
         warm = running.generate(prompts, MAX_TOKENS)
         assert [list(output.outputs[0].token_ids) for output in warm] == truth
@@ -68,20 +82,23 @@ def test_any_chunk_and_a_warm_cache_give_the_same_answers(chunk, checkpoint, mix
         assert running.all_blocks_are_back()
 
 
-def test_preempted_requests_give_the_same_tokens(checkpoint, mixture_cases):
-    prompts, truth = [case[0] for case in mixture_cases], [case[1] for case in mixture_cases]
+@with_latent
+def test_preempted_requests_give_the_same_tokens(arch, checkpoint, cases_of):
+    cases = cases_of(arch)
+    prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
     with engine(
-        checkpoint("mixtral"), OUTPUT, max_model_len=320, num_gpu_blocks_override=blocks(544)
+        checkpoint(arch), OUTPUT, max_model_len=320, num_gpu_blocks_override=blocks(544)
     ) as running:
         assert running.tokens(prompts, MAX_TOKENS) == truth
         assert running.metric("vllm:num_preemptions") > 0
         assert running.all_blocks_are_back()
 
 
-def test_two_ranks_equal_the_oracle(checkpoint, mixture_cases):
+@with_latent
+def test_two_ranks_equal_the_oracle(arch, checkpoint, cases_of):
     settings = {"tensor_parallel_size": 2, "max_num_batched_tokens": 80}
-    with engine(checkpoint("mixtral"), OUTPUT, **settings) as running:
-        assert_engine_agrees(running, mixture_cases, MAX_TOKENS)
+    with engine(checkpoint(arch), OUTPUT, **settings) as running:
+        assert_engine_agrees(running, cases_of(arch), MAX_TOKENS)
         assert running.all_blocks_are_back()
 
 

@@ -155,10 +155,10 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "its kernels are built for CUDA and were never compiled for another GPU, and its plain "
             "operators wait for the host; serve it without pacellm",
         ),
-        "latent attention (MLA) on a CPU": (
-            current_platform.is_cpu() and bool(model.use_mla),
-            "vLLM's kernels for it want each layer's cache apart, and banks share blocks; set "
-            "VLLM_MLA_DISABLE=1",
+        "latent attention (MLA) on vLLM's own CPU build": (
+            type(current_platform).__module__ == "vllm.platforms.cpu" and bool(model.use_mla),
+            "its kernels want each layer's cache apart, and banks share blocks; serve it without "
+            "pacellm, or on a GPU",
         ),
         "pictures of this model on a CPU": (
             current_platform.is_cpu() and model.is_mm_prefix_lm and _takes_pictures(model),

@@ -14,6 +14,7 @@ COMPARED = frozenset(
         "CohereForCausalLM",
         "CwmForCausalLM",
         "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
         "Ernie4_5ForCausalLM",
         "Exaone4ForCausalLM",

@@ -2,7 +2,7 @@
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.logger import init_logger
@@ -23,6 +23,29 @@ _MIN_DEFAULT_KV_BYTES = GiB_bytes // 2
 _MAX_DEFAULT_KV_BYTES = 4 * GiB_bytes
 
 
+class _PromptSettings(NamedTuple):
+    """How prompts are to be read: in chunks, of how many tokens, and from the prefix cache."""
+
+    chunked: bool
+    tokens: int
+    cached: bool
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "_PromptSettings":
+        scheduler = vllm_config.scheduler_config
+        return cls(
+            scheduler.enable_chunked_prefill,
+            scheduler.max_num_batched_tokens,
+            vllm_config.cache_config.enable_prefix_caching,
+        )
+
+    def put_back(self, vllm_config: "VllmConfig") -> None:
+        scheduler = vllm_config.scheduler_config
+        scheduler.enable_chunked_prefill = self.chunked
+        scheduler.max_num_batched_tokens = self.tokens
+        vllm_config.cache_config.enable_prefix_caching = self.cached
+
+
 class TorchCpuPlatform(CpuPlatform):
     """``CpuPlatform`` (vllm/platforms/cpu.py) whose kernels are PyTorch operators."""
 
@@ -38,11 +61,12 @@ class TorchCpuPlatform(CpuPlatform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+        if attn_selector_config.use_sparse:
             raise NotImplementedError(
-                "MLA and sparse attention are not implemented on the torch CPU platform; models "
-                "with MLA run without it where VLLM_MLA_DISABLE=1 is set."
+                "Sparse attention is not implemented on the torch CPU platform."
             )
+        if attn_selector_config.use_mla:
+            return "pacellm_vllm.platform.latent_attention.TorchMLABackend"
         super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         return "pacellm_vllm.platform.attention.TorchAttentionBackend"
 
@@ -64,7 +88,10 @@ class TorchCpuPlatform(CpuPlatform):
         resolved = vllm_config.scheduler_config.async_scheduling
         if parallel.worker_cls in ("auto", CPU_WORKER):
             parallel.worker_cls = "pacellm_vllm.platform.worker.TorchCpuWorker"
+        asked = _PromptSettings.of(vllm_config)
         super().check_and_update_config(vllm_config)
+        # CpuPlatform's latent attention reads prompts whole, ours does not.
+        asked.put_back(vllm_config)
         # CpuPlatform turns async scheduling off: a CPU gains nothing from it. Whether it was asked
         # for or is vLLM's default cannot be told apart here, so a switch of our own restores it.
         if os.environ.get(_ASYNC_SWITCH) == "1":
