@@ -6,6 +6,7 @@ what is missing and leaves the rest alone:
 
 ``torch_cpu``        ``TorchCpuPlatform``: configuration defaults and kernel registration
 ``attention``        ``TorchAttentionBackend``: attention on any KV cache layout torch can view
+``latent_attention`` ``TorchMLABackend``: the same for latent caches (MLA)
 ``worker``           ``TorchCpuWorker``, a worker that can be a later pipeline stage, and
                      ``CpuWorker``, which engines with memory have on vLLM's own CPU build too
 ``rejection``        which draft tokens of speculative decoding are kept
@@ -13,6 +14,7 @@ what is missing and leaves the rest alone:
 ``paged_attention``  the arithmetic of the attention operator among them
 ``activations``      further operators, which vLLM's activation classes look up
 ``experts``          and those of mixtures of experts
+``recurrent``        and those of recurrent layers
 
 It is meant for development, tests and small models; a GPU, or a vLLM built for the CPU, is faster.
 So it serves only who asks for it, with PACELLM_CPU_PLATFORM=1, and only where none of vLLM's own
