@@ -146,6 +146,19 @@ def test_many_states_beside_little_attention(tmp_path):
         assert running.all_blocks_are_back()
 
 
+def test_a_sum_of_experts_and_a_dense_ffn_is_refused(tmp_path):
+    """Granite's larger hybrids: neither of the two is the whole FFN."""
+    path = make_checkpoint(tmp_path, "granitemoehybrid", num_local_experts=4)
+    for preset, sentence in (
+        ("official", "layer 1 has block_sparse_moe beside model.layers.1.shared_mlp"),
+        ("gentle", "layer 1 has 2 parts beside its attention"),
+    ):
+        pace = {"layers": [1, 2], "preset": preset, **SHAPE}
+        with pytest.raises(ValueError, match="pacellm") as refusal, engine(path, pace):
+            pass
+        assert sentence in str(refusal.value)
+
+
 @pytest.mark.parametrize("arch", sorted({"granitemoehybrid", "qwen3_next"} & HYBRIDS.keys()))
 def test_two_ranks_equal_the_oracle(arch, checkpoint):
     pace = pace_of(arch, "official")

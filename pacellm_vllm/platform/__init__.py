@@ -13,6 +13,7 @@ what is missing and leaves the rest alone:
 ``paged_attention``  the arithmetic of the attention operator among them
 ``activations``      further operators, which vLLM's activation classes look up
 ``experts``          and those of mixtures of experts
+``recurrent``        and those of layers with a recurrent state
 
 It is meant for development, tests and small models; a GPU, or a vLLM built for the CPU, is faster.
 So it serves only who asks for it, with PACELLM_CPU_PLATFORM=1, and only where none of vLLM's own
