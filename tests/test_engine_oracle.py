@@ -44,8 +44,10 @@ OTHERS = [
 ENGINE_CONFIG = {"cohere2": {"sliding_window": 63}}
 
 
-def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS):
+def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS, shared=()):
     """Prompts of these lengths whose every memory decision is clear of a tie, with the truth.
+
+    All begin with ``shared``.
 
     Returns (prompt, tokens, prompt logprobs) for each length.
     """
@@ -54,7 +56,7 @@ def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS):
     for length in lengths:
         best = (GAP, None)
         for seed in range(TRIES):
-            prompt = make_prompt(1000 * length + seed, length)
+            prompt = [*shared, *make_prompt(1000 * length + seed, length - len(shared))]
             case = (prompt, *oracle.generate(prompt, max_tokens))
             gap = min(bank.closest_call for bank in oracle.banks.values())
             best = max(best, (gap, case), key=lambda found: found[0])

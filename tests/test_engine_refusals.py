@@ -120,12 +120,26 @@ def test_features_that_recurrent_layers_leave_out(settings, sentence, checkpoint
     assert sentence in str(refusal.value)
 
 
-def test_prefix_caching_is_off_beside_recurrent_layers(checkpoint, caplog):
-    with engine(checkpoint("jamba"), {**PACE, "site": "output"}) as running:
+@pytest.mark.parametrize(("segment_size", "on"), [(64, True), (40, False)])
+def test_prefix_caching_beside_recurrent_layers_takes_segments_of_whole_blocks(
+    segment_size, on, checkpoint
+):
+    pace = {**PACE, "segment_size": segment_size}
+    with engine(checkpoint("lfm2"), pace) as running:
         cache = running.core.vllm_config.cache_config
-        assert not cache.enable_prefix_caching
-        # One state for all of a request's tokens.
-        assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 1024)
+        assert (cache.enable_prefix_caching, cache.mamba_cache_mode) == (
+            on,
+            "align" if on else "none",
+        )
+
+
+def test_blocks_that_a_state_makes_larger_than_segments_are_refused(checkpoint):
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint("granitemoehybrid"), PACE),
+    ):
+        pass
+    assert "it must be a multiple of the KV block size" in str(refusal.value)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the PyTorch platform has a latent attention of its own")

@@ -41,7 +41,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _check_memory(vllm_config)
     if layers:
         set_cpu_worker(vllm_config, CPU_WORKER)
-        _without_shared_states(vllm_config)
+        _check_caching(vllm_config, config)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
     if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
@@ -56,16 +56,22 @@ def check_engine(vllm_config: VllmConfig) -> None:
     prepare_requests(_why_no_sessions, _extra_args)
 
 
-def _without_shared_states(vllm_config: VllmConfig) -> None:
-    """Cache no prefixes beside recurrent layers, which leave states at places of their own.
+def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
+    """Cache no prefixes beside recurrent layers unless blocks were chosen for it.
 
-    vLLM's check of such a model runs after a plugin's: a request then has one state.
+    A prefix can be reused where its blocks, its states and its banks all are: at the ends of
+    segments of whole blocks. vLLM makes blocks large there, of a size that is known only when the
+    model is built; a size that is too small for a state it raises, and ``plan_spec`` may refuse it.
     """
-    if vllm_config.model_config.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
-        vllm_config.cache_config.enable_prefix_caching = False
+    cache = vllm_config.cache_config
+    if not vllm_config.model_config.is_hybrid or not cache.enable_prefix_caching:
+        return
+    if not cache.user_specified_block_size or config.segment_size % cache.block_size:
+        cache.enable_prefix_caching = False
         logger.warning(
-            "pacellm: prefix caching is off, because in a model with recurrent layers it has not "
-            "been tried beside banks; --no-enable-prefix-caching says the same without this line."
+            "pacellm: prefix caching is off, because beside recurrent layers a segment must be "
+            "whole KV blocks, which vLLM makes large there; set --block-size and segment_size to "
+            "match, or pass --no-enable-prefix-caching."
         )
 
 

@@ -91,6 +91,7 @@ def find_feed_forward(layer: DecoderLayer) -> FeedForward:
             f"{known} with one activation module between them: set site to output, or choose other "
             "layers."
         )
+    _check_alone(layer, found[0])
     _check_activation(found[0])
     return found[0]
 
@@ -118,6 +119,21 @@ def _parts(module: nn.Module, whole: bool) -> tuple[str, str, str] | None:
         if fits and (whole or len(children) == 3):
             return input_name, activations[0], output_name
     return None
+
+
+def _check_alone(layer: DecoderLayer, ffn: FeedForward) -> None:
+    """Refuse an FFN that is one of several whose results the layer adds up."""
+    others = [
+        name
+        for name, part in layer.parts().items()
+        if part is not ffn.module and any(parameter.ndim > 1 for parameter in part.parameters())
+    ]
+    if others and ffn.module is not layer.module:
+        raise PaceConfigError(
+            f"pacellm: layer {layer.index} has {', '.join(others)} beside {ffn.name}, so its FFN "
+            "is more than what activations could be remembered of; choose other layers, or serve "
+            "the model without pacellm."
+        )
 
 
 def _check_activation(ffn: FeedForward) -> None:
