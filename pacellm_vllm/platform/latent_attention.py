@@ -33,8 +33,9 @@ class TorchMLABuilder(MLACommonMetadataBuilder[TorchMLAMetadata]):
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     reorder_batch_threshold: int = 1 << 30
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, metadata_cls=TorchMLAMetadata, **kwargs)
+    def __init__(self, *engine: Any, **named: Any) -> None:
+        named["metadata_cls"] = TorchMLAMetadata
+        super().__init__(*engine, **named)
 
 
 class TorchMLAImpl(CPUMLAImpl):
