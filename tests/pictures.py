@@ -148,6 +148,19 @@ FAMILIES = {
         config=_qwen_config,
         processor=partial(_qwen_processor, "Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
     ),
+    "qwen3_5": Family(
+        names=_QWEN_NAMES,
+        asks=_QWEN_ASKS,
+        text={
+            **checkpoints._DELTA_NET,
+            **_qwen_text(
+                mrope_section=[8, 4, 4], mrope_interleaved=True, partial_rotary_factor=1.0
+            ),
+        },
+        vision={**_QWEN_SIGHT, "num_position_embeddings": (SIDE // PATCH) ** 2},
+        config=_qwen_config,
+        processor=partial(_qwen_processor, "Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    ),
     "internvl": Family(
         names={
             "start_image_token": "<img>",
@@ -306,7 +319,7 @@ def make_seeing_checkpoint(directory: Any, arch: str = "idefics3", seed: int = 0
         for name, parameter in sorted(model.named_parameters()):
             if "language_model" in name or "text_model" in name or "lm_head" in name:
                 # Llama 4 keeps matrices of experts as [experts, in, out].
-                turned = parameter.ndim == 3
+                turned = arch == "llama4" and parameter.ndim == 3
                 shape = parameter.mT.shape if turned else parameter.shape
                 weight = random_weight(name, shape, config.get_text_config(), generator)
                 weight = weight.mT if turned else weight

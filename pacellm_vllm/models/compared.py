@@ -67,6 +67,7 @@ COMPARED = frozenset(
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
         "Qwen3NextForCausalLM",
