@@ -1,0 +1,792 @@
+"""Does a memory of FFN states bring back what left the context? On real models, beside the engine.
+
+A context is read and forgotten; then a question about it is asked alone. What was kept of the
+context is one compressed FFN state a token, the token that followed, and, where passages are read
+again, the tokens themselves. In this order, with D the data's folder, M a model's, W for results:
+
+    PYTHONPATH=. python research/recall/recall.py dev M W --data D --task qa      # development
+    PYTHONPATH=. python research/recall/recall.py choose W --task qa              # the knobs
+    PYTHONPATH=. python research/recall/recall.py ask M W --data D --task qa      # held-out items
+    PYTHONPATH=. python research/recall/recall.py unneeded-qa M W --data D     # harm to answers
+    PYTHONPATH=. python research/recall/recall.py unneeded-text M W --data D --task qa
+    PYTHONPATH=. python research/recall/recall.py report W --task qa              # tables
+
+``--task needles`` is the same for needles in real text. Each writes one JSON line an item and goes
+on where it stopped. D has nq-open-oracle.jsonl.gz (nelson-liu/lost-in-the-middle) and
+leval-natural_question.jsonl.gz (L-Eval).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recall_items import (
+    Item,
+    bm25,
+    encode,
+    essays,
+    needles,
+    questions,
+    subspan_match,
+)
+from recall_memory import (
+    SOFTNESS,
+    Compressor,
+    Reader,
+    Reading,
+    Recall,
+    Row,
+    Site,
+    random_projection,
+    relevance,
+    similarities,
+)
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from pacellm_vllm.evals.bootstrap import paired_difference
+from pacellm_vllm.evals.records import Records, write_whole
+
+FIND_DEPTHS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
+SAY_DEPTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+WIDTHS = (64, 0)  # of a compressed key; 0: as it is
+TEMPERATURES = (0.02, 0.05)
+THRESHOLDS = tuple(round(0.15 + 0.05 * i, 2) for i in range(15))
+WEIGHTS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+CALIBRATION = 8  # development contexts that a state's mean is taken of
+PASSAGES = {"qa": 10, "needles": 0}
+NEEDLE_TOKENS = 1500
+LIMIT = {"qa": 24, "needles": 12}
+# What a store of something else may cost on development items, in nats a token of text: of the
+# memory that is always on, and of the one that is on only where a passage was found.
+MAY_COST = {"token": 0.005, "focus": 0.05}
+FALSE_ALARMS = 0.02  # of development items whose store has something else
+GROUP = {"qa": 4, "needles": 8}
+TEXT_PROMPT, TEXT_SCORED, TEXT_ASKED = 256, 256, 32
+
+
+class Bench:
+    """A model, its tokenizer and the items of a task."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.set_num_threads(1)
+        self.task: str = getattr(args, "task", "qa")
+        self.data: Path = args.data
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+        self.reader = Reader(args.model)
+        self.width: dict[str, int] = {}
+        self.stop = {
+            token for token in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([token])
+        } | {self.tokenizer.eos_token_id}
+
+    def items(self, held_out: bool, count: int) -> list[Item]:
+        if self.task == "qa":
+            return questions(self.tokenizer, self.data, held_out, count, PASSAGES["qa"])
+        return needles(self.tokenizer, self.data, held_out, count, NEEDLE_TOKENS)
+
+    def site(self, depth: float, kind: str) -> Site:
+        return int(depth * self.reader.layers), kind
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([t for t in tokens if t not in self.stop])).strip()
+
+    def context(self, item: Item) -> tuple[Reading, slice]:
+        """Read an item's context behind its head; where its stored states are.
+
+        The first token is the attention's sink and resembles nothing; the last has no next one.
+        """
+        ids = item.head + item.context
+        return self.reader.read(ids), slice(max(1, len(item.head)), len(ids) - 1)
+
+    def means(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Each site's mean over development contexts: it looks at nothing of what is measured."""
+        sums: dict[Site, Tensor] = {}
+        tokens = 0
+        for item in self.items(held_out=False, count=CALIBRATION):
+            reading, stored = self.context(item)
+            tokens += stored.stop - stored.start
+            for site in sites:
+                total = reading.states[site][stored].float().sum(0)
+                sums[site] = sums[site] + total if site in sums else total
+        return {site: total / tokens for site, total in sums.items()}
+
+
+def places(item: Item) -> Tensor:
+    """The passage of each stored token."""
+    of = [i for i, passage in enumerate(item.passages) for _ in passage]
+    return torch.tensor(of[0 if item.head else 1 : -1])
+
+
+def following(item: Item) -> Tensor:
+    """The token after each stored token."""
+    return torch.tensor(item.context[1 if item.head else 2 :])
+
+
+def target(logprobs: Tensor, answer: Sequence[int]) -> Tensor:
+    """Log-probability of each token of ``answer``; row i of ``logprobs`` is what comes at i."""
+    return logprobs[: len(answer)].gather(1, torch.tensor(list(answer))[:, None])[:, 0]
+
+
+# Development items: every candidate, so that choosing needs no second run.
+
+
+def develop(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
+    says = [bench.site(depth, "ffn") for depth in SAY_DEPTHS]
+    sites = list(dict.fromkeys(finds + says))
+    bench.reader.watch(sites)
+    means = bench.means(sites)
+    compressors: dict[str, tuple[Site, Compressor]] = {}
+    for site in sites:
+        for centred in (True, False):
+            if not centred and site not in finds:
+                continue
+            for width in WIDTHS:
+                mean = means[site] if centred else torch.zeros_like(means[site])
+                projection = random_projection(len(mean), width) if width else None
+                name = f"{site[0]}-{site[1]}|{'centred' if centred else 'raw'}|{width}"
+                compressors[name] = (site, Compressor(mean, projection))
+    unrelated = text_for_development(bench, args.count)
+    before: tuple[Item, dict[str, Tensor]] | None = None
+    settings = {"experiment": "dev", "task": bench.task, "model": Path(args.model).name}
+    with Records(args.out / f"{bench.task}-dev.jsonl", settings) as records:
+        for number, item in enumerate(bench.items(held_out=False, count=args.count)):
+            if ("dev", item.id) in records.done:
+                continue
+            started = time.perf_counter()
+            reading, stored = bench.context(item)
+            keys = {
+                name: compress(reading.states[site][stored])
+                for name, (site, compress) in compressors.items()
+            }
+            answer = encode(bench.tokenizer, " " + item.answers[0])
+            alone = bench.reader.read(item.question + answer, last=len(answer) + 1)
+            prompt = item.head + item.part(item.gold) + item.question
+            beside = bench.reader.read(prompt + answer, last=len(answer) + 1)
+            shift = len(prompt) - len(item.question)
+            inside = slice(item.span.start + shift, item.span.stop + shift)
+            ids, text = unrelated[number], None
+            text = bench.reader.read(ids, last=len(ids) // 2 + 1)
+            result: dict[str, Any] = {"config": "dev", "id": item.id, "gold": sorted(item.gold)}
+            result["find"] = {}
+            for name, (site, compress) in compressors.items():
+                if site not in finds:
+                    continue
+                asked = compress(alone.states[site][item.span])
+                again = compress(beside.states[site][inside])
+                for spread in (False, True):
+                    scores, level = score(asked, item, keys[name], spread)
+                    found = {
+                        "rank": int((scores > max(scores[i] for i in item.gold)).sum()),
+                        "own": [float(scores.max()) / len(asked), level],
+                    }
+                    if before is not None:
+                        other = before[1][name]
+                        for key, query in (("other", asked), ("prompt", again)):
+                            scores, level = score(query, before[0], other, spread)
+                            found[key] = [float(scores.max()) / len(asked), level]
+                    result["find"][f"{name}|{'spread' if spread else 'plain'}"] = found
+            result["bm25"] = rank_of_gold(bm25(item.asked, item.words), item.gold)
+            rows = slice(len(item.question) - 1, len(item.question) - 1 + len(answer))
+            after = slice(len(ids) // 2 - 1, len(ids) - 1)
+            result["alone"] = rounded(target(alone.logprobs, answer).exp())
+            result["text"] = rounded(target(text.logprobs, ids[len(ids) // 2 :]).exp())
+            result["say"] = {}
+            follow, where = following(item), places(item)
+            in_gold = torch.tensor([int(i) in item.gold for i in where])
+            for name, (site, compress) in compressors.items():
+                if site not in says or "|raw|" in name:
+                    continue
+                tried: dict[str, Any] = {}
+                for scope, states, wanted, kept in (
+                    ("token", alone.states[site][rows], answer, None),
+                    ("focus", alone.states[site][rows], answer, in_gold),
+                    ("text", text.states[site][after], ids[len(ids) // 2 :], None),
+                    ("text-focus", text.states[site][after], ids[len(ids) // 2 :], where == 0),
+                ):
+                    tried[scope] = {}
+                    for temperature in TEMPERATURES:
+                        part = slice(None) if kept is None else kept
+                        recall = Recall(
+                            compress, keys[name][part], follow[part], temperature, 0.0, 0.0
+                        )
+                        tokens, shares, best = recall.look_up(states)
+                        hit = (shares * (tokens == torch.tensor(wanted)[:, None])).sum(1)
+                        tried[scope]["best"] = rounded(best)
+                        tried[scope][str(temperature)] = rounded(hit)
+                result["say"][name] = tried
+            before = (item, keys)
+            result["seconds"] = round(time.perf_counter() - started, 2)
+            records.add(result)
+            print(item.id, result["seconds"], flush=True)
+
+
+def text_for_development(bench: Bench, count: int) -> list[list[int]]:
+    """Texts about nothing that is in the stores of development items, 256 tokens each."""
+    if bench.task == "qa":
+        source = [token for text in essays(bench.tokenizer, bench.data, False) for token in text]
+    else:
+        asked = questions(bench.tokenizer, bench.data, False, count * 2, 2)
+        source = [token for item in asked for token in item.part(item.gold)]
+    step = (len(source) - 256) // count
+    return [source[i * step : i * step + 256] for i in range(count)]
+
+
+def score(query: Tensor, item: Item, keys: Tensor, spread: bool) -> tuple[Tensor, float]:
+    """Relevance of each passage, and how alike the query's tokens are to the most relevant."""
+    best = similarities(query, keys, places(item), len(item.passages))
+    scores = relevance(best, spread)
+    return scores, float(best[scores.argmax()].mean())
+
+
+def rank_of_gold(scores: Sequence[float], gold: set[int]) -> int:
+    """How many passages are before the first gold one; those as good are before it."""
+    best = max(gold, key=lambda i: scores[i])
+    return sum(s >= scores[best] for i, s in enumerate(scores) if i not in gold)
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(v, 6) for v in values.tolist()]
+
+
+def choose(args: argparse.Namespace) -> None:
+    rows = read_lines(args.out / f"{args.task}-dev.jsonl")
+    tables = []
+    for name in rows[0]["find"]:
+        first = sum(row["find"][name]["rank"] == 0 for row in rows) / len(rows)
+        third = sum(row["find"][name]["rank"] < 3 for row in rows) / len(rows)
+        for which, kind in enumerate(("margin", "level")):
+            own = [row["find"][name]["own"][which] for row in rows[1:]]
+            other = [
+                row["find"][name][key][which] for row in rows[1:] for key in ("other", "prompt")
+            ]
+            limit = float(np.quantile(other, 1 - FALSE_ALARMS))
+            opened = sum(value > limit for value in own) / len(own)
+            tables.append((first, third, opened, name, kind, limit))
+    # A narrow key is taken where it costs no more than two points in a hundred at the first place.
+    best_first = max(table[0] for table in tables)
+    narrow = [table for table in tables if "|64|" in table[3]]
+    close = [t for t in narrow if t[0] >= max(n[0] for n in narrow) - 0.02]
+    found = max(close, key=lambda table: (table[2] + table[0], table[1]))
+    print(f"{len(rows)} items; best of any width {best_first:.3f}")
+    for table in sorted(tables, reverse=True)[:8] + sorted(narrow, reverse=True)[:8] + [found]:
+        print("@1 {:.3f} @3 {:.3f} opens {:.3f} {} {} {:.4f}".format(*table))
+    ranks = [row["bm25"] for row in rows]
+    print(
+        f"BM25 @1 {np.mean([r == 0 for r in ranks]):.3f} @3 {np.mean([r < 3 for r in ranks]):.3f}"
+    )
+    name, centring, width, weighting = found[3].split("|")
+    knobs: dict[str, Any] = {
+        "find": {
+            "site": parse_site(name),
+            "centred": centring == "centred",
+            "width": int(width),
+            "spread": weighting == "spread",
+        },
+        "gate": {"score": found[4], "threshold": found[5]},
+    }
+    for scope, harm in (("token", "text"), ("focus", "text-focus")):
+        tried = []
+        for say in rows[0]["say"]:
+            for temperature in TEMPERATURES:
+                for threshold in THRESHOLDS:
+                    for weight in WEIGHTS:
+                        gain = loss_change(
+                            rows, say, scope, "alone", temperature, threshold, weight
+                        )
+                        cost = loss_change(rows, say, harm, "text", temperature, threshold, weight)
+                        tried.append((gain[0], cost[1], say, temperature, threshold, weight))
+        allowed = [t for t in tried if t[1] <= MAY_COST[scope] and "|64" in t[2]]
+        gain, cost, say, temperature, threshold, weight = min(allowed)
+        print(
+            scope,
+            "best of all:",
+            min(tried),
+            "best of width 0 allowed:",
+            min(t for t in tried if t[1] <= MAY_COST[scope]),
+        )
+        print(
+            scope,
+            f"{gain:+.3f} nats an answer, {cost:+.4f} a token of text:",
+            say,
+            temperature,
+            threshold,
+            weight,
+        )
+        knobs[scope] = {
+            "site": parse_site(say.split("|")[0]),
+            "width": int(say.split("|")[2]),
+            "temperature": temperature,
+            "threshold": threshold,
+            "weight": weight,
+        }
+    write_whole(args.out / f"{args.task}-knobs.json", json.dumps(knobs, indent=1) + "\n")
+
+
+def parse_site(name: str) -> list[Any]:
+    layer, kind = name.split("-")
+    return [int(layer), kind]
+
+
+def loss_change(
+    rows: Sequence[dict[str, Any]],
+    say: str,
+    scope: str,
+    base: str,
+    temperature: float,
+    threshold: float,
+    weight: float,
+) -> tuple[float, float]:
+    """What a mixture adds to the loss: nats an item, nats a token."""
+    model = np.array([p for row in rows for p in row[base]])
+    hit = np.array([p for row in rows for p in row["say"][say][scope][str(temperature)]])
+    best = np.array([p for row in rows for p in row["say"][say][scope]["best"]])
+    share = weight / (1 + np.exp(-(best - threshold) / SOFTNESS))
+    mixed = (1 - share) * model + share * hit
+    total = float((np.log(model.clip(1e-9)) - np.log(mixed.clip(1e-9))).sum())
+    return total / len(rows), total / len(model)
+
+
+# Held-out items, with what was chosen.
+
+
+class Memory:
+    """The chosen compressors and gate of a task, for a model."""
+
+    def __init__(self, bench: Bench, out: Path) -> None:
+        self.knobs = json.loads((out / f"{bench.task}-knobs.json").read_text())
+        self.sites: dict[str, Site] = {
+            use: (self.knobs[use]["site"][0], self.knobs[use]["site"][1])
+            for use in ("find", "token", "focus")
+        }
+        if self.sites["token"] != self.sites["focus"]:
+            raise ValueError("both ways of reading tokens need one site")
+        sites = sorted(set(self.sites.values()))
+        bench.reader.watch(sites)
+        means = bench.means(sites)
+        self.compress: dict[str, Compressor] = {}
+        for use, site in self.sites.items():
+            mean, width = means[site], self.knobs[use]["width"]
+            projection = random_projection(len(mean), width) if width else None
+            if not self.knobs[use].get("centred", True):
+                mean = torch.zeros_like(mean)
+            self.compress[use] = Compressor(mean, projection)
+
+    def store(self, reading: Reading, stored: slice, item: Item) -> "Store":
+        return Store(
+            self,
+            item,
+            {u: c(reading.states[self.sites[u]][stored]) for u, c in self.compress.items()},
+        )
+
+
+class Store:
+    """What is kept of one item's context."""
+
+    def __init__(self, memory: Memory, item: Item, keys: dict[str, Tensor]) -> None:
+        self.memory, self.item, self.keys = memory, item, keys
+        self.follow, self.where = following(item), places(item)
+
+    def find(self, states: Tensor) -> tuple[list[int], float]:
+        """Passages, the most relevant to the states ``[m, D]`` first; how sure that is."""
+        knobs = self.memory.knobs
+        query = self.memory.compress["find"](states)
+        scores, level = score(query, self.item, self.keys["find"], knobs["find"]["spread"])
+        sure = level if knobs["gate"]["score"] == "level" else float(scores.max()) / len(query)
+        return scores.argsort(descending=True).tolist(), sure
+
+    def opens(self, sure: float) -> bool:
+        return sure > self.memory.knobs["gate"]["threshold"]
+
+    def recall(self, use: str, passages: Sequence[int] | None = None) -> Recall:
+        knobs = self.memory.knobs[use]
+        keys, follow = self.keys[use], self.follow
+        if passages is not None:
+            inside = torch.isin(self.where, torch.tensor(list(passages)))
+            keys, follow = keys[inside], follow[inside]
+        return Recall(
+            self.memory.compress[use],
+            keys,
+            follow,
+            knobs["temperature"],
+            knobs["threshold"],
+            knobs["weight"],
+        )
+
+
+class Question:
+    """A question under several arms: each arm's loss of the answer, then its greedy answer."""
+
+    def __init__(self, bench: Bench, say: Site, item: Item) -> None:
+        self.bench, self.say, self.item = bench, say, item
+        self.answer = encode(bench.tokenizer, " " + item.answers[0])
+        self.losses: dict[str, float] = {}
+        self.rows: dict[str, Row] = {}
+        self.same: dict[str, str] = {}
+        self.prompts: dict[tuple[int, ...], str] = {}
+
+    def ask(self, arm: str, prompt: Sequence[int], behind: Reading | None = None) -> Reading:
+        """Score the answer after ``prompt``, which stands behind what was read before if anything.
+
+        An arm whose prompt another arm had is that arm.
+        """
+        cache = behind.cache if behind is not None else None
+        length = cache.get_seq_length() if cache is not None else 0
+        reading = self.bench.reader.read(
+            [*prompt, *self.answer], last=len(self.answer) + 1, cache=cache
+        )
+        reading.cache.crop(length + len(prompt))
+        self.losses[arm] = -float(target(reading.logprobs, self.answer).sum())
+        self.rows[arm] = Row(reading.cache, reading.logprobs[0])
+        return reading
+
+    def ask_once(self, arm: str, prompt: Sequence[int]) -> None:
+        first = self.prompts.setdefault(tuple(prompt), arm)
+        if first == arm:
+            self.ask(arm, prompt)
+        else:
+            self.copy(arm, first)
+
+    def copy(self, arm: str, of: str) -> None:
+        self.same[arm], self.losses[arm] = of, self.losses[of]
+
+    def mix(self, arm: str, reading: Reading, recall: Recall) -> None:
+        """Score the answer with ``recall``, on a ``reading`` that ``ask`` returned."""
+        rows = len(self.answer) + 1
+        mixed = recall.mix(reading.states[self.say][-rows:], reading.logprobs)
+        self.losses[arm] = -float(target(mixed, self.answer).sum())
+        self.rows[arm] = Row(reading.cache, mixed[0], recall)
+
+    def result(self) -> dict[str, Any]:
+        said = {arm: self.bench.decode(row.tokens) for arm, row in self.rows.items()}
+        said |= {arm: said[of] for arm, of in self.same.items()}
+        return {
+            "loss": {arm: round(loss, 4) for arm, loss in self.losses.items()},
+            "match": {arm: subspan_match(text, self.item.answers) for arm, text in said.items()},
+            "said": said,
+            "answers": self.item.answers,
+            "answer_tokens": len(self.answer),
+        }
+
+
+def write_all(bench: Bench, asked: Sequence[Question]) -> None:
+    """Greedy answers of all arms of some questions; short prompts together, and long ones."""
+    rows = [row for question in asked for row in question.rows.values()]
+    for long in (False, True):
+        batch = [row for row in rows if (row.cache.get_seq_length() > 700) is long]
+        if batch:
+            bench.reader.write(batch, asked[0].say, LIMIT[bench.task], bench.stop)
+
+
+def ask(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    memory = Memory(bench, args.out)
+    settings = {
+        "experiment": "ask",
+        "task": bench.task,
+        "model": Path(args.model).name,
+        "knobs": memory.knobs,
+    }
+    with Records(args.out / f"{bench.task}-ask.jsonl", settings) as records:
+        todo = [
+            item
+            for item in bench.items(held_out=True, count=args.count)
+            if ("ask", item.id) not in records.done
+        ]
+        for group in groups(todo, GROUP[bench.task]):
+            started = time.perf_counter()
+            asked, results = [], []
+            for item in group:
+                question, facts = ask_about(bench, memory, item)
+                asked.append(question)
+                results.append(facts)
+            write_all(bench, asked)
+            seconds = (time.perf_counter() - started) / len(group)
+            for item, question, facts in zip(group, asked, results, strict=True):
+                records.add(
+                    {"config": "ask", "id": item.id, "seconds": round(seconds, 2)}
+                    | facts
+                    | question.result()
+                )
+            print(group[-1].id, round(seconds, 2), flush=True)
+
+
+def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[str, Any]]:
+    question = Question(bench, memory.sites["token"], item)
+    reading, stored = bench.context(item)
+    store = memory.store(reading, stored, item)
+    tokens = len(item.context)
+    question.ask("whole context", item.question, reading)
+    alone = question.ask("alone", item.question)
+    before = time.perf_counter()
+    found, sure = store.find(alone.states[memory.sites["find"]][item.span])
+    finding = time.perf_counter() - before
+    lexical = bm25(item.asked, item.words)
+    ranked = sorted(range(len(lexical)), key=lambda i: -lexical[i])
+    question.mix("recall any token", alone, store.recall("token"))
+    for count in (1, 2):
+        question.mix(f"recall in found {count}", alone, store.recall("focus", found[:count]))
+    recall = store.recall("token")
+    state = alone.states[memory.sites["token"]][-1:]
+    before = time.perf_counter()
+    recall.look_up(state)
+    looking = time.perf_counter() - before
+    for name, order in (("found", found), ("BM25", ranked)):
+        for count in (1, 2):
+            part = item.part(order[:count])
+            question.ask_once(f"read again {name} {count}", item.head + part + item.question)
+    for count in (1, 2):
+        budget = len(item.part(found[:count]))
+        part = item.context[-budget:]
+        question.ask_once(f"last tokens {count}", item.head + part + item.question)
+    question.ask_once("read again gold", item.head + item.part(item.gold) + item.question)
+    facts = {
+        "gold": sorted(item.gold),
+        "found": found[:5],
+        "bm25": ranked[:5],
+        "sure": round(sure, 5),
+        "opens": store.opens(sure),
+        "tokens": tokens,
+        "again": {n: len(item.part(found[:n])) for n in (1, 2)},
+        "find_us": round(finding * 1e6),
+        "look_up_us": round(looking * 1e6),
+    }
+    return question, facts
+
+
+def groups(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def unneeded_questions(args: argparse.Namespace) -> None:
+    """Questions whose passage is in the prompt, with a store of another item's passages."""
+    bench = Bench(args)
+    memory = Memory(bench, args.out)
+    items = bench.items(held_out=True, count=args.skip + args.count + 1)[args.skip :]
+    settings = {
+        "experiment": "unneeded-qa",
+        "model": Path(args.model).name,
+        "knobs": memory.knobs,
+        "skip": args.skip,
+    }
+    with Records(args.out / "unneeded-qa.jsonl", settings) as records:
+        numbers = [n for n in range(args.count) if ("unneeded-qa", items[n].id) not in records.done]
+        for start in range(0, len(numbers), 8):
+            begun = time.perf_counter()
+            chosen = numbers[start : start + 8]
+            # The store's questions and passages are not among those asked beside it.
+            asked_texts = {tuple(items[n].part(items[n].gold)) for n in chosen}
+            other = items[chosen[-1] + 1]
+            reading, stored = bench.context(other)
+            store = memory.store(reading, stored, other)
+            asked, results = [], []
+            for n in chosen:
+                question, facts = ask_unneeded(bench, memory, store, items[n])
+                asked.append(question)
+                results.append(facts)
+            write_all(bench, asked)
+            seconds = (time.perf_counter() - begun) / len(chosen)
+            for n, question, facts in zip(chosen, asked, results, strict=True):
+                records.add(
+                    {
+                        "config": "unneeded-qa",
+                        "id": items[n].id,
+                        "seconds": round(seconds, 2),
+                        "overlap": bool(asked_texts & {tuple(p) for p in other.passages}),
+                    }
+                    | facts
+                    | question.result()
+                )
+            print(items[chosen[-1]].id, round(seconds, 2), flush=True)
+
+
+def ask_unneeded(
+    bench: Bench, memory: Memory, store: Store, item: Item
+) -> tuple[Question, dict[str, Any]]:
+    question = Question(bench, memory.sites["token"], item)
+    spare = next(i for i in range(len(item.passages)) if i not in item.gold)
+    body = item.part({*item.gold, spare})
+    prompt = item.head + body + item.question
+    off = question.ask("off", prompt)
+    shift = len(prompt) - len(item.question)
+    span = slice(item.span.start + shift, item.span.stop + shift)
+    found, sure = store.find(off.states[memory.sites["find"]][span])
+    opens = store.opens(sure)
+    question.mix("recall any token", off, store.recall("token"))
+    question.mix("recall in found 2, always", off, store.recall("focus", found[:2]))
+    lexical = bm25(item.asked, store.item.words)
+    ranked = sorted(range(len(lexical)), key=lambda i: -lexical[i])
+    for name, order in (("found", found), ("BM25", ranked)):
+        part = store.item.part(order[:2])
+        question.ask_once(f"read again {name} 2, always", item.head + part + body + item.question)
+    for arm in ("recall in found 2", "read again found 2"):
+        question.copy(arm, f"{arm}, always" if opens else "off")
+        question.same[arm] = question.same.get(question.same[arm], question.same[arm])
+    return question, {"sure": round(sure, 5), "opens": opens}
+
+
+def unneeded_text(args: argparse.Namespace) -> None:
+    """Text that goes on, with a store of another text's passages."""
+    bench = Bench(args)
+    memory = Memory(bench, args.out)
+    pieces = [text for text in essays(bench.tokenizer, bench.data, True) if len(text) > 4000]
+    stores = bench.items(held_out=True, count=200)
+    settings = {
+        "experiment": "unneeded-text",
+        "task": bench.task,
+        "model": Path(args.model).name,
+        "knobs": memory.knobs,
+    }
+    find, say = memory.sites["find"], memory.sites["token"]
+    store = None
+    with Records(args.out / f"{bench.task}-unneeded-text.jsonl", settings) as records:
+        for number in range(args.count):
+            if ("text", f"text-{number}") in records.done:
+                continue
+            begun = time.perf_counter()
+            text = pieces[number % len(pieces)]
+            rows = args.count // len(pieces) + 1
+            begin = (number // len(pieces)) * ((len(text) - 512) // rows)
+            ids = text[begin : begin + TEXT_PROMPT + TEXT_SCORED]
+            if store is None or number % 8 == 0:
+                other = stores[number // 8]
+                if bench.task == "needles":
+                    other = passages_of_questions(bench, number // 8)
+                store = memory.store(*bench.context(other), other)
+            after = ids[TEXT_PROMPT:]
+            off = bench.reader.read(ids, last=TEXT_SCORED + 1)
+            asked = slice(TEXT_PROMPT - TEXT_ASKED, TEXT_PROMPT)
+            found, sure = store.find(off.states[find][asked])
+            states = off.states[say][TEXT_PROMPT - 1 :]
+            mixed = {
+                "off": off.logprobs,
+                "recall any token": store.recall("token").mix(states, off.logprobs),
+                "recall in found 2, always": store.recall("focus", found[:2]).mix(
+                    states, off.logprobs
+                ),
+            }
+            again = bench.reader.read(
+                [*store.item.part(found[:2]), *encode(bench.tokenizer, "\n\n"), *ids],
+                last=TEXT_SCORED + 1,
+            )
+            mixed["read again found 2, always"] = again.logprobs
+            opens = store.opens(sure)
+            for arm in ("recall in found 2", "read again found 2"):
+                mixed[arm] = mixed[f"{arm}, always" if opens else "off"]
+            records.add(
+                {
+                    "config": "text",
+                    "id": f"text-{number}",
+                    "sure": round(sure, 5),
+                    "opens": opens,
+                    "loss": {
+                        a: round(-float(target(m, after).mean()), 5) for a, m in mixed.items()
+                    },
+                    "match": {
+                        a: float((m[:-1].argmax(1) == torch.tensor(after)).float().mean())
+                        for a, m in mixed.items()
+                    },
+                    "seconds": round(time.perf_counter() - begun, 2),
+                }
+            )
+            if number % 8 == 7:
+                print(number, round(time.perf_counter() - begun, 2), flush=True)
+
+
+def passages_of_questions(bench: Bench, number: int) -> Item:
+    """Passages of Natural Questions as a store for a model that was tuned on needles."""
+    return questions(bench.tokenizer, bench.data, True, number + 1, 10)[number]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a file of ``Records``, in order."""
+    return [line for line in map(json.loads, path.open()) if "id" in line]
+
+
+# Tables.
+
+
+def report(args: argparse.Namespace) -> None:
+    for name, base in (
+        (f"{args.task}-ask", "alone"),
+        ("unneeded-qa", "off"),
+        (f"{args.task}-unneeded-text", "off"),
+    ):
+        path = args.out / f"{name}.jsonl"
+        if path.exists():
+            rows = read_lines(path)
+            print(f"\n{name}: {len(rows)} items\n")
+            print(table(rows, base))
+            if "found" in rows[0]:
+                print(finding(rows))
+            print(f"\ngate open: {sum(row['opens'] for row in rows)} of {len(rows)}")
+
+
+def table(rows: Sequence[dict[str, Any]], base: str) -> str:
+    """Markdown: each arm's mean match and loss, and what it adds to ``base``, with intervals."""
+    lines = [
+        f"| arm | match | match - {base} | loss | loss - {base} |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in rows[0]["match"]:
+        cells = []
+        for kind in ("match", "loss"):
+            own = [row[kind][arm] for row in rows]
+            difference = paired_difference([row[kind][base] for row in rows], own)
+            cells += [f"{np.mean(own):.3f}", str(difference) if arm != base else ""]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def finding(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: how often a gold passage is among the first of either order."""
+    lines = ["| passages | @1 | @2 | @3 |", "|---|---|---|---|"]
+    for order in ("found", "bm25"):
+        cells = [
+            f"{np.mean([bool({*row['gold']} & {*row[order][:n]}) for row in rows]):.3f}"
+            for n in (1, 2, 3)
+        ]
+        lines.append(f"| {order} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    experiments: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
+        "dev": (develop, 100),
+        "ask": (ask, 250),
+        "unneeded-qa": (unneeded_questions, 400),
+        "unneeded-text": (unneeded_text, 240),
+    }
+    for name, (function, count) in experiments.items():
+        command = commands.add_parser(name)
+        command.add_argument("model")
+        command.add_argument("out", type=Path)
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--count", type=int, default=count, help="items")
+        if name != "unneeded-qa":
+            command.add_argument("--task", choices=("qa", "needles"), required=True)
+        else:
+            command.add_argument("--skip", type=int, default=600, help="held-out items before")
+        command.set_defaults(function=function)
+    for name, function in (("choose", choose), ("report", report)):
+        command = commands.add_parser(name)
+        command.add_argument("out", type=Path)
+        command.add_argument("--task", choices=("qa", "needles"), required=True)
+        command.set_defaults(function=function)
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
