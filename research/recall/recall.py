@@ -61,7 +61,7 @@ WEIGHTS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 CALIBRATION = 8  # development contexts that a state's mean is taken of
 PASSAGES = {"qa": 10, "needles": 0}
 NEEDLE_TOKENS = 1500
-LIMIT = {"qa": 24, "needles": 12}
+LIMIT = {"qa": 20, "needles": 12}
 # What a store of something else may cost on development items, in nats a token of text: of the
 # memory that is always on, and of the one that is on only where a passage was found.
 MAY_COST = {"token": 0.005, "focus": 0.05}
@@ -171,7 +171,7 @@ def develop(args: argparse.Namespace) -> None:
             beside = bench.reader.read(prompt + answer, last=len(answer) + 1)
             shift = len(prompt) - len(item.question)
             inside = slice(item.span.start + shift, item.span.stop + shift)
-            ids, text = unrelated[number], None
+            ids = unrelated[number]
             text = bench.reader.read(ids, last=len(ids) // 2 + 1)
             result: dict[str, Any] = {"config": "dev", "id": item.id, "gold": sorted(item.gold)}
             result["find"] = {}
@@ -291,34 +291,21 @@ def choose(args: argparse.Namespace) -> None:
         },
         "gate": {"score": found[4], "threshold": found[5]},
     }
-    for scope, harm in (("token", "text"), ("focus", "text-focus")):
-        tried = []
-        for say in rows[0]["say"]:
-            for temperature in TEMPERATURES:
-                for threshold in THRESHOLDS:
-                    for weight in WEIGHTS:
-                        gain = loss_change(
-                            rows, say, scope, "alone", temperature, threshold, weight
-                        )
-                        cost = loss_change(rows, say, harm, "text", temperature, threshold, weight)
-                        tried.append((gain[0], cost[1], say, temperature, threshold, weight))
-        allowed = [t for t in tried if t[1] <= MAY_COST[scope] and "|64" in t[2]]
-        gain, cost, say, temperature, threshold, weight = min(allowed)
-        print(
-            scope,
-            "best of all:",
-            min(tried),
-            "best of width 0 allowed:",
-            min(t for t in tried if t[1] <= MAY_COST[scope]),
-        )
-        print(
-            scope,
-            f"{gain:+.3f} nats an answer, {cost:+.4f} a token of text:",
-            say,
-            temperature,
-            threshold,
-            weight,
-        )
+    # Both ways of reading tokens share one site, so that a token has one key for them.
+    chosen: dict[str, list[tuple[float, float, float, float, float]]] = {}
+    for say in rows[0]["say"]:
+        chosen[say] = [
+            min(tried for tried in attempts(rows, say, scope, harm) if tried[1] <= MAY_COST[scope])
+            for scope, harm in (("token", "text"), ("focus", "text-focus"))
+        ]
+        print(say, chosen[say])
+    say = min(
+        (say for say in chosen if say.endswith("|64")), key=lambda s: sum(t[0] for t in chosen[s])
+    )
+    for scope, (gain, cost, temperature, threshold, weight) in zip(
+        ("token", "focus"), chosen[say], strict=True
+    ):
+        print(f"{scope}: {gain:+.3f} nats an answer, {cost:+.4f} a token of other text; {say}")
         knobs[scope] = {
             "site": parse_site(say.split("|")[0]),
             "width": int(say.split("|")[2]),
@@ -327,6 +314,19 @@ def choose(args: argparse.Namespace) -> None:
             "weight": weight,
         }
     write_whole(args.out / f"{args.task}-knobs.json", json.dumps(knobs, indent=1) + "\n")
+
+
+def attempts(
+    rows: Sequence[dict[str, Any]], say: str, scope: str, harm: str
+) -> Iterator[tuple[float, float, float, float, float]]:
+    """Nats an answer, nats a token of other text, temperature, threshold and weight."""
+    for temperature in TEMPERATURES:
+        for threshold in THRESHOLDS:
+            for weight in WEIGHTS:
+                knobs = (temperature, threshold, weight)
+                gain, _ = loss_change(rows, say, scope, "alone", *knobs)
+                _, cost = loss_change(rows, say, harm, "text", *knobs)
+                yield (gain, cost, *knobs)
 
 
 def parse_site(name: str) -> list[Any]:
@@ -379,11 +379,11 @@ class Memory:
             self.compress[use] = Compressor(mean, projection)
 
     def store(self, reading: Reading, stored: slice, item: Item) -> "Store":
-        return Store(
-            self,
-            item,
-            {u: c(reading.states[self.sites[u]][stored]) for u, c in self.compress.items()},
-        )
+        keys = {
+            use: compress(reading.states[self.sites[use]][stored]).bfloat16().float()
+            for use, compress in self.compress.items()
+        }
+        return Store(self, item, keys)
 
 
 class Store:
@@ -437,11 +437,10 @@ class Question:
         An arm whose prompt another arm had is that arm.
         """
         cache = behind.cache if behind is not None else None
-        length = cache.get_seq_length() if cache is not None else 0
         reading = self.bench.reader.read(
             [*prompt, *self.answer], last=len(self.answer) + 1, cache=cache
         )
-        reading.cache.crop(length + len(prompt))
+        reading.cache.crop(-len(self.answer))
         self.losses[arm] = -float(target(reading.logprobs, self.answer).sum())
         self.rows[arm] = Row(reading.cache, reading.logprobs[0])
         return reading
@@ -541,10 +540,8 @@ def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[
         for count in (1, 2):
             part = item.part(order[:count])
             question.ask_once(f"read again {name} {count}", item.head + part + item.question)
-    for count in (1, 2):
-        budget = len(item.part(found[:count]))
-        part = item.context[-budget:]
-        question.ask_once(f"last tokens {count}", item.head + part + item.question)
+    window = item.context[-len(item.part(found[:2])) :]
+    question.ask_once("last tokens as many", item.head + window + item.question)
     question.ask_once("read again gold", item.head + item.part(item.gold) + item.question)
     facts = {
         "gold": sorted(item.gold),
@@ -569,7 +566,7 @@ def unneeded_questions(args: argparse.Namespace) -> None:
     """Questions whose passage is in the prompt, with a store of another item's passages."""
     bench = Bench(args)
     memory = Memory(bench, args.out)
-    items = bench.items(held_out=True, count=args.skip + args.count + 1)[args.skip :]
+    items = bench.items(held_out=True, count=args.skip + args.count + 20)[args.skip :]
     settings = {
         "experiment": "unneeded-qa",
         "model": Path(args.model).name,
@@ -581,9 +578,8 @@ def unneeded_questions(args: argparse.Namespace) -> None:
         for start in range(0, len(numbers), 8):
             begun = time.perf_counter()
             chosen = numbers[start : start + 8]
-            # The store's questions and passages are not among those asked beside it.
-            asked_texts = {tuple(items[n].part(items[n].gold)) for n in chosen}
-            other = items[chosen[-1] + 1]
+            words = {text for n in chosen for text in items[n].words}
+            other = next(item for item in items[chosen[-1] + 1 :] if not words & {*item.words})
             reading, stored = bench.context(other)
             store = memory.store(reading, stored, other)
             asked, results = [], []
@@ -599,7 +595,6 @@ def unneeded_questions(args: argparse.Namespace) -> None:
                         "config": "unneeded-qa",
                         "id": items[n].id,
                         "seconds": round(seconds, 2),
-                        "overlap": bool(asked_texts & {tuple(p) for p in other.passages}),
                     }
                     | facts
                     | question.result()
@@ -687,11 +682,12 @@ def unneeded_text(args: argparse.Namespace) -> None:
                     "sure": round(sure, 5),
                     "opens": opens,
                     "loss": {
-                        a: round(-float(target(m, after).mean()), 5) for a, m in mixed.items()
+                        arm: round(-float(target(logprobs, after).mean()), 5)
+                        for arm, logprobs in mixed.items()
                     },
                     "match": {
-                        a: float((m[:-1].argmax(1) == torch.tensor(after)).float().mean())
-                        for a, m in mixed.items()
+                        arm: float((logprobs[:-1].argmax(1) == torch.tensor(after)).float().mean())
+                        for arm, logprobs in mixed.items()
                     },
                     "seconds": round(time.perf_counter() - begun, 2),
                 }

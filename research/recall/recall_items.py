@@ -21,48 +21,28 @@ HEAD = (
 )
 DEV_QUESTIONS = 400  # of the shuffled questions, the first; the rest is held out
 DEV_TEXTS = 6  # of the long texts, the first
-CITIES = [
+CITIES = (
     "Accra",
-    "Amman",
     "Athens",
     "Baku",
-    "Bern",
     "Bogota",
     "Cairo",
-    "Dakar",
-    "Delhi",
     "Dublin",
     "Hanoi",
-    "Havana",
-    "Jakarta",
     "Kabul",
     "Lagos",
     "Lima",
-    "Lisbon",
     "London",
     "Madrid",
     "Manila",
     "Minsk",
     "Nairobi",
     "Oslo",
-    "Ottawa",
     "Paris",
-    "Prague",
     "Quito",
-    "Riga",
     "Rome",
-    "Seoul",
-    "Sofia",
-    "Tallinn",
-    "Tehran",
-    "Tirana",
     "Tokyo",
-    "Tunis",
-    "Vienna",
-    "Vilnius",
-    "Warsaw",
-    "Zagreb",
-]
+)
 NEEDLES = 4
 BLOCK = 128  # tokens of a passage where a text has none of its own
 MARGIN = 16  # tokens read again on either side of such a passage
@@ -94,7 +74,8 @@ class Item:
 
     def part(self, chosen: Collection[int]) -> list[int]:
         """The tokens of the ``chosen`` passages with their margins, in the text's order."""
-        context, kept, begin = self.context, set(), 0
+        context, begin = self.context, 0
+        kept: set[int] = set()
         for index, passage in enumerate(self.passages):
             end = begin + len(passage)
             if index in chosen:

@@ -160,7 +160,8 @@ class Reader:
         longest = max(lengths)
         layers = []
         for index in range(self.layers):
-            parts = [(row.cache.layers[index].keys, row.cache.layers[index].values) for row in rows]
+            kept: list[Any] = [row.cache.layers[index] for row in rows]
+            parts = [(layer.keys, layer.values) for layer in kept]
             layers.append(
                 tuple(
                     torch.cat(
@@ -176,22 +177,27 @@ class Reader:
         seen = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
         mask = torch.cat([seen, torch.ones(len(rows), limit, dtype=torch.bool)], 1).long()
         chosen = torch.stack([row.logprobs.argmax() for row in rows])
+        going, positions = list(rows), torch.tensor(lengths)
         for step in range(limit):
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                if not row.tokens or row.tokens[-1] not in stop:
-                    row.tokens.append(token)
-            if step + 1 == limit or all(row.tokens[-1] in stop for row in rows):
+            for row, token in zip(going, chosen.tolist(), strict=True):
+                row.tokens.append(token)
+            left = [i for i, row in enumerate(going) if row.tokens[-1] not in stop]
+            if step + 1 == limit or not left:
                 break
+            if len(left) < len(going):
+                cache.batch_select_indices(torch.tensor(left))
+                chosen, positions, mask = chosen[left], positions[left], mask[left]
+                going = [going[i] for i in left]
             output = self.model(
                 chosen[:, None],
                 attention_mask=mask[:, : longest + step + 1],
-                position_ids=(torch.tensor(lengths) + step)[:, None],
+                position_ids=(positions + step)[:, None],
                 past_key_values=cache,
                 use_cache=True,
             )
             logits = output.logits[:, -1]
             chosen = logits.argmax(-1)
-            for i, row in enumerate(rows):
+            for i, row in enumerate(going):
                 if row.recall is not None:
                     alone = logits[i : i + 1].float().log_softmax(-1)
                     chosen[i] = row.recall.mix(self._seen[say][i], alone).argmax()
