@@ -709,6 +709,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 # Tables.
 
 
+ARMS_COMPARED = (
+    ("read again found 1", "read again BM25 1"),
+    ("read again found 2", "read again BM25 2"),
+    ("read again found 2", "last tokens as many"),
+    ("read again found 2", "whole context"),
+    ("read again found 2", "read again gold"),
+    ("recall in found 1", "recall any token"),
+    ("recall in found 1", "whole context"),
+)
+
+
 def report(args: argparse.Namespace) -> None:
     for name, base in (
         (f"{args.task}-ask", "alone"),
@@ -716,13 +727,50 @@ def report(args: argparse.Namespace) -> None:
         (f"{args.task}-unneeded-text", "off"),
     ):
         path = args.out / f"{name}.jsonl"
-        if path.exists():
-            rows = read_lines(path)
-            print(f"\n{name}: {len(rows)} items\n")
+        if not path.exists():
+            continue
+        rows = read_lines(path)
+        print(f"\n{name}: {len(rows)} items, gate open in {sum(r['opens'] for r in rows)}\n")
+        if base == "off":
             print(table(rows, base))
-            if "found" in rows[0]:
-                print(finding(rows))
-            print(f"\ngate open: {sum(row['opens'] for row in rows)} of {len(rows)}")
+            continue
+        rows = [gated(row) for row in rows]
+        print(table(rows, base), finding(rows), comparisons(rows), sep="\n\n")
+        print("\n" + costs(rows))
+        if args.task == "needles":
+            for kind, odd in (("five digits", 0), ("six letters and digits", 1)):
+                part = [row for row in rows if int(row["id"].split("-")[1]) % 2 == odd]
+                print(f"\n{kind}: {len(part)} items\n\n{table(part, base)}")
+
+
+def gated(row: dict[str, Any]) -> dict[str, Any]:
+    """With two more arms, which are the question alone unless the gate was open."""
+    for arm in ("recall in found 1", "read again found 2"):
+        for kind in ("match", "loss"):
+            row[kind][f"{arm}, gated"] = row[kind][arm if row["opens"] else "alone"]
+    return row
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: pairs of arms on the same items."""
+    lines = ["| arm - other arm | match | loss |", "|---|---|---|"]
+    for arm, other in ARMS_COMPARED:
+        cells = [
+            str(paired_difference([r[kind][other] for r in rows], [r[kind][arm] for r in rows]))
+            for kind in ("match", "loss")
+        ]
+        lines.append(f"| {arm} - {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> str:
+    middle = {key: np.median([row[key] for row in rows]) for key in ("find_us", "look_up_us")}
+    tokens = np.mean([row["tokens"] for row in rows])
+    again = [np.mean([row["again"][n] for row in rows]) for n in ("1", "2")]
+    return (
+        f"{tokens:.0f} tokens a context, {again[0]:.0f} and {again[1]:.0f} read again; finding "
+        f"{middle['find_us']:.0f} us a question, a look-up {middle['look_up_us']:.0f} us (median)"
+    )
 
 
 def table(rows: Sequence[dict[str, Any]], base: str) -> str:
