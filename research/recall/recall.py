@@ -5,6 +5,7 @@ context is one compressed FFN state a token, the token that followed, and, where
 again, the tokens themselves. In this order, with D the data's folder, M a model's, W for results:
 
     PYTHONPATH=. python research/recall/recall.py dev M W --data D --task qa      # development
+    PYTHONPATH=. python research/recall/recall.py dev-text M W --data D --task qa
     PYTHONPATH=. python research/recall/recall.py choose W --task qa              # the knobs
     PYTHONPATH=. python research/recall/recall.py ask M W --data D --task qa      # held-out items
     PYTHONPATH=. python research/recall/recall.py unneeded-qa M W --data D     # harm to answers
@@ -55,6 +56,7 @@ from pacellm_vllm.evals.records import Records, write_whole
 FIND_DEPTHS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 SAY_DEPTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 WIDTHS = (64, 0)  # of a compressed key; 0: as it is
+NARROW = (64, 128, 256)
 TEMPERATURES = (0.02, 0.05)
 THRESHOLDS = tuple(round(0.15 + 0.05 * i, 2) for i in range(15))
 WEIGHTS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
@@ -135,14 +137,14 @@ def target(logprobs: Tensor, answer: Sequence[int]) -> Tensor:
 # Development items: every candidate, so that choosing needs no second run.
 
 
-def develop(args: argparse.Namespace) -> None:
-    bench = Bench(args)
-    finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
-    says = [bench.site(depth, "ffn") for depth in SAY_DEPTHS]
-    sites = list(dict.fromkeys(finds + says))
+def candidates(
+    bench: Bench, finds: Sequence[Site], says: Sequence[Site]
+) -> dict[str, tuple[Site, Compressor]]:
+    """Every way to make keys that is tried, by name; the sites are watched from now on."""
+    sites = list(dict.fromkeys([*finds, *says]))
     bench.reader.watch(sites)
     means = bench.means(sites)
-    compressors: dict[str, tuple[Site, Compressor]] = {}
+    made: dict[str, tuple[Site, Compressor]] = {}
     for site in sites:
         for centred in (True, False):
             if not centred and site not in finds:
@@ -151,7 +153,15 @@ def develop(args: argparse.Namespace) -> None:
                 mean = means[site] if centred else torch.zeros_like(means[site])
                 projection = random_projection(len(mean), width) if width else None
                 name = f"{site[0]}-{site[1]}|{'centred' if centred else 'raw'}|{width}"
-                compressors[name] = (site, Compressor(mean, projection))
+                made[name] = (site, Compressor(mean, projection))
+    return made
+
+
+def develop(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
+    says = [bench.site(depth, "ffn") for depth in SAY_DEPTHS]
+    compressors = candidates(bench, finds, says)
     unrelated = text_for_development(bench, args.count)
     before: tuple[Item, dict[str, Tensor]] | None = None
     settings = {"experiment": "dev", "task": bench.task, "model": Path(args.model).name}
@@ -227,6 +237,32 @@ def develop(args: argparse.Namespace) -> None:
             print(item.id, result["seconds"], flush=True)
 
 
+def develop_text(args: argparse.Namespace) -> None:
+    """How relevant stores seem to texts that have nothing to do with them."""
+    bench = Bench(args)
+    finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
+    compressors = candidates(bench, finds, ())
+    texts = text_for_development(bench, args.count)
+    settings = {"experiment": "dev-text", "task": bench.task, "model": Path(args.model).name}
+    with Records(args.out / f"{bench.task}-dev-text.jsonl", settings) as records:
+        for item, ids in zip(bench.items(False, args.count), texts, strict=True):
+            if ("dev-text", item.id) in records.done:
+                continue
+            reading, stored = bench.context(item)
+            text = bench.reader.read(ids)
+            found = {}
+            for name, (site, compress) in compressors.items():
+                keys = compress(reading.states[site][stored])
+                asked = compress(text.states[site][-TEXT_ASKED:])
+                for spread in (False, True):
+                    scores, level = score(asked, item, keys, spread)
+                    found[f"{name}|{'spread' if spread else 'plain'}"] = [
+                        float(scores.max()) / len(asked),
+                        level,
+                    ]
+            records.add({"config": "dev-text", "id": item.id, "find": found})
+
+
 def text_for_development(bench: Bench, count: int) -> list[list[int]]:
     """Texts about nothing that is in the stores of development items, 256 tokens each."""
     if bench.task == "qa":
@@ -269,19 +305,25 @@ def choose(args: argparse.Namespace) -> None:
             limit = float(np.quantile(other, 1 - FALSE_ALARMS))
             opened = sum(value > limit for value in own) / len(own)
             tables.append((first, third, opened, name, kind, limit))
-    # A narrow key is taken where it costs no more than two points in a hundred at the first place.
-    best_first = max(table[0] for table in tables)
-    narrow = [table for table in tables if "|64|" in table[3]]
-    close = [t for t in narrow if t[0] >= max(n[0] for n in narrow) - 0.02]
-    found = max(close, key=lambda table: (table[2] + table[0], table[1]))
-    print(f"{len(rows)} items; best of any width {best_first:.3f}")
-    for table in sorted(tables, reverse=True)[:8] + sorted(narrow, reverse=True)[:8] + [found]:
-        print("@1 {:.3f} @3 {:.3f} opens {:.3f} {} {} {:.4f}".format(*table))
+    close = [t for t in tables if t[0] >= max(u[0] for u in tables) - 0.02]
+    found = max(close, key=lambda t: (t[2] + t[0], t[1]))
+    narrow = [t for t in tables if "|64|" in t[3]]
+    print(f"{len(rows)} items; the best of all, the best narrow ones, and the chosen:")
+    for entry in sorted(tables, reverse=True)[:8] + sorted(narrow, reverse=True)[:4] + [found]:
+        print("@1 {:.3f} @3 {:.3f} opens {:.3f} {} {} {:.4f}".format(*entry))
     ranks = [row["bm25"] for row in rows]
     print(
         f"BM25 @1 {np.mean([r == 0 for r in ranks]):.3f} @3 {np.mean([r < 3 for r in ranks]):.3f}"
     )
     name, centring, width, weighting = found[3].split("|")
+    # The gate is to stay shut for questions and for text.
+    which = ("margin", "level").index(found[4])
+    seen = [
+        r["find"][found[3]][which] for r in read_lines(args.out / f"{args.task}-dev-text.jsonl")
+    ]
+    threshold = max(found[5], float(np.quantile(seen, 1 - FALSE_ALARMS)))
+    own = [row["find"][found[3]]["own"][which] for row in rows]
+    print(f"threshold {threshold:.4f}, opens {np.mean([o > threshold for o in own]):.3f}")
     knobs: dict[str, Any] = {
         "find": {
             "site": parse_site(name),
@@ -289,7 +331,7 @@ def choose(args: argparse.Namespace) -> None:
             "width": int(width),
             "spread": weighting == "spread",
         },
-        "gate": {"score": found[4], "threshold": found[5]},
+        "gate": {"score": found[4], "threshold": threshold},
     }
     # Both ways of reading tokens share one site, so that a token has one key for them.
     chosen: dict[str, list[tuple[float, float, float, float, float]]] = {}
@@ -371,12 +413,18 @@ class Memory:
         bench.reader.watch(sites)
         means = bench.means(sites)
         self.compress: dict[str, Compressor] = {}
+        # What finding would be with keys of fewer numbers; nothing else uses these.
+        self.narrow: dict[int, Compressor] = {}
         for use, site in self.sites.items():
             mean, width = means[site], self.knobs[use]["width"]
             projection = random_projection(len(mean), width) if width else None
             if not self.knobs[use].get("centred", True):
                 mean = torch.zeros_like(mean)
             self.compress[use] = Compressor(mean, projection)
+            if use == "find":
+                for fewer in NARROW:
+                    projection = random_projection(len(mean), fewer)
+                    self.narrow[fewer] = Compressor(mean, projection)
 
     def store(self, reading: Reading, stored: slice, item: Item) -> "Store":
         keys = {
@@ -526,6 +574,12 @@ def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[
     before = time.perf_counter()
     found, sure = store.find(alone.states[memory.sites["find"]][item.span])
     finding = time.perf_counter() - before
+    site, spread = memory.sites["find"], memory.knobs["find"]["spread"]
+    narrow = {}
+    for width, compress in memory.narrow.items():
+        keys = compress(reading.states[site][stored])
+        scores, _ = score(compress(alone.states[site][item.span]), item, keys, spread)
+        narrow[width] = scores.argsort(descending=True).tolist()[:5]
     lexical = bm25(item.asked, item.words)
     ranked = sorted(range(len(lexical)), key=lambda i: -lexical[i])
     question.mix("recall any token", alone, store.recall("token"))
@@ -546,6 +600,7 @@ def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[
     facts = {
         "gold": sorted(item.gold),
         "found": found[:5],
+        "narrow": narrow,
         "bm25": ranked[:5],
         "sure": round(sure, 5),
         "opens": store.opens(sure),
@@ -721,6 +776,7 @@ ARMS_COMPARED = (
 
 
 def report(args: argparse.Namespace) -> None:
+    limit = json.loads((args.out / f"{args.task}-knobs.json").read_text())["gate"]["threshold"]
     for name, base in (
         (f"{args.task}-ask", "alone"),
         ("unneeded-qa", "off"),
@@ -730,6 +786,8 @@ def report(args: argparse.Namespace) -> None:
         if not path.exists():
             continue
         rows = read_lines(path)
+        for row in rows:
+            row["opens"] = row["sure"] > limit
         print(f"\n{name}: {len(rows)} items, gate open in {sum(r['opens'] for r in rows)}\n")
         if base == "off":
             print(table(rows, base))
@@ -792,12 +850,15 @@ def table(rows: Sequence[dict[str, Any]], base: str) -> str:
 def finding(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: how often a gold passage is among the first of either order."""
     lines = ["| passages | @1 | @2 | @3 |", "|---|---|---|---|"]
-    for order in ("found", "bm25"):
+    orders = {"found": [row["found"] for row in rows], "BM25": [row["bm25"] for row in rows]}
+    for width in rows[0]["narrow"]:
+        orders[f"found with keys of {width}"] = [row["narrow"][width] for row in rows]
+    for name, order in orders.items():
         cells = [
-            f"{np.mean([bool({*row['gold']} & {*row[order][:n]}) for row in rows]):.3f}"
+            np.mean([bool({*row["gold"]} & {*o[:n]}) for row, o in zip(rows, order, strict=True)])
             for n in (1, 2, 3)
         ]
-        lines.append(f"| {order} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -807,7 +868,8 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True)
     experiments: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
-        "dev": (develop, 100),
+        "dev": (develop, 80),
+        "dev-text": (develop_text, 80),
         "ask": (ask, 250),
         "unneeded-qa": (unneeded_questions, 400),
         "unneeded-text": (unneeded_text, 240),
