@@ -671,11 +671,8 @@ def ask_unneeded(
     opens = store.opens(sure)
     question.mix("recall any token", off, store.recall("token"))
     question.mix("recall in found 2, always", off, store.recall("focus", found[:2]))
-    lexical = bm25(item.asked, store.item.words)
-    ranked = sorted(range(len(lexical)), key=lambda i: -lexical[i])
-    for name, order in (("found", found), ("BM25", ranked)):
-        part = store.item.part(order[:2])
-        question.ask_once(f"read again {name} 2, always", item.head + part + body + item.question)
+    part = store.item.part(found[:2])
+    question.ask("read again found 2, always", item.head + part + body + item.question)
     for arm in ("recall in found 2", "read again found 2"):
         question.copy(arm, f"{arm}, always" if opens else "off")
         question.same[arm] = question.same.get(question.same[arm], question.same[arm])

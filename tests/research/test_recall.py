@@ -3,11 +3,12 @@
 import gzip
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from recall import following, loss_change, places, rank_of_gold, table
+from recall import Store, comparisons, following, gated, loss_change, places, rank_of_gold, table
 from recall_items import Item, bm25, needles, questions, subspan_match
 from recall_memory import (
     Compressor,
@@ -94,6 +95,32 @@ def test_a_key_stands_beside_its_passage_and_the_next_token(head):
     it = item(head, [[1, 2], [3, 4, 5]])
     assert following(it).tolist() == ([2, 3, 4, 5] if head else [3, 4, 5])
     assert places(it).tolist() == ([0, 0, 1, 1] if head else [0, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["level", "margin"])
+def test_a_store_finds_the_passage_and_recalls_from_it_alone(kind):
+    torch.manual_seed(5)
+    it = item([90], [[11, 12, 13, 14], [21, 22, 23], [31, 32, 33, 34]])
+    states = torch.randn(10, 24)
+    compress = Compressor(torch.zeros(24))
+    knobs = {
+        "find": {"spread": False},
+        "gate": {"score": kind, "threshold": 0.5},
+        "focus": {"temperature": 0.01, "threshold": 0.5, "weight": 0.9},
+    }
+    memory = SimpleNamespace(knobs=knobs, compress={"find": compress, "focus": compress})
+    keys = {"find": compress(states), "focus": compress(states)}
+    store = Store(memory, it, keys)
+    found, sure = store.find(states[[4, 5]])
+    assert found[0] == 1
+    assert store.opens(sure)
+    best = similarities(compress(states[[4, 5]]), keys["find"], places(it), 3)
+    assert sure == pytest.approx(1 if kind == "level" else float((best[1] - best.mean(0)).mean()))
+    assert not store.opens(store.find(torch.randn(40, 24))[1])
+    tokens, shares, _ = store.recall("focus", [1]).look_up(states[[4]])
+    assert tokens[0, 0] == 22
+    assert shares[0, 0] > 0.99
+    assert set(tokens[0].tolist()) == {22, 23, 31}
 
 
 def test_what_is_read_again_is_in_the_order_of_the_text():
@@ -243,3 +270,26 @@ def test_the_table_compares_the_same_items():
     assert cells[3] == "2.000"
     assert cells[2].startswith("+0.500 [+0.3")
     assert cells[4].startswith("-1.000 [-1.2")
+
+
+def test_a_shut_gate_is_the_question_alone():
+    arms = {"recall in found 1": 2.0, "read again found 2": 1.0, "alone": 7.0}
+    for opens in (True, False):
+        row = gated({"opens": opens, "match": dict(arms), "loss": dict(arms)})
+        for kind in ("match", "loss"):
+            assert row[kind]["recall in found 1, gated"] == (2 if opens else 7)
+            assert row[kind]["read again found 2, gated"] == (1 if opens else 7)
+
+
+def test_arms_are_compared_item_by_item():
+    arms = [f"read again {name} {n}" for name in ("found", "BM25") for n in (1, 2)]
+    arms += ["last tokens as many", "whole context", "read again gold"]
+    arms += ["recall in found 1", "recall any token"]
+    row = {"match": dict.fromkeys(arms, 0.5), "loss": dict.fromkeys(arms, 2.0)}
+    row["match"]["read again found 1"] = 0.75
+    row["loss"]["read again BM25 1"] = 2.5
+    lines = comparisons([row] * 3).splitlines()
+    assert lines[2] == (
+        "| read again found 1 - read again BM25 1 "
+        "| +0.250 [+0.250, +0.250] | -0.500 [-0.500, -0.500] |"
+    )
