@@ -60,8 +60,9 @@ NARROW = (64, 128, 256)
 TEMPERATURES = (0.02, 0.05)
 THRESHOLDS = tuple(round(0.15 + 0.05 * i, 2) for i in range(15))
 WEIGHTS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+DEVELOPED = 120  # development items at most
 CALIBRATION = 8  # development contexts that a state's mean is taken of
-PASSAGES = {"qa": 10, "needles": 0}
+PASSAGES = 10
 NEEDLE_TOKENS = 1500
 LIMIT = {"qa": 20, "needles": 12}
 # What a store of something else may cost on development items, in nats a token of text: of the
@@ -81,14 +82,13 @@ class Bench:
         self.data: Path = args.data
         self.tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
         self.reader = Reader(args.model)
-        self.width: dict[str, int] = {}
         self.stop = {
             token for token in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([token])
         } | {self.tokenizer.eos_token_id}
 
     def items(self, held_out: bool, count: int) -> list[Item]:
         if self.task == "qa":
-            return questions(self.tokenizer, self.data, held_out, count, PASSAGES["qa"])
+            return questions(self.tokenizer, self.data, held_out, count, PASSAGES)
         return needles(self.tokenizer, self.data, held_out, count, NEEDLE_TOKENS)
 
     def site(self, depth: float, kind: str) -> Site:
@@ -162,7 +162,7 @@ def develop(args: argparse.Namespace) -> None:
     finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
     says = [bench.site(depth, "ffn") for depth in SAY_DEPTHS]
     compressors = candidates(bench, finds, says)
-    unrelated = text_for_development(bench, args.count)
+    unrelated = text_for_development(bench)
     before: tuple[Item, dict[str, Tensor]] | None = None
     settings = {"experiment": "dev", "task": bench.task, "model": Path(args.model).name}
     with Records(args.out / f"{bench.task}-dev.jsonl", settings) as records:
@@ -242,10 +242,10 @@ def develop_text(args: argparse.Namespace) -> None:
     bench = Bench(args)
     finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
     compressors = candidates(bench, finds, ())
-    texts = text_for_development(bench, args.count)
+    texts = text_for_development(bench)
     settings = {"experiment": "dev-text", "task": bench.task, "model": Path(args.model).name}
     with Records(args.out / f"{bench.task}-dev-text.jsonl", settings) as records:
-        for item, ids in zip(bench.items(False, args.count), texts, strict=True):
+        for item, ids in zip(bench.items(False, args.count), texts, strict=False):
             if ("dev-text", item.id) in records.done:
                 continue
             reading, stored = bench.context(item)
@@ -263,15 +263,15 @@ def develop_text(args: argparse.Namespace) -> None:
             records.add({"config": "dev-text", "id": item.id, "find": found})
 
 
-def text_for_development(bench: Bench, count: int) -> list[list[int]]:
+def text_for_development(bench: Bench) -> list[list[int]]:
     """Texts about nothing that is in the stores of development items, 256 tokens each."""
     if bench.task == "qa":
         source = [token for text in essays(bench.tokenizer, bench.data, False) for token in text]
     else:
-        asked = questions(bench.tokenizer, bench.data, False, count * 2, 2)
+        asked = questions(bench.tokenizer, bench.data, False, 2 * DEVELOPED, 2)
         source = [token for item in asked for token in item.part(item.gold)]
-    step = (len(source) - 256) // count
-    return [source[i * step : i * step + 256] for i in range(count)]
+    step = (len(source) - 256) // DEVELOPED
+    return [source[i * step : i * step + 256] for i in range(DEVELOPED)]
 
 
 def score(query: Tensor, item: Item, keys: Tensor, spread: bool) -> tuple[Tensor, float]:
@@ -298,31 +298,30 @@ def choose(args: argparse.Namespace) -> None:
         first = sum(row["find"][name]["rank"] == 0 for row in rows) / len(rows)
         third = sum(row["find"][name]["rank"] < 3 for row in rows) / len(rows)
         for which, kind in enumerate(("margin", "level")):
-            own = [row["find"][name]["own"][which] for row in rows[1:]]
-            other = [
-                row["find"][name][key][which] for row in rows[1:] for key in ("other", "prompt")
-            ]
+            found = [row["find"][name] for row in rows if "other" in row["find"][name]]
+            own = [cell["own"][which] for cell in found]
+            other = [cell[key][which] for cell in found for key in ("other", "prompt")]
             limit = float(np.quantile(other, 1 - FALSE_ALARMS))
             opened = sum(value > limit for value in own) / len(own)
             tables.append((first, third, opened, name, kind, limit))
     close = [t for t in tables if t[0] >= max(u[0] for u in tables) - 0.02]
-    found = max(close, key=lambda t: (t[2] + t[0], t[1]))
+    taken = max(close, key=lambda t: (t[2] + t[0], t[1]))
     narrow = [t for t in tables if "|64|" in t[3]]
     print(f"{len(rows)} items; the best of all, the best narrow ones, and the chosen:")
-    for entry in sorted(tables, reverse=True)[:8] + sorted(narrow, reverse=True)[:4] + [found]:
+    for entry in sorted(tables, reverse=True)[:8] + sorted(narrow, reverse=True)[:4] + [taken]:
         print("@1 {:.3f} @3 {:.3f} opens {:.3f} {} {} {:.4f}".format(*entry))
     ranks = [row["bm25"] for row in rows]
     print(
         f"BM25 @1 {np.mean([r == 0 for r in ranks]):.3f} @3 {np.mean([r < 3 for r in ranks]):.3f}"
     )
-    name, centring, width, weighting = found[3].split("|")
+    name, centring, width, weighting = taken[3].split("|")
     # The gate is to stay shut for questions and for text.
-    which = ("margin", "level").index(found[4])
+    which = ("margin", "level").index(taken[4])
     seen = [
-        r["find"][found[3]][which] for r in read_lines(args.out / f"{args.task}-dev-text.jsonl")
+        r["find"][taken[3]][which] for r in read_lines(args.out / f"{args.task}-dev-text.jsonl")
     ]
-    threshold = max(found[5], float(np.quantile(seen, 1 - FALSE_ALARMS)))
-    own = [row["find"][found[3]]["own"][which] for row in rows]
+    threshold = max(taken[5], float(np.quantile(seen, 1 - FALSE_ALARMS)))
+    own = [row["find"][taken[3]]["own"][which] for row in rows]
     print(f"threshold {threshold:.4f}, opens {np.mean([o > threshold for o in own]):.3f}")
     knobs: dict[str, Any] = {
         "find": {
@@ -331,7 +330,7 @@ def choose(args: argparse.Namespace) -> None:
             "width": int(width),
             "spread": weighting == "spread",
         },
-        "gate": {"score": found[4], "threshold": threshold},
+        "gate": {"score": taken[4], "threshold": threshold},
     }
     # Both ways of reading tokens share one site, so that a token has one key for them.
     chosen: dict[str, list[tuple[float, float, float, float, float]]] = {}
