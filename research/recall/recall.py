@@ -849,12 +849,17 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
     orders = {"found": [row["found"] for row in rows], "BM25": [row["bm25"] for row in rows]}
     for width in rows[0]["narrow"]:
         orders[f"found with keys of {width}"] = [row["narrow"][width] for row in rows]
-    for name, order in orders.items():
-        cells = [
-            np.mean([bool({*row["gold"]} & {*o[:n]}) for row, o in zip(rows, order, strict=True)])
+    hits = {
+        name: [
+            [float(bool({*row["gold"]} & {*o[:n]})) for row, o in zip(rows, order, strict=True)]
             for n in (1, 2, 3)
         ]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+        for name, order in orders.items()
+    }
+    for name, own in hits.items():
+        lines.append(f"| {name} | " + " | ".join(f"{np.mean(cell):.3f}" for cell in own) + " |")
+    pairs = zip(hits["BM25"], hits["found"], strict=True)
+    lines.append("| found - BM25 | " + " | ".join(str(paired_difference(*p)) for p in pairs) + " |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from recall import Store, comparisons, following, gated, loss_change, places, rank_of_gold, table
+from recall import (
+    Store,
+    comparisons,
+    finding,
+    following,
+    gated,
+    loss_change,
+    places,
+    rank_of_gold,
+    table,
+)
 from recall_items import Item, bm25, needles, questions, subspan_match
 from recall_memory import (
     Compressor,
@@ -292,4 +302,18 @@ def test_arms_are_compared_item_by_item():
     assert lines[2] == (
         "| read again found 1 - read again BM25 1 "
         "| +0.250 [+0.250, +0.250] | -0.500 [-0.500, -0.500] |"
+    )
+
+
+def test_a_passage_is_found_where_gold_is_among_the_first():
+    rows = [
+        {"gold": [3], "found": [3, 1, 2], "bm25": [1, 3, 2], "narrow": {"8": [1, 2, 3]}},
+        {"gold": [4, 5], "found": [5, 1, 2], "bm25": [1, 2, 5], "narrow": {"8": [4, 1, 2]}},
+    ]
+    lines = finding(rows).splitlines()
+    assert lines[2] == "| found | 1.000 | 1.000 | 1.000 |"
+    assert lines[3] == "| BM25 | 0.000 | 0.500 | 1.000 |"
+    assert lines[4] == "| found with keys of 8 | 0.500 | 0.500 | 1.000 |"
+    assert lines[5].startswith(
+        "| found - BM25 | +1.000 [+1.000, +1.000] | +0.500 [+0.000, +1.000] |"
     )
