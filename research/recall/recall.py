@@ -8,6 +8,7 @@ again, the tokens themselves. In this order, with D the data's folder, M a model
     PYTHONPATH=. python research/recall/recall.py dev-text M W --data D --task qa
     PYTHONPATH=. python research/recall/recall.py choose W --task qa              # the knobs
     PYTHONPATH=. python research/recall/recall.py ask M W --data D --task qa      # held-out items
+    PYTHONPATH=. python research/recall/recall.py lexical-gate M W --data D --task qa  # BM25's gate
     PYTHONPATH=. python research/recall/recall.py unneeded-qa M W --data D     # harm to answers
     PYTHONPATH=. python research/recall/recall.py unneeded-text M W --data D --task qa
     PYTHONPATH=. python research/recall/recall.py report W --task qa              # tables
@@ -29,6 +30,7 @@ import torch
 from recall_items import (
     Item,
     bm25,
+    coverage,
     encode,
     essays,
     needles,
@@ -70,7 +72,7 @@ LIMIT = {"qa": 20, "needles": 12}
 MAY_COST = {"token": 0.005, "focus": 0.05}
 FALSE_ALARMS = 0.02  # of development items whose store has something else
 GROUP = {"qa": 4, "needles": 8}
-TEXT_PROMPT, TEXT_SCORED, TEXT_ASKED = 256, 256, 32
+TEXT_PROMPT, TEXT_SCORED, TEXT_ASKED = 256, 128, 32
 
 
 class Bench:
@@ -632,8 +634,7 @@ def unneeded_questions(args: argparse.Namespace) -> None:
         for start in range(0, len(numbers), 8):
             begun = time.perf_counter()
             chosen = numbers[start : start + 8]
-            words = {text for n in chosen for text in items[n].words}
-            other = next(item for item in items[chosen[-1] + 1 :] if not words & {*item.words})
+            other = unrelated(items, chosen)
             reading, stored = bench.context(other)
             store = memory.store(reading, stored, other)
             asked, results = [], []
@@ -656,12 +657,17 @@ def unneeded_questions(args: argparse.Namespace) -> None:
             print(items[chosen[-1]].id, round(seconds, 2), flush=True)
 
 
+def unrelated(items: Sequence[Item], chosen: Sequence[int]) -> Item:
+    """The first item after the ``chosen`` ones that has none of their passages."""
+    words = {text for n in chosen for text in items[n].words}
+    return next(item for item in items[chosen[-1] + 1 :] if not words & {*item.words})
+
+
 def ask_unneeded(
     bench: Bench, memory: Memory, store: Store, item: Item
 ) -> tuple[Question, dict[str, Any]]:
     question = Question(bench, memory.sites["token"], item)
-    spare = next(i for i in range(len(item.passages)) if i not in item.gold)
-    body = item.part({*item.gold, spare})
+    body = beside(item)
     prompt = item.head + body + item.question
     off = question.ask("off", prompt)
     shift = len(prompt) - len(item.question)
@@ -747,6 +753,69 @@ def unneeded_text(args: argparse.Namespace) -> None:
                 print(number, round(time.perf_counter() - begun, 2), flush=True)
 
 
+def lexical_gate(args: argparse.Namespace) -> None:
+    """The same gate for BM25: set on development items, tried on held-out ones.
+
+    The questions are those of ``ask`` and ``unneeded-qa``, the stores too.
+    """
+    bench = Bench(args)
+    dev = bench.items(held_out=False, count=80)
+    negative = [coverage(a.asked, b.words) for a, b in zip(dev[1:], dev[:-1], strict=True)]
+    texts = [bench.tokenizer.decode(ids[-TEXT_ASKED:]) for ids in text_for_development(bench)]
+    negative_text = [coverage(text, a.words) for text, a in zip(texts, dev, strict=False)]
+    limit = max(float(np.quantile(n, 1 - FALSE_ALARMS)) for n in (negative, negative_text))
+    settings = {"experiment": "lexical-gate", "task": bench.task, "threshold": limit}
+    with Records(args.out / f"{bench.task}-lexical.jsonl", settings) as records:
+        held_out = bench.items(held_out=True, count=args.skip + args.count + 20)
+        asked = [(item, item) for item in held_out[: args.count]]
+        if bench.task == "qa":
+            later = held_out[args.skip :]
+            for start in range(0, args.count, 8):
+                chosen = range(start, min(start + 8, args.count))
+                asked += [(later[n], unrelated(later, chosen)) for n in chosen]
+        for item, store in asked:
+            own = item is store
+            key = ("own" if own else "other", item.id)
+            if key not in records.done:
+                sure = coverage(item.asked, store.words)
+                records.add(
+                    {"config": key[0], "id": item.id, "sure": round(sure, 5), "opens": sure > limit}
+                )
+
+
+def unneeded_lexical(args: argparse.Namespace) -> None:
+    """What BM25's two passages do to questions of ``unneeded-qa`` for which its gate was open."""
+    bench = Bench(args)
+    say = bench.site(0.5, "ffn")
+    bench.reader.watch([say])
+    later = bench.items(held_out=True, count=args.skip + args.count + 20)[args.skip :]
+    lines = read_lines(args.out / "qa-lexical.jsonl")
+    opened = {line["id"] for line in lines if line["config"] == "other" and line["opens"]}
+    settings = {"experiment": "unneeded-lexical", "model": Path(args.model).name}
+    with Records(args.out / "unneeded-lexical.jsonl", settings) as records:
+        for start in range(0, args.count, 8):
+            chosen = range(start, min(start + 8, args.count))
+            store = unrelated(later, chosen)
+            for item in (later[n] for n in chosen):
+                if item.id not in opened or ("lexical", item.id) in records.done:
+                    continue
+                question = Question(bench, say, item)
+                scores = bm25(item.asked, store.words)
+                ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+                body = beside(item)
+                question.ask("off", item.head + body + item.question)
+                again = item.head + store.part(ranked[:2]) + body + item.question
+                question.ask("read again BM25 2", again)
+                write_all(bench, [question])
+                records.add({"config": "lexical", "id": item.id} | question.result())
+
+
+def beside(item: Item) -> list[int]:
+    """The gold passage and one more: a prompt that has what its question needs."""
+    spare = next(i for i in range(len(item.passages)) if i not in item.gold)
+    return item.part({*item.gold, spare})
+
+
 def passages_of_questions(bench: Bench, number: int) -> Item:
     """Passages of Natural Questions as a store for a model that was tuned on needles."""
     return questions(bench.tokenizer, bench.data, True, number + 1, 10)[number]
@@ -786,8 +855,19 @@ def report(args: argparse.Namespace) -> None:
             row["opens"] = row["sure"] > limit
         print(f"\n{name}: {len(rows)} items, gate open in {sum(r['opens'] for r in rows)}\n")
         if base == "off":
+            if name == "unneeded-qa":
+                add_lexical(rows, args.out)
             print(table(rows, base))
             continue
+        lexical = args.out / f"{args.task}-lexical.jsonl"
+        if lexical.exists():
+            lines = read_lines(lexical)
+            opens = {line["id"]: line["opens"] for line in lines if line["config"] == "own"}
+            other = [line["opens"] for line in lines if line["config"] == "other"]
+            for row in rows:
+                row["lexical"] = opens[row["id"]]
+            print(f"BM25's gate: open in {sum(row['lexical'] for row in rows)} of {len(rows)}")
+            print(f"with another item's store in {sum(other)} of {len(other)}\n")
         rows = [gated(row) for row in rows]
         print(table(rows, base), finding(rows), comparisons(rows), sep="\n\n")
         print("\n" + costs(rows))
@@ -797,11 +877,26 @@ def report(args: argparse.Namespace) -> None:
                 print(f"\n{kind}: {len(part)} items\n\n{table(part, base)}")
 
 
+def add_lexical(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Add BM25's gated arm to questions that do not need it, where it was measured."""
+    if (out / "unneeded-lexical.jsonl").exists():
+        opened = {line["id"]: line for line in read_lines(out / "unneeded-lexical.jsonl")}
+        for row in rows:
+            for kind in ("match", "loss"):
+                own = opened.get(row["id"])
+                value = own[kind]["read again BM25 2"] if own else row[kind]["off"]
+                row[kind]["read again BM25 2, gated"] = value
+
+
 def gated(row: dict[str, Any]) -> dict[str, Any]:
-    """With two more arms, which are the question alone unless the gate was open."""
-    for arm in ("recall in found 1", "read again found 2"):
+    """With more arms, which are the question alone unless the gate was open."""
+    for arm in ("recall in found 1", "read again found 1", "read again found 2"):
         for kind in ("match", "loss"):
             row[kind][f"{arm}, gated"] = row[kind][arm if row["opens"] else "alone"]
+    if "lexical" in row:
+        for arm in ("read again BM25 1", "read again BM25 2"):
+            for kind in ("match", "loss"):
+                row[kind][f"{arm}, gated"] = row[kind][arm if row["lexical"] else "alone"]
     return row
 
 
@@ -871,9 +966,11 @@ def main() -> None:
     experiments: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
         "dev": (develop, 80),
         "dev-text": (develop_text, 80),
-        "ask": (ask, 250),
-        "unneeded-qa": (unneeded_questions, 400),
-        "unneeded-text": (unneeded_text, 240),
+        "ask": (ask, 200),
+        "unneeded-qa": (unneeded_questions, 216),
+        "lexical-gate": (lexical_gate, 216),
+        "unneeded-lexical": (unneeded_lexical, 216),
+        "unneeded-text": (unneeded_text, 200),
     }
     for name, (function, count) in experiments.items():
         command = commands.add_parser(name)
@@ -881,9 +978,9 @@ def main() -> None:
         command.add_argument("out", type=Path)
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--count", type=int, default=count, help="items")
-        if name != "unneeded-qa":
+        if not name.startswith("unneeded-") or name == "unneeded-text":
             command.add_argument("--task", choices=("qa", "needles"), required=True)
-        else:
+        if name not in ("dev", "dev-text", "ask", "unneeded-text"):
             command.add_argument("--skip", type=int, default=600, help="held-out items before")
         command.set_defaults(function=function)
     for name, function in (("choose", choose), ("report", report)):

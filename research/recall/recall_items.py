@@ -205,13 +205,23 @@ def bm25(query: str, texts: Sequence[str], k1: float = 1.5, b: float = 0.75) -> 
     bags = [Counter(terms(text)) for text in texts]
     mean = sum(bag.total() for bag in bags) / len(bags)
     scores = [0.0] * len(bags)
-    for term in set(terms(query)):
-        having = sum(term in bag for bag in bags)
-        rarity = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
+    for term, rarity in rarities(query, bags).items():
         for i, bag in enumerate(bags):
             norm = k1 * (1 - b + b * bag.total() / mean)
             scores[i] += rarity * bag[term] * (k1 + 1) / (bag[term] + norm)
     return scores
+
+
+def coverage(query: str, texts: Sequence[str], k1: float = 1.5) -> float:
+    """The best BM25 of ``texts``, as a share of what a text of the query's words alone nears."""
+    most = sum(rarities(query, [Counter(terms(text)) for text in texts]).values()) * (k1 + 1)
+    return max(bm25(query, texts, k1)) / most if most else 0.0
+
+
+def rarities(query: str, bags: Sequence[Counter[str]]) -> dict[str, float]:
+    """How rare each of the query's words is among ``bags``."""
+    having = {term: sum(term in bag for bag in bags) for term in sorted(set(terms(query)))}
+    return {term: math.log(1 + (len(bags) - n + 0.5) / (n + 0.5)) for term, n in having.items()}
 
 
 def terms(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from recall import (
     Store,
+    add_lexical,
     comparisons,
     finding,
     following,
@@ -19,7 +20,7 @@ from recall import (
     rank_of_gold,
     table,
 )
-from recall_items import Item, bm25, needles, questions, subspan_match
+from recall_items import Item, bm25, coverage, needles, questions, subspan_match
 from recall_memory import (
     Compressor,
     Reader,
@@ -317,3 +318,30 @@ def test_a_passage_is_found_where_gold_is_among_the_first():
     assert lines[5].startswith(
         "| found - BM25 | +1.000 [+1.000, +1.000] | +0.500 [+0.000, +1.000] |"
     )
+
+
+def test_coverage_is_a_share_of_the_query_s_words():
+    texts = ["a cat sat", "the dog", "a dog ran far away"]
+    rarity = math.log(1 + 2.5 / 1.5), math.log(1 + 3.5 / 0.5)
+    [cat, *_] = bm25("cat", texts)
+    assert coverage("cat mat", texts) == pytest.approx(cat / (sum(rarity) * 2.5))
+    assert coverage("mat", texts) == coverage("", texts) == 0
+    assert 0.9 < coverage("cat", ["cat " * 50, "x", "y"]) < 1
+
+
+def test_a_question_that_bm25_s_gate_left_alone_is_as_without(tmp_path):
+    lines = [
+        {"settings": {}},
+        {
+            "config": "lexical",
+            "id": "held-1",
+            "match": {"read again BM25 2": 0.0},
+            "loss": {"read again BM25 2": 3.0},
+        },
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "unneeded-lexical.jsonl").write_text(text)
+    rows = [{"id": f"held-{n}", "match": {"off": 1.0}, "loss": {"off": 2.0}} for n in range(2)]
+    add_lexical(rows, tmp_path)
+    assert [row["match"]["read again BM25 2, gated"] for row in rows] == [1, 0]
+    assert [row["loss"]["read again BM25 2, gated"] for row in rows] == [2, 3]
