@@ -284,7 +284,8 @@ def test_the_table_compares_the_same_items():
 
 
 def test_a_shut_gate_is_the_question_alone():
-    arms = {"recall in found 1": 2.0, "read again found 2": 1.0, "alone": 7.0}
+    arms = {"recall in found 1": 2.0, "alone": 7.0}
+    arms |= {"read again found 1": 3.0, "read again found 2": 1.0}
     for opens in (True, False):
         row = gated({"opens": opens, "match": dict(arms), "loss": dict(arms)})
         for kind in ("match", "loss"):
