@@ -8,8 +8,9 @@ again, the tokens themselves. In this order, with D the data's folder, M a model
     PYTHONPATH=. python research/recall/recall.py dev-text M W --data D --task qa
     PYTHONPATH=. python research/recall/recall.py choose W --task qa              # the knobs
     PYTHONPATH=. python research/recall/recall.py ask M W --data D --task qa      # held-out items
+    PYTHONPATH=. python research/recall/recall.py unneeded-qa M W --data D        # harm to answers
     PYTHONPATH=. python research/recall/recall.py lexical-gate M W --data D --task qa  # BM25's gate
-    PYTHONPATH=. python research/recall/recall.py unneeded-qa M W --data D     # harm to answers
+    PYTHONPATH=. python research/recall/recall.py unneeded-lexical M W --data D
     PYTHONPATH=. python research/recall/recall.py unneeded-text M W --data D --task qa
     PYTHONPATH=. python research/recall/recall.py report W --task qa              # tables
 
@@ -89,14 +90,17 @@ class Bench:
         } | {self.tokenizer.eos_token_id}
 
     def items(self, held_out: bool, count: int) -> list[Item]:
+        """The first ``count`` items of the task, of either half."""
         if self.task == "qa":
             return questions(self.tokenizer, self.data, held_out, count, PASSAGES)
         return needles(self.tokenizer, self.data, held_out, count, NEEDLE_TOKENS)
 
     def site(self, depth: float, kind: str) -> Site:
+        """The layer at ``depth`` (0 to 1), and the kind."""
         return int(depth * self.reader.layers), kind
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """What was said, without the token that ended it."""
         return str(self.tokenizer.decode([t for t in tokens if t not in self.stop])).strip()
 
     def context(self, item: Item) -> tuple[Reading, slice]:
@@ -136,9 +140,6 @@ def target(logprobs: Tensor, answer: Sequence[int]) -> Tensor:
     return logprobs[: len(answer)].gather(1, torch.tensor(list(answer))[:, None])[:, 0]
 
 
-# Development items: every candidate, so that choosing needs no second run.
-
-
 def candidates(
     bench: Bench, finds: Sequence[Site], says: Sequence[Site]
 ) -> dict[str, tuple[Site, Compressor]]:
@@ -160,6 +161,7 @@ def candidates(
 
 
 def develop(args: argparse.Namespace) -> None:
+    """Every candidate on development items, so that choosing needs no second run."""
     bench = Bench(args)
     finds = [bench.site(depth, kind) for depth in FIND_DEPTHS for kind in ("ffn", "in")]
     says = [bench.site(depth, "ffn") for depth in SAY_DEPTHS]
@@ -290,10 +292,12 @@ def rank_of_gold(scores: Sequence[float], gold: set[int]) -> int:
 
 
 def rounded(values: Tensor) -> list[float]:
+    """As numbers for a line of results."""
     return [round(v, 6) for v in values.tolist()]
 
 
 def choose(args: argparse.Namespace) -> None:
+    """Freeze where passages and tokens are looked up, how, and from where on it counts."""
     rows = read_lines(args.out / f"{args.task}-dev.jsonl")
     tables = []
     for name in rows[0]["find"]:
@@ -373,6 +377,7 @@ def attempts(
 
 
 def parse_site(name: str) -> list[Any]:
+    """Layer and kind of a site, from its name."""
     layer, kind = name.split("-")
     return [int(layer), kind]
 
@@ -394,9 +399,6 @@ def loss_change(
     mixed = (1 - share) * model + share * hit
     total = float((np.log(model.clip(1e-9)) - np.log(mixed.clip(1e-9))).sum())
     return total / len(rows), total / len(model)
-
-
-# Held-out items, with what was chosen.
 
 
 class Memory:
@@ -428,6 +430,7 @@ class Memory:
                     self.narrow[fewer] = Compressor(mean, projection)
 
     def store(self, reading: Reading, stored: slice, item: Item) -> "Store":
+        """Of what ``Bench.context`` read: keys as they would lie in bfloat16."""
         keys = {
             use: compress(reading.states[self.sites[use]][stored]).bfloat16().float()
             for use, compress in self.compress.items()
@@ -451,9 +454,11 @@ class Store:
         return scores.argsort(descending=True).tolist(), sure
 
     def opens(self, sure: float) -> bool:
+        """Whether the gate is open for a relevance of ``sure``."""
         return sure > self.memory.knobs["gate"]["threshold"]
 
     def recall(self, use: str, passages: Sequence[int] | None = None) -> Recall:
+        """What recalls tokens, from ``passages`` alone if any are named."""
         knobs = self.memory.knobs[use]
         keys, follow = self.keys[use], self.follow
         if passages is not None:
@@ -495,6 +500,7 @@ class Question:
         return reading
 
     def ask_once(self, arm: str, prompt: Sequence[int]) -> None:
+        """``ask``, unless another arm had this prompt."""
         first = self.prompts.setdefault(tuple(prompt), arm)
         if first == arm:
             self.ask(arm, prompt)
@@ -502,6 +508,7 @@ class Question:
             self.copy(arm, first)
 
     def copy(self, arm: str, of: str) -> None:
+        """Make ``arm`` what another arm is."""
         self.same[arm], self.losses[arm] = of, self.losses[of]
 
     def mix(self, arm: str, reading: Reading, recall: Recall) -> None:
@@ -512,6 +519,7 @@ class Question:
         self.rows[arm] = Row(reading.cache, mixed[0], recall)
 
     def result(self) -> dict[str, Any]:
+        """Losses in nats, matches and texts of all arms, for a line of results."""
         said = {arm: self.bench.decode(row.tokens) for arm, row in self.rows.items()}
         said |= {arm: said[of] for arm, of in self.same.items()}
         return {
@@ -533,6 +541,7 @@ def write_all(bench: Bench, asked: Sequence[Question]) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
+    """Held-out questions whose context is gone, under every arm."""
     bench = Bench(args)
     memory = Memory(bench, args.out)
     settings = {
@@ -566,6 +575,7 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[str, Any]]:
+    """One held-out question under every arm, and what finding its passages took (microseconds)."""
     question = Question(bench, memory.sites["token"], item)
     reading, stored = bench.context(item)
     store = memory.store(reading, stored, item)
@@ -614,6 +624,7 @@ def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[
 
 
 def groups(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """``items`` in parts of ``size``."""
     for i in range(0, len(items), size):
         yield items[i : i + size]
 
@@ -666,6 +677,7 @@ def unrelated(items: Sequence[Item], chosen: Sequence[int]) -> Item:
 def ask_unneeded(
     bench: Bench, memory: Memory, store: Store, item: Item
 ) -> tuple[Question, dict[str, Any]]:
+    """One question whose passage is in its prompt, beside a ``store`` of something else."""
     question = Question(bench, memory.sites["token"], item)
     body = beside(item)
     prompt = item.head + body + item.question
@@ -826,9 +838,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, path.open()) if "id" in line]
 
 
-# Tables.
-
-
 ARMS_COMPARED = (
     ("read again found 1", "read again BM25 1"),
     ("read again found 2", "read again BM25 2"),
@@ -841,6 +850,7 @@ ARMS_COMPARED = (
 
 
 def report(args: argparse.Namespace) -> None:
+    """Print the tables of what was measured."""
     limit = json.loads((args.out / f"{args.task}-knobs.json").read_text())["gate"]["threshold"]
     for name, base in (
         (f"{args.task}-ask", "alone"),
@@ -913,6 +923,7 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def costs(rows: Sequence[dict[str, Any]]) -> str:
+    """What was read again, and how long the median look-up took."""
     middle = {key: np.median([row[key] for row in rows]) for key in ("find_us", "look_up_us")}
     tokens = np.mean([row["tokens"] for row in rows])
     again = [np.mean([row["again"][n] for row in rows]) for n in ("1", "2")]

@@ -70,6 +70,7 @@ class Item:
 
     @property
     def context(self) -> list[int]:
+        """The tokens of all passages."""
         return [token for passage in self.passages for token in passage]
 
     def part(self, chosen: Collection[int]) -> list[int]:
@@ -225,6 +226,7 @@ def rarities(query: str, bags: Sequence[Counter[str]]) -> dict[str, float]:
 
 
 def terms(text: str) -> list[str]:
+    """Words of ``text``, in lower case."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -234,5 +236,6 @@ def subspan_match(answer: str, golds: Sequence[str]) -> float:
 
 
 def plain(text: str) -> str:
+    """``text`` as it is compared."""
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())

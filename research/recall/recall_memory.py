@@ -126,6 +126,7 @@ class Reader:
         self.watch(sites)
 
     def watch(self, sites: Sequence[Site]) -> None:
+        """Keep the states of ``sites`` too, from the next read on."""
         for site in sites:
             mlp = self.model.model.layers[site[0]].mlp
             module = mlp.down_proj if site[1] == "ffn" else mlp
