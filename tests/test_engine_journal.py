@@ -74,6 +74,10 @@ def check(report, told, known_from=0):
         assert sum(mine["tokens"].values()) == 7 * 32
         assert mine["tokens"]["cached"] == known_from
         assert [one["usage"] for one in mine["slots"]] == bank.usage[: bank.num_valid].tolist()
+        sims = bank.similarities(bank.keys[: bank.num_valid]).fill_diagonal_(-2)
+        for slot, one in enumerate(mine["slots"]):
+            assert one["likeness"] == pytest.approx(float(sims[slot].max()), abs=2e-3)
+            assert float(sims[slot, one["nearest"]]) == pytest.approx(one["likeness"], abs=2e-3)
         if not known_from:
             assert [one["source"] for one in mine["slots"]] == told.sources[layer]
             pairs = list(zip(mine["slot"], mine["source"], strict=True))
@@ -152,12 +156,12 @@ def test_memory_of_reports_is_bounded():
     done = Committed(valid=4, filled=4, merged=[], replaced=[], dropped=0, usage=[1] * 4)
     for i in range(50):
         piece = Progress(0, 0, 4, done, [float("-inf")] * 4, [[]] * 4)
-        journal.note(f"{i}\nx", 1, 0, Rules, piece)
+        journal.note(f"{i}\nx", 1, 0, Rules, piece, [(1, 0.5)] * 4)
     kept = [i for i in range(50) if journal.report(str(i))]
     assert kept == [45, 46, 47, 48, 49]
     # One that was dropped while it ran does not begin again in the middle.
-    journal.note("44\nx", 1, 4, Rules, Progress(0, 0, 4, done, [0.1] * 4, [[0]] * 4))
+    journal.note("44\nx", 1, 4, Rules, Progress(0, 0, 4, done, [0.1] * 4, [[0]] * 4), [])
     assert journal.report("44") is None
-    journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101))
+    journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
     assert not any(journal.report(str(i)) for i in range(50))
     assert set(KINDS.values()) == set(LayerAnswer().report()["tokens"])

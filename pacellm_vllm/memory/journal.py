@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pacellm_vllm.ops.rules import MemoryRules
@@ -40,12 +40,20 @@ class Journal:
         self._tokens = 0
 
     def note(
-        self, key: str, layer: int, position: int, rules: MemoryRules, progress: Progress
+        self,
+        key: str,
+        layer: int,
+        position: int,
+        rules: MemoryRules,
+        progress: Progress,
+        nearest: Sequence[tuple[int, float]],
     ) -> None:
-        """Tokens from ``position`` on, in one segment, and the commit if they ended it."""
+        """Tokens from ``position`` on, in one segment, and the commit if they ended it, with each
+        slot's ``nearest_slots`` after it.
+        """
         answer = self._layer(key, layer)
         if answer is not None:
-            self._grown(answer, answer.read(position, rules, progress))
+            self._grown(answer, answer.read(position, rules, progress, nearest))
 
     def note_idle(self, key: str, layer: int, position: int, count: int) -> None:
         """Tokens of a request that holds no bank."""
@@ -94,11 +102,19 @@ class LayerAnswer:
         self._source = array("i")
         # After each commit: where it was, what it did, and each slot's source and merges.
         self._commits: list[tuple[int, Committed, list[int], list[int]]] = []
+        # After the last one: each slot's nearest other one.
+        self._nearest: Sequence[tuple[int, float]] = ()
 
     def __len__(self) -> int:
         return len(self._kinds)
 
-    def read(self, position: int, rules: MemoryRules, progress: Progress) -> int:
+    def read(
+        self,
+        position: int,
+        rules: MemoryRules,
+        progress: Progress,
+        nearest: Sequence[tuple[int, float]],
+    ) -> int:
         """Returns how many tokens more than before are held."""
         before = len(self)
         self._go_to(position, "c")
@@ -114,6 +130,7 @@ class LayerAnswer:
             self._source.append(sources[row[0]] if known else _UNKNOWN)
         if progress.committed is not None:
             self._commit(progress.committed, rules)
+            self._nearest = nearest
         return len(self) - before
 
     def pass_by(self, position: int, count: int) -> int:
@@ -155,8 +172,16 @@ class LayerAnswer:
                 for at, done, _, _ in self._commits
             ],
             "slots": [
-                {"source": source, "merges": merged, "usage": used}
-                for source, merged, used in zip(sources, merges, usage, strict=True)
+                {
+                    "source": source,
+                    "merges": merged,
+                    "usage": used,
+                    "nearest": near,
+                    "likeness": round(likeness, 3),
+                }
+                for source, merged, used, (near, likeness) in zip(
+                    sources, merges, usage, self._nearest if usage else (), strict=True
+                )
             ],
             "strongest": [
                 {
@@ -182,6 +207,7 @@ class LayerAnswer:
                 del column[position:]
             while self._commits and self._commits[-1][0] > position:
                 self._commits.pop()
+                self._nearest = [(_UNKNOWN, 0.0)] * len(self._slots()[0])
         elif missing:
             self._kinds.extend(letter.encode() * missing)
             self._similarity.extend([0.0] * missing)

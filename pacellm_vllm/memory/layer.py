@@ -24,7 +24,9 @@ from pacellm_vllm.memory.backend import (
 )
 from pacellm_vllm.memory.counts import MemoryCounts, PlainCounts
 from pacellm_vllm.memory.plan import plan_spec
-from pacellm_vllm.memory.store import unit_view
+from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.ops.lookup import nearest_slots
+from pacellm_vllm.ops.update import Progress
 
 OP_NAME = "pacellm_memory"
 
@@ -97,13 +99,20 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         assert metadata.plain is not None
         units = unit_view(self.kv_cache, layout, stored)
         step, journal = metadata.plain, metadata.journal
-        for asked, position, rules, progress in step.run(units, layout, a, out, self._reduce):
+        for asked, position, rules, progress, bank in step.run(units, layout, a, out, self._reduce):
             self._plain_counts.add(progress)
             if asked and journal:
-                journal.note(asked, self.index, position, rules, progress)
+                near = self._nearest(bank, progress)
+                journal.note(asked, self.index, position, rules, progress, near)
         if journal:
             for asked, position, count in step.asked_idle:
                 journal.note_idle(asked, self.index, position, count)
+
+    def _nearest(self, bank: PagedStore, progress: Progress) -> list[tuple[int, float]]:
+        """See ``nearest_slots``; empty where the bank has not changed."""
+        if progress.committed is None or not progress.committed.valid:
+            return []
+        return nearest_slots(bank.read_keys(progress.committed.valid), self._reduce)
 
     def check_whole(self, a: torch.Tensor) -> None:
         """In the first step, mostly one without requests: whether all ranks hold the same ``a``.

@@ -46,7 +46,7 @@ class Singles:
     asked: list[str | None]
 
 
-Done = tuple[str | None, int, MemoryRules, Progress]
+Done = tuple[str | None, int, MemoryRules, Progress, PagedStore]
 
 
 @dataclass
@@ -134,8 +134,8 @@ class PlainStep:
         """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
 
         ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields by request and
-        piece its ``Journal`` key, the first token's position, its rules and what happened; of
-        tokens that were drafts, which have no key, the next token's position.
+        piece its ``Journal`` key, the first token's position, its rules, what happened, and its
+        bank; of tokens that were drafts, which have no key, the next token's position.
         """
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
@@ -143,19 +143,15 @@ class PlainStep:
         for chunk in self.settled:
             store = PagedStore(units, chunk.pages, layout)
             for progress in settle(store, chunk.position, chunk.rules, reduce):
-                yield None, chunk.position, chunk.rules, progress
+                yield None, chunk.position, chunk.rules, progress, store
         for chunk in self.chunks:
             if chunk.copy:
                 units[chunk.copy] = units[chunk.pages[: len(chunk.copy)]]
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
             at, rules = chunk.position, chunk.rules
-            yield (
-                chunk.asked,
-                at,
-                rules,
-                advance(store, a[tokens], at, rules, reduce, out[tokens])[1],
-            )
+            _, progress = advance(store, a[tokens], at, rules, reduce, out[tokens])
+            yield chunk.asked, at, rules, progress, store
         for chunk in self.guesses:
             store = PagedStore(units, chunk.pages, layout)
             tokens = chunk.tokens
@@ -171,4 +167,6 @@ class PlainStep:
         )
         if in_place is None:
             out[singles.tokens] = o
-        yield from zip(singles.asked, singles.positions, singles.rules, progresses, strict=True)
+        yield from zip(
+            singles.asked, singles.positions, singles.rules, progresses, stores, strict=True
+        )

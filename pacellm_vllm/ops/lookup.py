@@ -109,6 +109,18 @@ def similarities(
     return sims.masked_fill_(unsound, float("nan")), unsound
 
 
+def nearest_slots(keys: torch.Tensor, reduce: Reduce | None) -> list[tuple[int, float]]:
+    """Of each of m slots the one most like it, and their cosine; (-1, 0) for a single one.
+
+    ``keys`` [m, D] any float dtype; ``reduce`` as in ``similarities``.
+    """
+    if len(keys) == 1:
+        return [(-1, 0.0)]
+    sims, _ = similarities(keys, keys.float(), None, reduce)
+    best = sims.fill_diagonal_(float("-inf")).max(dim=1)
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
 def look_up(
     a: torch.Tensor,
     keys: torch.Tensor,

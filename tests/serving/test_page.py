@@ -118,8 +118,10 @@ def test_ask_with_and_without_and_see_the_bank(page, server):
     usages = [int(row[1]) for row in rows]
     assert usages == sorted(usages, reverse=True)
     by_slot = {int(row[0]): row[3] for row in rows}
+    near = {int(row[0]): row[4] for row in rows}
     for i, slot in enumerate(slots):
         assert by_slot[i].endswith(f" at {slot['source']}")
+        assert near[i] == f"slot {slot['nearest']} ({slot['likeness']:.2f})"
     assert page.find_elements(By.CSS_SELECTOR, "#rates rect")
     recalls = page.find_elements(By.CSS_SELECTOR, "#recalls li")
     assert len(recalls) > 0

@@ -200,6 +200,7 @@ function drawBank(layer) {
     row.insertCell().append(meter, ` ${slot.usage}`);
     row.insertCell().textContent = slot.merges;
     row.insertCell().textContent = where(slot.source);
+    row.insertCell().textContent = slot.nearest < 0 ? "" : `slot ${slot.nearest} (${slot.likeness.toFixed(2)})`;
     return row;
   }));
 }
