@@ -79,6 +79,8 @@ def tokens_of(outputs):
 
 @pytest.mark.parametrize(("arch", "tokens"), [("idefics3", 48), *((arch, 256) for arch in CAUSAL)])
 def test_prompts_with_pictures_equal_the_oracle_cold_and_warm(arch, tokens, seeing, cases_of):
+    if NATIVE and arch == "qwen3_5":
+        pytest.skip("vLLM's own CPU build has its gated delta nets in bfloat16 only")
     cases = cases_of(arch)
     truth = [answer for _, _, answer, _ in cases]
     with seeing_engine(seeing(arch), arch, max_num_batched_tokens=tokens) as running:
