@@ -61,7 +61,7 @@ def _inspect(args: argparse.Namespace) -> None:
     try:
         from rich.console import Console
 
-        from pacellm_vllm.experts import picture
+        from pacellm_vllm.experts import mixture, picture
     except ImportError as error:
         raise ExpertsError(
             f"pacellm: {error.name} is missing: pip install 'pacellm-vllm[experts]'."
@@ -70,12 +70,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.out:
         check_absent(Path(args.out))
-    from pacellm_vllm.experts import mixture
-
-    folder = find_model(args.model)
-    number = _routed_experts(folder)
+    model = find_model(args.model)
+    number = _routed_experts(model)
     shown: Any = mixture if number else picture
-    reports, how = _measure_mixture(args, folder, number) if number else _measure(args, folder)
+    reports, how = _measure_mixture(args, model, number) if number else _measure(args, model)
     title = f"{Path(args.model).name}: {how}"
     Console().print(shown.table(reports, title))
     if args.out:

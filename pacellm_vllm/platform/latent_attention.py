@@ -51,14 +51,14 @@ class TorchMLAImpl(CPUMLAImpl):
         """``q`` [tokens, heads, width], or its two parts; returns [tokens, heads, kv_lora_rank]."""
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         cache = kv_c_and_k_pe_cache[:, None]
-        padding = query.new_zeros(*query.shape[:-1], self.head_size)
+        # As wide as the keys, which stand for the values too; the rotated part is cut off.
+        out = query.new_zeros(*query.shape[:-1], self.head_size)
         decode = attn_metadata.decode
-        # Values as wide as keys, as the operator has it: the rotated part is left out behind.
         attend(
             query,
             cache,
             cache,
-            padding,
+            out,
             attn_metadata.query_start_loc[: attn_metadata.num_decodes + 1].cpu(),
             decode.seq_lens,
             [attn_metadata.causal] * attn_metadata.num_decodes,
@@ -68,7 +68,7 @@ class TorchMLAImpl(CPUMLAImpl):
             softcap=0.0,
             sinks=None,
         )
-        return padding[..., : self.kv_lora_rank].contiguous(), None
+        return out[..., : self.kv_lora_rank].contiguous(), None
 
     def do_kv_cache_update(
         self,

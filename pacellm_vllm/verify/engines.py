@@ -112,23 +112,23 @@ class Verification:
     about: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        longest = max(map(len, self.prompts)) + ANSWER + 1
+        longest = max(self.prompts, key=len)
+        room = len(longest) + ANSWER + 1
         self._base = {
-            "max_model_len": longest,
+            "max_model_len": room,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
             **self.engine,
         }
-        alone = {"max_num_seqs": 1, "max_num_batched_tokens": longest, "enforce_eager": True}
+        alone = {"max_num_seqs": 1, "max_num_batched_tokens": room, "enforce_eager": True}
         with self._open(alone) as llm:
             self._note_about(llm)
             self._replay(llm)
             self._waits(llm)
             self._true = {name: self._ask_alone(llm, own) for name, own in _WAYS.items()}
             # Of whole blocks, so that each of two needs another one with its next token.
-            blocks = len(max(self.prompts, key=len)) // self._block
-            crowded = max(self.prompts, key=len)[: blocks * self._block]
-            preempted = {name: _ask(llm, [crowded], own) for name, own in _WAYS.items()}
+            crowded = longest[: len(longest) // self._block * self._block]
+            preempted = _ask_all(llm, [crowded])
         several = {"max_num_seqs": max(2, len(self.prompts)), "enforce_eager": True}
         chunk = max(self._layout.segment_size // 3 + 1, several["max_num_seqs"] + 1)
         with self._open({**several, "max_num_batched_tokens": chunk}) as llm:
