@@ -52,19 +52,25 @@ def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS, shared=()):
     Returns (prompt, tokens, prompt logprobs) for each length.
     """
     oracle = OracleModel(path, pace)
-    cases = []
-    for length in lengths:
-        best = (GAP, None)
-        for seed in range(TRIES):
-            prompt = [*shared, *make_prompt(1000 * length + seed, length - len(shared))]
-            case = (prompt, *oracle.generate(prompt, max_tokens))
-            gap = min(bank.closest_call for bank in oracle.banks.values())
-            best = max(best, (gap, case), key=lambda found: found[0])
-            if gap > GOOD_GAP:
-                break
-        assert best[1] is not None, f"no prompt of {length} tokens without a near tie"
-        cases.append(best[1])
-    return cases
+
+    def case(seed, length):
+        prompt = [*shared, *make_prompt(seed, length - len(shared))]
+        return (prompt, *oracle.generate(prompt, max_tokens))
+
+    return [clearest(oracle, length, case) for length in lengths]
+
+
+def clearest(oracle, length, case):
+    """The ``case(seed, length)``, of some seeds', whose decisions are clearest of a tie."""
+    best = (GAP, None)
+    for seed in range(TRIES):
+        found = case(1000 * length + seed, length)
+        gap = min(bank.closest_call for bank in oracle.banks.values())
+        best = max(best, (gap, found), key=lambda pair: pair[0])
+        if gap > GOOD_GAP:
+            break
+    assert best[1] is not None, f"no prompt of {length} tokens without a near tie"
+    return best[1]
 
 
 def lengths_for(size):

@@ -7,7 +7,7 @@ from checkpoints import make_prompt
 from engines import NATIVE, blocks, engine, prompt_logprobs
 from oracle import OracleModel
 from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoint
-from test_engine_oracle import GAP, GOOD_GAP, TRIES
+from test_engine_oracle import GAP, clearest
 from vllm import SamplingParams
 
 PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
@@ -37,21 +37,17 @@ def cases_of(seeing):
     @functools.cache
     def find(arch):
         oracle = SeeingOracle(seeing(arch), pace_of(arch))
-        found = []
-        for length in LENGTHS:
-            for picture in PICTURES:
-                best = (GAP, None)
-                for seed in range(TRIES):
-                    prompt = make_prompt(1000 * length + seed, length)
-                    prompt[length // 2 : length // 2] = oracle.place()
-                    case = (prompt, picture, *oracle.answer(prompt, picture, MAX_TOKENS))
-                    gap = min(bank.closest_call for bank in oracle.banks.values())
-                    best = max(best, (gap, case), key=lambda found: found[0])
-                    if gap > GOOD_GAP:
-                        break
-                assert best[1] is not None
-                found.append(best[1])
-        return found
+
+        def case(picture, seed, length):
+            prompt = make_prompt(seed, length)
+            prompt[length // 2 : length // 2] = oracle.place()
+            return (prompt, picture, *oracle.answer(prompt, picture, MAX_TOKENS))
+
+        return [
+            clearest(oracle, length, functools.partial(case, picture))
+            for length in LENGTHS
+            for picture in PICTURES
+        ]
 
     return find
 
