@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextvars import ContextVar
 from importlib import import_module
 from types import SimpleNamespace
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.request import Request
 
 ConfigHook = Callable[["VllmConfig"], None]
@@ -57,6 +59,8 @@ PATCHED = {
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
     ),
     "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "follow_answers": ("vllm.v1.engine.output_processor:OutputProcessor.add_request",),
+    "answers_made": ("vllm.v1.engine.output_processor:RequestState.make_request_output",),
     "watch_requests": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
@@ -376,16 +380,21 @@ def keep_booleans() -> None:
 
 
 def prepare_requests(
-    refused: Callable[[VllmConfig], str | None], extra_args: Callable[[VllmConfig, Any, str], Any]
+    refused: Callable[[VllmConfig], str | None],
+    extra_args: Callable[[VllmConfig, Any, str], Any],
+    admit: Callable[[InputProcessor, EngineCoreRequest], None],
 ) -> None:
     """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
 
     Of every other request replace its extra arguments, if it has any, by
     ``extra_args(vllm_config, those, request_id)``: a worker is told a request's parameters and not
-    its id.
-    Symptom: vLLM has no check of its own that a plugin could add to, and its asynchronous
-    scheduler takes a token back at the end of a turn that the model has read already.
-    Can go when turns end where the model's state does, and workers are told ids.
+    its id. Then ``admit(input_processor, request)`` may change the request, or raise
+    ``ValueError``.
+    Symptom: vLLM has no check of its own that a plugin could add to, and none that may change a
+    prompt for ``LLM`` and server alike; and its asynchronous scheduler takes a token back at the
+    end of a turn that the model has read already.
+    Can go when turns end where the model's state does, workers are told ids, and plugins may
+    prepare requests.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -398,9 +407,53 @@ def prepare_requests(
         if params is not None and params.extra_args:
             config, request_id = processor.vllm_config, prepared.request_id
             params.extra_args = extra_args(config, params.extra_args, request_id)
+            try:
+                admit(processor, prepared)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from None
         return prepared
 
     _patch("prepare_requests", checked)
+
+
+def follow_answers(
+    ended: Callable[[EngineCoreRequest], Callable[[Sequence[int]], None] | None],
+) -> None:
+    """Call what ``ended(request)`` returns, unless None, with the token ids of its whole answer.
+
+    It is called before anybody is told that the request is done, and not where it was aborted.
+    Symptom: plugins are not told of answers on the front end.
+    Can go when they can be.
+    """
+    from vllm.v1.engine import FinishReason
+
+    def added(
+        original: Callable[..., None],
+        processor: OutputProcessor,
+        request: EngineCoreRequest,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(processor, request, *args, **kwargs)
+        processor.request_states[request.request_id]._pacellm_ended = ended(request)  # type: ignore[attr-defined]
+
+    def made(
+        original: Callable[..., Any],
+        state: RequestState,
+        new_token_ids: list[int],
+        pooling_output: Any,
+        finish_reason: FinishReason | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        done = getattr(state, "_pacellm_ended", None)
+        broken = (None, FinishReason.ABORT, FinishReason.ERROR)
+        if done is not None and finish_reason not in broken and state.detokenizer is not None:
+            done(state.detokenizer.output_token_ids)
+        return original(state, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
+
+    _patch("follow_answers", added)
+    _patch("answers_made", made)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)

@@ -60,6 +60,7 @@ _ALLOWED = {
     "max_insertions": "an integer from 0 to bank_size",
     "momentum": "a number from 0 to 1",
     "bank_dtype": '"auto" (the model dtype) or "float32"',
+    "session_tokens": "an integer from 0 to 1000000000",
     "experts": 'an object such as {"path": "DIR"} or {"num_experts": 64}',
 }
 
@@ -101,6 +102,9 @@ class PaceConfig(BaseModel):
     )
     momentum: float = Field(0.5, ge=0, le=1, description="share of the old slot kept in a merge")
     bank_dtype: Literal["auto", "float32"] = Field("auto", description="dtype of stored slots")
+    session_tokens: int = Field(
+        0, ge=0, le=10**9, strict=True, description="text that sessions keep to be read again"
+    )
     experts: ExpertsConfig | None = Field(
         None, description="FFN neurons in experts: how many, or a clustered checkpoint's directory"
     )
@@ -143,7 +147,7 @@ class PaceConfig(BaseModel):
             raise PaceConfigError(
                 not_allowed("site", self.site, '"activation" beside experts, which are inside FFNs')
             )
-        without_memory = self.experts is not None and self.layers == ()
+        without_memory = self.layers == () and (self.experts is not None or self.session_tokens > 0)
         if (
             self.layers != "auto"
             and not without_memory
@@ -179,12 +183,14 @@ class PaceConfig(BaseModel):
                 f"pacellm: unknown field {unknown[0]!r} = {merged[unknown[0]]!r}; the fields are "
                 f"{', '.join(cls.model_fields)}."
             )
-        idle = [name for name in merged if name not in ("layers", "experts")]
-        if merged.get("experts") is not None and not merged.get("layers") and idle:
+        idle = [name for name in merged if name not in ("layers", "experts", "session_tokens")]
+        with_experts = merged.get("experts") is not None
+        for_sessions = merged.get("session_tokens") and "layers" in merged
+        if (with_experts or for_sessions) and not merged.get("layers") and idle:
             raise PaceConfigError(
-                f"pacellm: {idle[0]} = {merged[idle[0]]!r} is a setting of the memory, but beside "
-                'experts there is none without layers; add layers (indices, or "auto") or drop '
-                f"{idle[0]}."
+                f"pacellm: {idle[0]} = {merged[idle[0]]!r} is a setting of the memory, but "
+                f"{'beside experts ' if with_experts else ''}there is none without layers; add "
+                f'layers (indices, or "auto") or drop {idle[0]}.'
             )
         try:
             return cls.model_validate(merged)
@@ -194,7 +200,7 @@ class PaceConfig(BaseModel):
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Sorted layers with memory of ``num_layers``; ``PaceConfigError`` if one is out.
 
-        None of them beside experts, unless ``layers`` says which.
+        None of them beside experts, unless ``layers`` says which, or where it says none.
         """
         if self.layers == "auto":
             return tuple(

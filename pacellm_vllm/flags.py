@@ -25,12 +25,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layers(text: str) -> Any:
-    if text == "auto":
-        return text
+    if text in ("auto", ""):
+        return text or []
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError('a list such as 12,26, or "auto"') from None
+        raise argparse.ArgumentTypeError('a list such as 12,26, "auto", or "" for none') from None
 
 
 def _number_or_text(text: str) -> Any:

@@ -5,7 +5,7 @@ import secrets
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -20,10 +20,14 @@ _ALLOWED = {
     "theta_high": "a number from -1 to 1, not below theta_low",
     "theta_low": "a number from -1 to 1, not above theta_high",
     "report": "true or false",
+    "session": "a name of 1 to 256 characters",
+    "session_read": '"auto", "always" or "never"',
+    "session_write": "true or false",
 }
 
 _WHERE = " in a request"
 _JOURNAL_KEY = "journal_of_pacellm"
+_READING_KEY = "reading_of_pacellm"
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -44,8 +48,14 @@ def _read_number(given: Any) -> float:
         raise ValueError from None
 
 
+# What changes nothing of what memory computes.
+_SESSION = {"session", "session_read", "session_write"}
+_BESIDE = {"report", *_SESSION}
+
 Switch = Annotated[bool, BeforeValidator(_read_switch)]
 Number = Annotated[float, BeforeValidator(_read_number)]
+
+SessionRead = Literal["auto", "always", "never"]
 
 
 class RequestSettings(BaseModel):
@@ -66,6 +76,13 @@ class RequestSettings(BaseModel):
     theta_low: Number | None = Field(None, ge=-1, le=1, description="as in PaceConfig")
 
     report: Switch = Field(False, description="note what memory does, to be asked for later")
+    session: str | None = Field(
+        None, min_length=1, max_length=256, strict=True, description="whose text it may read"
+    )
+    session_read: SessionRead = Field(
+        "auto", description="read the session's text where it is asked about, always or never"
+    )
+    session_write: Switch = Field(True, description="leave its own text to the session")
 
     @classmethod
     def of(cls, extra_args: Any) -> "RequestSettings":
@@ -89,15 +106,27 @@ class RequestSettings(BaseModel):
             raise PaceConfigError(
                 not_allowed("theta_low", low, f"at most theta_high = {high}", _WHERE)
             )
-        return (
-            settings
-            if settings.enabled and settings.alpha != 0
-            else cls.model_validate({"enabled": False, "report": settings.report})
-        )
+        apart = settings.model_fields_set & {"session_read", "session_write"}
+        if settings.session is None and apart:
+            raise PaceConfigError(
+                f"pacellm: a request that sets {min(apart)} must name a session; add "
+                "pacellm_session."
+            )
+        if settings.enabled and settings.alpha != 0:
+            return settings
+        return cls.model_validate({"enabled": False, **settings.model_dump(include=_BESIDE)})
 
     def overrides(self) -> dict[str, Any]:
         """The rules this request changes."""
-        return self.model_dump(exclude_none=True, exclude={"enabled", "report"})
+        return self.model_dump(exclude_none=True, exclude={"enabled", *_BESIDE})
+
+    def differs(self) -> bool:
+        """Whether it sets anything that could change what memory computes."""
+        return not self.enabled or bool(self.overrides())
+
+    def of_memory(self) -> bool:
+        """Whether it sets anything that is for layers with memory, and not to be without it."""
+        return self.enabled and bool(self.model_fields_set - _SESSION)
 
     def key(self, rules: MemoryRules) -> str:
         """The same for the same effect only, in an engine with ``rules``; empty for the engine's.
@@ -131,6 +160,17 @@ def journal_key(params: Any) -> str | None:
     if not extra_args or not RequestSettings.of(extra_args).report:
         return None
     return extra_args.get(_JOURNAL_KEY)
+
+
+def keep_reading(extra_args: Any, reading: list[Any] | None) -> Any:
+    """``extra_args`` with what a request read of its session; a client's own word is dropped."""
+    rest = {name: value for name, value in extra_args.items() if name != _READING_KEY}
+    return rest if reading is None else {**rest, _READING_KEY: reading}
+
+
+def reading_of(params: Any) -> list[Any] | None:
+    """What :func:`keep_reading` has put into these ``SamplingParams``."""
+    return (params.extra_args or {}).get(_READING_KEY)
 
 
 def is_ours(key: Any) -> bool:

@@ -112,7 +112,7 @@ class NoSettings(BatchSettings):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         settings = RequestSettings.of(sampling_params.extra_args)
-        if settings.enabled and settings.model_fields_set:
+        if settings.of_memory():
             raise PaceConfigError(
                 "pacellm: this engine carries no memory that a request could set; serve it with "
                 "layers, or drop the setting."
@@ -123,7 +123,7 @@ def _settings(params: SamplingParams) -> RequestSettings | None:
     if not params.extra_args:
         return None
     settings = RequestSettings.of(params.extra_args)
-    return settings if settings.overrides() or not settings.enabled else None
+    return settings if settings.differs() else None
 
 
 # At import: a worker builds its logits processors before it loads the model, and what has reached

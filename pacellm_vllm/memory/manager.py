@@ -443,11 +443,8 @@ def _hash_key(request: Request) -> tuple[str, str] | None:
         if len(rules) == 1:
             key = key_of(request, *rules)
         else:
-            key = (
-                settings_of(request)
-                .model_dump_json(exclude_defaults=True, exclude={"report"})
-                .removeprefix("{}")
-            )
+            settings = settings_of(request)
+            key = repr((settings.enabled, settings.overrides())) if settings.differs() else ""
     except Exception:
         # A hasher must not raise. What is not allowed shares nothing with what is.
         key = "not allowed"

@@ -2,14 +2,18 @@
 
 from typing import Any
 
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
 
 from pacellm_vllm import CONFIG_KEY
 from pacellm_vllm.compat import (
     add_logits_processor,
     add_worker_extension,
     check_http_requests,
+    follow_answers,
     keep_booleans,
     plugin_logger,
     prepare_requests,
@@ -23,7 +27,8 @@ from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
 from pacellm_vllm.platform import CPU_WORKER
-from pacellm_vllm.request import is_ours, with_journal_key
+from pacellm_vllm.request import RequestSettings, is_ours, with_journal_key
+from pacellm_vllm.sessions.admission import admit, check_request, check_sessions, ended
 
 logger = plugin_logger()
 
@@ -37,9 +42,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """
     config = read_config(vllm_config)
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
-    if layers or config.experts is None:
-        _check_memory(vllm_config)
     if layers:
+        _check_memory(vllm_config)
         set_cpu_worker(vllm_config, CPU_WORKER)
         _check_caching(vllm_config, config)
     if layers and (harm := known_harm(config)):
@@ -52,8 +56,16 @@ def check_engine(vllm_config: VllmConfig) -> None:
     processor = _settings_class(vllm_config) if layers else NoSettings
     add_logits_processor(vllm_config, processor)
     keep_booleans()
-    check_http_requests(is_ours, processor.validate_params)
-    prepare_requests(_why_no_sessions, _extra_args)
+
+    def check(params: SamplingParams) -> None:
+        processor.validate_params(params)
+        check_request(RequestSettings.of(params.extra_args), config, params.n)
+
+    check_http_requests(is_ours, check)
+    prepare_requests(_why_no_sessions, _extra_args, _admit)
+    if config.session_tokens:
+        check_sessions(vllm_config)
+        follow_answers(ended)
 
 
 def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
@@ -78,6 +90,12 @@ def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
 def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
     """What a request's extra arguments become; those of other engines stay as they are."""
     return with_journal_key(given, request_id) if carries_memory(vllm_config) else given
+
+
+def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:
+    """What a request reads of its session; of other engines' nothing is looked at."""
+    if processor.vllm_config.model_config.architecture in ARCHITECTURES:
+        admit(processor, request, read_config)
 
 
 def carries_memory(vllm_config: VllmConfig) -> bool:

@@ -1,0 +1,70 @@
+"""Finder: which pages of a session a request's words are about."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from sklearn.feature_extraction.text import HashingVectorizer
+
+# Okapi BM25, as measured in docs/recall.md.
+_K1, _B = 1.5, 0.75
+
+
+@dataclass(frozen=True)
+class Match:
+    """A page whose ``score`` (BM25) is above zero, and how ``sure`` it is meant.
+
+    ``sure`` is the score as a share of the most it could be, plus half of what the page's words
+    weigh among those of the query, minus an eighth of log10 of the number of pages: of many pages
+    one resembles any query.
+    """
+
+    page: int
+    score: float
+    sure: float
+
+
+class Finder:
+    """Counts of words by page, and BM25 over them. Pages are numbered by the caller."""
+
+    def __init__(self) -> None:
+        # Words are told apart by their hashes, so there is no vocabulary to keep.
+        self._count = HashingVectorizer(token_pattern=r"\w+", norm=None, alternate_sign=False)
+        self._rows: dict[int, sparse.csr_matrix] = {}
+        self._all: sparse.csc_matrix | None = None
+
+    def add(self, texts: dict[int, str]) -> None:
+        """Pages by number, with their text."""
+        if texts:
+            counts = self._count.transform(texts.values()).tocsr()
+            self._rows.update({page: counts[i] for i, page in enumerate(texts)})
+            self._all = None
+
+    def remove(self, page: int) -> None:
+        del self._rows[page]
+        self._all = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, query: str) -> list[Match]:
+        """The pages that have words of ``query``, the best first."""
+        words = np.unique(self._count.transform([query]).indices)
+        if not len(words) or not self._rows:
+            return []
+        if self._all is None:
+            self._all = sparse.vstack(list(self._rows.values()), format="csc")
+        counts = self._all[:, words].toarray()
+        pages = len(counts)
+        lengths = np.asarray(self._all.sum(1)).ravel()
+        having = (counts > 0).sum(0)
+        rarity = np.log1p((pages - having + 0.5) / (having + 0.5))
+        norm = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1))
+        scores = (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1)
+        nearness = scores / rarity.sum() / (_K1 + 1)
+        share = (rarity * (counts > 0)).sum(1) / rarity.sum()
+        sure = nearness + share / 2 - math.log10(pages) / 8
+        numbers = list(self._rows)
+        order = np.argsort(-scores, kind="stable")
+        return [Match(numbers[i], float(scores[i]), float(sure[i])) for i in order if scores[i] > 0]

@@ -1,0 +1,131 @@
+"""SessionReader: what a request reads of its session before it is scheduled."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from pacellm_vllm.request import SessionRead
+from pacellm_vllm.sessions.store import (
+    Page,
+    Session,
+    SessionStore,
+    head_length,
+    passage,
+    tail_length,
+)
+
+PAGES_READ = 2
+MARGIN_TOKENS = 16
+# A question looks things up with its last words, at most so many tokens.
+ASKING_TOKENS = 64
+# Of questions about something else 5 in 100 are surer than this (docs/recall.md, "The gate").
+SURE = 0.15
+# A page is in a prompt where most runs of so many of its tokens are.
+_RUN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``tokens`` to be put before position ``place`` of a prompt, and how ``sure`` that was."""
+
+    place: int
+    tokens: tuple[int, ...]
+    sure: float
+    pages: int
+
+
+class SessionReader:
+    """Looks a prompt up in the text of its session. ``tokenizer`` is the model's."""
+
+    def __init__(self, store: SessionStore, tokenizer: Any) -> None:
+        self.id = uuid4().hex
+        self.store = store
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._gap = tuple(tokenizer.encode("\n\n", add_special_tokens=False))
+
+    def read(self, key: bytes, prompt: Sequence[int], room: int, how: SessionRead) -> Reading:
+        """At most ``room`` tokens of the session ``key`` that ``prompt`` asks about."""
+        nothing = Reading(0, (), 0.0, 0)
+        session = self.store.get(key)
+        if session is None or how == "never":
+            return nothing
+        tokens = np.array(prompt, np.int32)
+        place, end = self._own(session, tokens)
+        asked = tokens[max(place, end - ASKING_TOKENS) : end].tolist()
+        found = session.finder.find(self._tokenizer.decode(asked, skip_special_tokens=True))
+        runs = _runs(tokens)
+        chosen: list[Page] = []
+        text: tuple[int, ...] = ()
+        sure = 0.0
+        for match in found:
+            page = session.pages[match.page]
+            if _is_in(page, runs):
+                continue
+            if not chosen:
+                sure = match.sure
+                if how == "auto" and sure <= SURE:
+                    break
+            longer = tuple(self._joined([*chosen, page]))
+            if len(longer) > room:
+                break
+            chosen.append(page)
+            text = longer
+            if len(chosen) == PAGES_READ:
+                break
+        for page in chosen:
+            self.store.touch(page)
+        return Reading(place if chosen else 0, text, sure, len(chosen))
+
+    def _own(self, session: Session, tokens: np.ndarray) -> tuple[int, int]:
+        """Where in a prompt its own words begin and end.
+
+        Before and behind is what all prompts of the session have in common, a system prompt and
+        what a chat template adds, as far as whole lines and special tokens go.
+        """
+        assert session.head is not None
+        assert session.tail is not None
+        begin = head_length(session.head, tokens)
+        while begin and not self._ends_line(int(tokens[begin - 1])):
+            begin -= 1
+        end = len(tokens) - tail_length(session.tail, tokens)
+        while end < len(tokens) and not self._begins_line(int(tokens[end])):
+            end += 1
+        return begin, max(begin, end)
+
+    def _ends_line(self, token: int) -> bool:
+        return token in self._special or self._tokenizer.decode([token]).endswith("\n")
+
+    def _begins_line(self, token: int) -> bool:
+        return token in self._special or self._tokenizer.decode([token]).startswith("\n")
+
+    def _joined(self, pages: Sequence[Page]) -> Iterator[int]:
+        """``pages`` in the order in which they were read, with what stands around them.
+
+        Special tokens would end a message where there is none, so they are left out.
+        """
+        chains: list[list[Page]] = []
+        for page in sorted(pages, key=lambda page: page.number):
+            if chains and page.parent is chains[-1][-1]:
+                chains[-1].append(page)
+            else:
+                chains.append([page])
+        for chain in chains:
+            yield from (t for t in passage(chain, MARGIN_TOKENS) if t not in self._special)
+            yield from self._gap
+
+
+def _runs(tokens: np.ndarray) -> set[bytes]:
+    if len(tokens) < _RUN_TOKENS:
+        return {tokens.tobytes()}
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, _RUN_TOKENS)
+    return {window.tobytes() for window in windows}
+
+
+def _is_in(page: Page, runs: set[bytes]) -> bool:
+    assert page.tokens is not None
+    mine = _runs(page.tokens)
+    return 2 * len(mine & runs) > len(mine)

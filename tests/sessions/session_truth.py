@@ -1,0 +1,126 @@
+"""What a session keeps and a prompt reads of it, said once more and plainly.
+
+No page is shared here, nothing is evicted: a session is a list of texts, each read as far as no
+earlier text begins with the same pages.
+"""
+
+import math
+import re
+from collections import Counter
+
+PAGE, MARGIN, ASKING, RUN, SURE = 128, 16, 64, 8, 0.15
+
+
+class Truth:
+    """Of one session; ``tokenizer`` is the model's."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.special = set(tokenizer.all_special_ids)
+        self.prompts = []
+        # In the order in which they came: a page's whole text up to its end.
+        self.pages = []
+
+    def words(self, tokens):
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return re.findall(r"\w+", text.lower())
+
+    def write(self, prompt, answer):
+        self.prompts.append(list(prompt))
+        text = [*prompt, *answer]
+        for start in range(0, len(text), PAGE):
+            upto = text[: start + PAGE]
+            if upto in self.pages:
+                continue
+            self.pages = [
+                old
+                for old in self.pages
+                if not ((len(old) - 1) // PAGE * PAGE == start and upto[: len(old)] == old)
+            ]
+            self.pages.append(upto)
+
+    def own(self, prompt):
+        """Where the words of ``prompt`` begin and end that are not every prompt's."""
+        everybody = [*self.prompts, prompt]
+        begin = 0
+        while begin < min(map(len, everybody)) and len({p[begin] for p in everybody}) == 1:
+            begin += 1
+        while begin and not self.is_end(prompt[begin - 1], "ends"):
+            begin -= 1
+        back = 0
+        while back < min(64, *map(len, everybody)) and len({p[-1 - back] for p in everybody}) == 1:
+            back += 1
+        end = len(prompt) - back
+        while end < len(prompt) and not self.is_end(prompt[end], "begins"):
+            end += 1
+        return begin, max(begin, end)
+
+    def is_end(self, token, where):
+        text = self.tokenizer.decode([token])
+        line = text.endswith("\n") if where == "ends" else text.startswith("\n")
+        return token in self.special or line
+
+    def bm25(self, asked):
+        """A score for each page, the share of the query's weight in it, and all the weight."""
+        bags = [Counter(self.words(page[(len(page) - 1) // PAGE * PAGE :])) for page in self.pages]
+        mean = max(sum(map(Counter.total, bags)) / len(bags), 1)
+        weight = {}
+        for word in set(self.words(asked)):
+            having = sum(word in bag for bag in bags)
+            weight[word] = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
+        scores, shares = [], []
+        for bag in bags:
+            long = 1.5 * (1 - 0.75 + 0.75 * bag.total() / mean)
+            known = {word: w for word, w in weight.items() if word in bag}
+            scores.append(sum(w * bag[n] * 2.5 / (bag[n] + long) for n, w in known.items()))
+            shares.append(sum(known.values()))
+        return scores, shares, sum(weight.values())
+
+    def read(self, prompt, how="auto", room=10**9):
+        """The whole prompt that the model gets."""
+        if not self.pages or how == "never":
+            return list(prompt)
+        begin, end = self.own(prompt)
+        scores, shares, most = self.bm25(prompt[max(begin, end - ASKING) : end])
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        order = [i for i in order if scores[i] > 0]
+        if not order:
+            return list(prompt)
+        chosen = []
+        for i in order:
+            if self.is_in(i, prompt):
+                continue
+            sure = scores[i] / most / 2.5 + shares[i] / most / 2 - math.log10(len(scores)) / 8
+            if how == "auto" and not chosen and sure <= SURE:
+                break
+            if len(self.passages([*chosen, i])) > room:
+                break
+            chosen.append(i)
+            if len(chosen) == 2:
+                break
+        return prompt[:begin] + self.passages(chosen) + prompt[begin:]
+
+    def is_in(self, index, prompt):
+        page = self.pages[index][(len(self.pages[index]) - 1) // PAGE * PAGE :]
+        runs = {tuple(page[i : i + RUN]) for i in range(max(1, len(page) - RUN + 1))}
+        theirs = {tuple(prompt[i : i + RUN]) for i in range(max(1, len(prompt) - RUN + 1))}
+        return 2 * len(runs & theirs) > len(runs)
+
+    def passages(self, chosen):
+        said = []
+        chosen = sorted(chosen)
+        while chosen:
+            chain = [self.pages[chosen.pop(0)]]
+            while chosen and self.pages[chosen[0]][: len(chain[-1])] == chain[-1]:
+                if len(self.pages[chosen[0]]) > len(chain[-1]) + PAGE:
+                    break
+                chain.append(self.pages[chosen.pop(0)])
+            start = (len(chain[0]) - 1) // PAGE * PAGE
+            text = chain[-1][max(0, start - MARGIN) :]
+            later = [p for p in self.pages if len(chain[-1]) < len(p) <= len(chain[-1]) + PAGE]
+            later = [p for p in later if p[: len(chain[-1])] == chain[-1]]
+            if later:
+                text = text + later[-1][len(chain[-1]) :][:MARGIN]
+            said += [token for token in text if token not in self.special]
+            said += self.tokenizer.encode("\n\n", add_special_tokens=False)
+        return said
