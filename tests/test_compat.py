@@ -27,7 +27,7 @@ from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -39,10 +39,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
@@ -341,7 +343,7 @@ def test_rows_of_requests_leaves_padding_out(monkeypatch):
 
 def test_ops_know_nothing_of_vllm_and_imports_point_one_way():
     package = Path(pacellm_vllm.__file__).parent
-    order = ["ops", "config", "request", "compat", "memory", "models"]
+    order = ["ops", "config", "request", "compat", "sessions", "memory", "models"]
     for path in package.rglob("*.py"):
         part = path.relative_to(package).parts[0].removesuffix(".py")
         if part not in order:
@@ -359,6 +361,36 @@ def test_streamed_input_is_still_checked_where_it_is_processed():
     parameters = inspect.signature(inspect.unwrap(InputProcessor.process_inputs)).parameters
     assert parameters["resumable"].default is False
     assert "resumable=True" in inspect.getsource(AsyncLLM._add_streaming_input_request)
+
+
+def test_answers_are_still_made_on_the_front_end_with_their_reason():
+    """``follow_answers``: what it wraps, and what it reads of a request's state."""
+    made = [*inspect.signature(inspect.unwrap(RequestState.make_request_output)).parameters]
+    assert made[1:4] == ["new_token_ids", "pooling_output", "finish_reason"]
+    states = OutputProcessor(None, log_stats=False)
+    params = SamplingParams(detokenize=False)
+    states.add_request(engine_request("one", params), None)
+    state = states.request_states["one"]
+    state.detokenizer.update([7, 8], False)
+    assert state.detokenizer.output_token_ids == [7, 8]
+    # So that a client who has the answer finds it in the session.
+    source = inspect.getsource(OutputProcessor.process_outputs)
+    assert source.index("make_request_output(") < source.index("queue.put(request_output)")
+
+
+def engine_request(request_id, params):
+    return EngineCoreRequest(
+        request_id=request_id,
+        external_req_id=request_id,
+        prompt_token_ids=[1, 2],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
 
 
 def test_a_turns_last_token_is_still_taken_back_under_asynchronous_scheduling():

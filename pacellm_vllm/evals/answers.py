@@ -24,6 +24,8 @@ class Answer:
 
     text: str
     cut: bool
+    # With what a session has brought; 0 where a server was asked.
+    prompt_tokens: int = 0
 
     @property
     def ended(self) -> str:
@@ -57,10 +59,21 @@ class Offline:
         self.max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
 
     def answer(
-        self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        stop: Sequence[str] = STOP,
+        extra_args: dict[str, Any] | None = None,
     ) -> list[Answer]:
-        outputs = [output.outputs[0] for output in self._run(prompts, max_tokens, list(stop))]
-        return [Answer(output.text, output.finish_reason == "length") for output in outputs]
+        outputs = self._run(prompts, max_tokens, list(stop), extra_args=extra_args)
+        return [
+            Answer(
+                output.outputs[0].text,
+                output.outputs[0].finish_reason == "length",
+                len(output.prompt_token_ids),
+            )
+            for output in outputs
+        ]
 
     def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         outputs = self._run([ids for ids, _ in prompts], 1, [], prompt_logprobs=0)

@@ -1,11 +1,17 @@
-"""``pacellm eval loss | niah | suite | sweep``: what memory changes, measured."""
+"""``pacellm eval loss | niah | sessions | suite | sweep``: what memory changes, measured."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from pacellm_vllm.evals import loss_command, niah_command, suite_command, sweep_command
+from pacellm_vllm.evals import (
+    loss_command,
+    niah_command,
+    sessions_command,
+    suite_command,
+    sweep_command,
+)
 from pacellm_vllm.evals.arguments import guarded
 
 
@@ -18,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    for command in (loss_command, niah_command, suite_command, sweep_command):
+    for command in (loss_command, niah_command, sessions_command, suite_command, sweep_command):
         kind = command.add_parser(kinds)
         kind.set_defaults(run=guarded(_resumable(command.run), "pacellm eval"))
 

@@ -88,7 +88,7 @@ def make_items(grid: Grid, tokenizer: Any) -> Iterator[Item]:
         for depth in grid.depths:
             for sample in range(grid.samples):
                 rng = random.Random(f"{grid.seed}/{length}/{depth:g}/{sample}")
-                hidden = _draw(rng, grid, stray)
+                hidden = _draw(rng, grid, stray, grid.needles)
                 prompt = _fit(rng, grid, tokenizer, hidden, length, depth)
                 yield Item(length, depth, sample, hidden[0].answer, prompt)
 
@@ -154,18 +154,25 @@ def _fingerprint(path: Path) -> str:
         raise EvalError(f"pacellm: {path} cannot be read ({error.strerror}).") from None
 
 
-def _draw(rng: random.Random, grid: Grid, given: Sequence[Needle] | None) -> list[Needle]:
-    """``needles`` of them; the first is the one asked for."""
+def draw_needles(rng: random.Random, grid: Grid, count: int) -> list[Needle]:
+    """``count`` of the grid's needles, each with another key."""
+    stray = _read_needles(grid.needle_file) if grid.needle_file else None
+    return _draw(rng, grid, stray, count)
+
+
+def _draw(
+    rng: random.Random, grid: Grid, given: Sequence[Needle] | None, count: int
+) -> list[Needle]:
     if given is not None:
-        if len(given) < grid.needles:
+        if len(given) < count:
             raise EvalError(
-                f"pacellm: --needles {grid.needles} is more than {grid.needle_file} has "
+                f"pacellm: {count} needles are more than {grid.needle_file} has "
                 f"({len(given)}); add needles or ask for fewer."
             )
-        return rng.sample(given, grid.needles)
+        return rng.sample(given, count)
     question = "What is the magic number of {key}?" if grid.chat else QUESTION
     drawn = []
-    for key in rng.sample(KEYS, grid.needles):
+    for key in rng.sample(KEYS, count):
         value = rng.randrange(10 ** (grid.digits - 1), 10**grid.digits)
         drawn.append(
             Needle(NEEDLE.format(key=key, value=value), question.format(key=key), str(value))
@@ -181,7 +188,7 @@ def _fit(
     length: int,
     depth: float,
 ) -> list[int]:
-    source = _from_files(rng, grid.haystack) if grid.haystack else sentences(rng)
+    source = haystack(rng, grid)
     others = [rng.random() for _ in hidden[1:]]
     hay: list[str] = []
     low, high = 0, None
@@ -226,6 +233,11 @@ def _prompt(
         rendered = rendered_chat(tokenizer, [{"role": "user", "content": text_of_user}])
         ids = tokenizer(rendered, add_special_tokens=False).input_ids
     return list(ids)
+
+
+def haystack(rng: random.Random, grid: Grid) -> Iterator[str]:
+    """Endless sentences: of the grid's files, or made."""
+    return _from_files(rng, grid.haystack) if grid.haystack else sentences(rng)
 
 
 def _from_files(rng: random.Random, paths: Sequence[Path]) -> Iterator[str]:

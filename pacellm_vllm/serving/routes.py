@@ -35,19 +35,22 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 @router.get(MEMORY_ROUTE, responses=_REFUSALS)
 async def memory(request: Request) -> dict[str, Any]:
     """``{"active": bool, "config": {...}, "engine": {...}, "layers": ..., "experts": ..., "pool":
-    ...}``.
+    ..., "sessions": ...}``.
 
-    ``config`` is None without memory or experts; ``layers`` and ``experts`` are counts by layer,
-    ``pool`` is ``PoolCounts``, of all engines together. 401 without the server's API key.
+    ``config`` is None without memory, experts or sessions; ``layers`` and ``experts`` are counts by
+    layer, ``pool`` is ``PoolCounts``, of all engines together, and ``sessions`` ``StoreCounts`` of
+    this server. 401 without the server's API key.
     """
     engine = _engine(request)
     # A server without memory, which has this route too, imports nothing of it before it is asked.
     from pacellm_vllm.serving.asking import ask_engines
     from pacellm_vllm.serving.report import add_engines, add_pools, describe_engine
+    from pacellm_vllm.sessions.admission import session_counts
 
     config = engine.vllm_config
     if config.model_config.architecture not in ARCHITECTURES:
-        return {"active": False, **describe_engine(config), "layers": {}, "experts": {}, "pool": {}}
+        counts: dict[str, Any] = {"layers": {}, "experts": {}, "pool": {}, "sessions": {}}
+        return {"active": False, **describe_engine(config), **counts}
     _check_reports(config)
     reports = await ask_engines(engine)
     return {
@@ -56,6 +59,7 @@ async def memory(request: Request) -> dict[str, Any]:
         "layers": add_engines([report.layers for report in reports]),
         "experts": add_engines([report.experts for report in reports]),
         "pool": add_pools([report.pool for report in reports]),
+        "sessions": session_counts(engine.input_processor),
     }
 
 
@@ -70,11 +74,12 @@ async def answer(
 
     ``answer_id`` is the ``id`` of its response; of several prompts in one request the first one's,
     and with ``-1`` behind it the second one's. ``layers`` has ``Journal.report`` by layer, whose
-    strongest recalls are of tokens from position ``first`` on. 404 where there is no report, or
+    strongest recalls are of tokens from position ``first`` on; ``session`` says what a request that
+    named one has read of it, whether it asked for a report or not. 404 where there is neither, or
     with ``empty`` no layers.
     """
     engine = _engine(request)
-    found = None
+    found = session = None
     if engine.vllm_config.model_config.architecture in ARCHITECTURES:
         from pacellm_vllm.models.checks import carries_memory
         from pacellm_vllm.serving.asking import ask_answer
@@ -82,13 +87,16 @@ async def answer(
         _check_reports(engine.vllm_config)
         if carries_memory(engine.vllm_config):
             found = await ask_answer(engine, answer_id, max(first, 0))
-    if found is None and not empty:
+        from pacellm_vllm.sessions.admission import reading_for
+
+        session = reading_for(engine.input_processor, answer_id)
+    if found is None and session is None and not empty:
         raise HTTPException(
             404,
             "pacellm: there is no report with this id; ask for one with vllm_xargs "
             '{"pacellm_report": true}, and read it soon, as the oldest are dropped.',
         )
-    return {"id": answer_id, "layers": found or {}}
+    return {"id": answer_id, "layers": found or {}, "session": session}
 
 
 def _engine(request: Request) -> EngineClient:

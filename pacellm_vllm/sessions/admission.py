@@ -7,7 +7,7 @@ has been answered. Who has got an answer is sure that the next request sees it.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from vllm.config import VllmConfig
@@ -92,7 +92,8 @@ def admit(
         request.prompt_token_ids = [*prompt[: read.place], *read.tokens, *prompt[read.place :]]
         if fills:
             params.max_tokens = longest - len(request.prompt_token_ids)
-        reading = [reader.id, read.place, len(read.tokens), read.pages, round(read.sure, 4)]
+        reading = [reader.id, read.place, len(read.tokens)]
+        reader.note(request.request_id, read)
     params.extra_args = keep_reading(params.extra_args, reading)
 
 
@@ -121,6 +122,16 @@ def session_counts(processor: InputProcessor) -> dict[str, int]:
     """``StoreCounts`` of a front end; empty before a request has named a session."""
     reader = getattr(processor, "_pacellm_sessions", None)
     return reader.store.as_dict() if reader else {}
+
+
+def reading_for(processor: InputProcessor, answer_id: str) -> dict[str, Any] | None:
+    """What a request has read, by the id that a client was told; None where it named no session.
+
+    A route of several prompts writes behind its id which one, from 0.
+    """
+    reader = getattr(processor, "_pacellm_sessions", None)
+    notes = reader.notes if reader else {}
+    return notes.get(answer_id) or notes.get(f"{answer_id}-0")
 
 
 def _reader(processor: InputProcessor, config: PaceConfig) -> "SessionReader":

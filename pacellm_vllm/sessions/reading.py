@@ -1,5 +1,6 @@
 """SessionReader: what a request reads of its session before it is scheduled."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ ASKING_TOKENS = 64
 SURE = 0.15
 # A page is in a prompt where most runs of so many of its tokens are.
 _RUN_TOKENS = 8
+_NOTES = 1000
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class SessionReader:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._gap = tuple(tokenizer.encode("\n\n", add_special_tokens=False))
+        # By request: what it has read, of the last ones.
+        self.notes: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def note(self, request_id: str, reading: Reading) -> None:
+        """Keep for reports what a request has read."""
+        self.notes[request_id] = {
+            "place": reading.place,
+            "tokens": len(reading.tokens),
+            "pages": reading.pages,
+            "sure": round(reading.sure, 4),
+        }
+        while len(self.notes) > _NOTES:
+            self.notes.popitem(last=False)
 
     def read(self, key: bytes, prompt: Sequence[int], room: int, how: SessionRead) -> Reading:
         """At most ``room`` tokens of the session ``key`` that ``prompt`` asks about."""

@@ -161,7 +161,7 @@ def test_items_from_files(tmp_path):
     assert text.endswith("What lasts? <assistant>")
     assert "thing. Another second thing!" in text
     assert " Oil lasts. " in text
-    with pytest.raises(EvalError, match="--needles 2 is more than"):
+    with pytest.raises(EvalError, match="2 needles are more than"):
         list(texts(Grid((60,), (50,), 1, needles=2, needle_file=needles)))
     with pytest.raises(EvalError, match=r"'.*hay\.txt' must hold one JSON object per line"):
         list(texts(Grid((60,), (50,), 1, needle_file=hay)))

@@ -1,0 +1,133 @@
+"""Needles in text that a session's requests have brought, asked about when it is gone."""
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from pacellm_vllm.evals.answers import Answer, Offline
+from pacellm_vllm.evals.niah import Grid, Needle, draw_needles, exact_match, haystack
+from pacellm_vllm.evals.records import Records
+from pacellm_vllm.evals.rouge import rouge_l_recall
+
+# The question alone; behind as much of the text as the window holds; in the text's session.
+ARMS = ("alone", "window", "session")
+
+
+@dataclass(frozen=True)
+class Told:
+    """A text of ``length`` tokens with one needle at each depth, and the questions' tokens."""
+
+    length: int
+    sample: int
+    needles: tuple[Needle, ...]
+    text: list[int]
+    questions: tuple[list[int], ...]
+
+    def id(self, depth: float) -> str:
+        return f"{self.length}/{depth:g}/{self.sample}"
+
+
+def make_text(grid: Grid, tokenizer: Any, length: int, sample: int) -> Told:
+    """The text depends on the grid's seed and its own place only."""
+    rng = random.Random(f"{grid.seed}/{length}/session/{sample}")
+    needles = draw_needles(rng, grid, len(grid.depths))
+    source = haystack(rng, grid)
+    room = length - sum(len(encoded(tokenizer, each.needle)) for each in needles)
+    hay: list[list[int]] = []
+    while room > 0:
+        hay.append(encoded(tokenizer, next(source)))
+        room -= len(hay[-1])
+    places = [round(depth / 100 * len(hay)) for depth in grid.depths]
+    for place, needle in sorted(zip(places, needles, strict=True), key=lambda at: -at[0]):
+        hay.insert(place, encoded(tokenizer, needle.needle))
+    return Told(
+        length,
+        sample,
+        tuple(needles),
+        [token for sentence in hay for token in sentence],
+        tuple(asked(grid, tokenizer, each.question) for each in needles),
+    )
+
+
+def encoded(tokenizer: Any, sentence: str) -> list[int]:
+    """A sentence inside of a text."""
+    return list(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
+
+
+def asked(grid: Grid, tokenizer: Any, question: str) -> list[int]:
+    """A prompt that has nothing but the question."""
+    from pacellm_vllm.evals.prompts import rendered_chat
+
+    if not grid.chat:
+        return list(tokenizer(question).input_ids)
+    rendered = rendered_chat(tokenizer, [{"role": "user", "content": question}])
+    return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+
+
+def run_sessions(
+    grid: Grid,
+    tokenizer: Any,
+    answerer: Offline,
+    records: Records,
+    piece: int,
+    progress: bool = True,
+) -> None:
+    """Ask what ``records`` lacks, a text at a time, fed in requests of ``piece`` tokens."""
+    with tqdm(total=len(grid.lengths) * grid.samples, desc="texts", disable=not progress) as bar:
+        for length in grid.lengths:
+            for sample in range(grid.samples):
+                ids = [(arm, f"{length}/{d:g}/{sample}") for arm in ARMS for d in grid.depths]
+                if not all(each in records.done for each in ids):
+                    told = make_text(grid, tokenizer, length, sample)
+                    _ask(grid, told, answerer, records, piece)
+                bar.update()
+
+
+def _ask(grid: Grid, told: Told, answerer: Offline, records: Records, piece: int) -> None:
+    window = answerer.max_model_len - grid.max_tokens - max(map(len, told.questions))
+    name = f"{grid.seed}/{told.length}/{told.sample}"
+    for arm in ARMS:
+        missing = [d for d in grid.depths if (arm, told.id(d)) not in records.done]
+        if not missing:
+            continue
+        begun = time.perf_counter()
+        extra = None
+        if arm == "session":
+            extra = {"pacellm_session": name, "pacellm_session_write": False}
+            pieces = [told.text[i : i + piece] for i in range(0, len(told.text), piece)]
+            writing = {"pacellm_session": name, "pacellm_session_read": "never"}
+            for part in pieces:
+                answerer.answer([part], 1, extra_args=writing)
+        fed = time.perf_counter() - begun
+        before = told.text[-window:] if arm == "window" else []
+        for depth, needle, question in zip(grid.depths, told.needles, told.questions, strict=True):
+            if depth not in missing:
+                continue
+            begun = time.perf_counter()
+            [output] = answerer.answer([before + question], grid.max_tokens, extra_args=extra)
+            records.add(
+                _line(arm, told, depth, needle, output)
+                | {
+                    "fed_seconds": round(fed, 2),
+                    "seconds": round(time.perf_counter() - begun, 3),
+                    "tokens": output.prompt_tokens,
+                }
+            )
+
+
+def _line(arm: str, told: Told, depth: float, needle: Needle, output: Answer) -> dict[str, Any]:
+    return {
+        "config": arm,
+        "id": told.id(depth),
+        "length": told.length,
+        "depth": depth,
+        "sample": told.sample,
+        "answer": needle.answer,
+        "output": output.text,
+        "ended": output.ended,
+        "exact": exact_match(needle.answer, output.text),
+        "rouge_l": rouge_l_recall(needle.answer, output.text),
+    }
