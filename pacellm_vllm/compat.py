@@ -435,7 +435,9 @@ def follow_answers(
         **kwargs: Any,
     ) -> None:
         original(processor, request, *args, **kwargs)
-        processor.request_states[request.request_id]._pacellm_ended = ended(request)  # type: ignore[attr-defined]
+        # Of streamed input the last call ends its state.
+        if (state := processor.request_states.get(request.request_id)) is not None:
+            state._pacellm_ended = ended(request)  # type: ignore[attr-defined]
 
     def made(
         original: Callable[..., Any],

@@ -7,9 +7,11 @@ has been answered. Who has got an answer is sure that the next request sees it.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
@@ -20,6 +22,8 @@ from pacellm_vllm.request import RequestSettings, keep_reading, reading_of
 if TYPE_CHECKING:
     from pacellm_vllm.sessions.reading import SessionReader
 
+# Requests are prepared in several threads.
+_MAKING = Lock()
 # Where a request ends nothing is known of the engine but what the request carries.
 _READERS: WeakValueDictionary[str, "SessionReader"] = WeakValueDictionary()
 
@@ -85,15 +89,15 @@ def admit(
         assert request.prompt_token_ids is not None
         prompt = list(request.prompt_token_ids)
         longest = processor.model_config.max_model_len
-        room, fills = _room(len(prompt), params.max_tokens or 0, longest)
+        room, fills = _room(longest - len(prompt), params)
         key = session_key(settings.session, request.cache_salt)
         with reader.store.lock:
             read = reader.read(key, prompt, room, settings.session_read)
+            reader.note(request.request_id, read)
         request.prompt_token_ids = [*prompt[: read.place], *read.tokens, *prompt[read.place :]]
         if fills:
             params.max_tokens = longest - len(request.prompt_token_ids)
         reading = [reader.id, read.place, len(read.tokens)]
-        reader.note(request.request_id, read)
     params.extra_args = keep_reading(params.extra_args, reading)
 
 
@@ -135,33 +139,36 @@ def reading_for(processor: InputProcessor, answer_id: str) -> dict[str, Any] | N
 
 
 def _reader(processor: InputProcessor, config: PaceConfig) -> "SessionReader":
-    found = getattr(processor, "_pacellm_sessions", None)
-    if found is None:
-        # They stand on scikit-learn, which engines without sessions do without.
-        from pacellm_vllm.sessions.reading import SessionReader
-        from pacellm_vllm.sessions.store import PAGE_TOKENS, SessionStore
-
-        tokenizer = processor.get_tokenizer()
-        store = SessionStore(
-            math.ceil(config.session_tokens / PAGE_TOKENS),
-            lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        )
-        found = SessionReader(store, tokenizer)
-        processor._pacellm_sessions = found  # type: ignore[attr-defined]
-        _READERS[found.id] = found
-    return found
+    with _MAKING:
+        found = getattr(processor, "_pacellm_sessions", None)
+        return found or _make_reader(processor, config)
 
 
-def _room(prompt: int, max_tokens: int, longest: int) -> tuple[int, bool]:
-    """How many tokens more a prompt may have, and whether its answer is to fill the rest.
+def _make_reader(processor: InputProcessor, config: PaceConfig) -> "SessionReader":
+    # They stand on scikit-learn, which engines without sessions do without.
+    from pacellm_vllm.sessions.reading import SessionReader
+    from pacellm_vllm.sessions.store import PAGE_TOKENS, SessionStore
 
-    Who asks for as many as there is room for, or for no number, gets fewer where more is read, and
-    a quarter of the room at least.
+    tokenizer = processor.get_tokenizer()
+    store = SessionStore(
+        math.ceil(config.session_tokens / PAGE_TOKENS),
+        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+    )
+    made = SessionReader(store, tokenizer)
+    processor._pacellm_sessions = made  # type: ignore[attr-defined]
+    _READERS[made.id] = made
+    return made
+
+
+def _room(rest: int, params: SamplingParams) -> tuple[int, bool]:
+    """Of ``rest`` tokens what may be read, and whether the answer is to fill what is left.
+
+    Who asks for as many tokens as there is room for, or for no number, gets fewer where more is
+    read, and a quarter of the room at least.
     """
-    rest = longest - prompt
-    if max_tokens < rest:
-        return rest - max_tokens, False
-    return rest - max(1, math.ceil(rest / 4)), True
+    if params.max_tokens is not None and params.max_tokens < rest:
+        return rest - params.max_tokens, False
+    return rest - max(1, math.ceil(rest / 4), params.min_tokens), True
 
 
 def _check_prompt(request: EngineCoreRequest) -> None:

@@ -19,7 +19,15 @@ from pacellm_vllm.sessions.finder import Finder
 from pacellm_vllm.sessions.reading import SURE
 
 HELD_OUT = 1300
-STORES = {10: 250, 30: 200, 100: 150, 300: 100, 600: 80}  # pages of a session: sessions tried
+STORES = {
+    1: 300,
+    3: 300,
+    10: 250,
+    30: 200,
+    100: 150,
+    300: 100,
+    600: 80,
+}  # pages of a session: sessions tried
 TEXT_WORDS = 24
 
 
