@@ -1,9 +1,11 @@
-"""What memory costs a running engine: the same model, shape and load in up to five variants.
+"""What memory costs a running engine: the same model, shape and load in up to six variants.
 
     python scripts/bench_serving.py --shape mid --json out.json
 
     absent     vLLM without this plugin (on a CPU its platform stays: without it nothing runs)
     installed  plugin installed, not configured
+    packed     the same with the KV cache layout that memory asks for (--layout): what memory
+               costs beyond it is its own
     pa2, pa4   memory in two layers, in four
     pa2ce      memory in two layers, and experts as --experts says (made while loading)
 
@@ -39,7 +41,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "0.5b": {"hidden": 896, "ffn": 4864, "layers": 24, "heads": 14, "kv": 2, "vocab": 151936},
     "7b": {"hidden": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv": 4, "vocab": 152064},
 }
-VARIANTS = ("absent", "installed", "pa2", "pa4", "pa2ce")
+VARIANTS = ("absent", "installed", "packed", "pa2", "pa4", "pa2ce")
 BASELINE = "installed"
 DISTINCT_TOKENS = 160
 MARK = "REPLY "
@@ -94,7 +96,7 @@ class Worker:
         }
         if args.kv_gib:
             self.settings["kv_cache_memory_bytes"] = int(args.kv_gib * 2**30)
-        if variant.startswith("pa"):
+        if variant[2:3].isdigit():
             layers = memory_layers(SHAPES[args.shape]["layers"], int(variant[2]))
             pace = {"layers": layers, "segment_size": args.segment, **json.loads(args.pace)}
             if variant.endswith("ce"):
@@ -109,6 +111,8 @@ class Worker:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
         }
+        if variant == "packed":
+            env["VLLM_KV_CACHE_LAYOUT"] = args.layout
         started = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
@@ -233,7 +237,7 @@ def work() -> None:
         elif task["what"] == "counts":
             answer(memory_counts(engine))
         elif task["what"] == "device":
-            answer(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+            answer(torch.cuda.get_device_name() if torch_has_cuda() else "CPU")
 
 
 def make_prompts(seed: int, count: int, length: int, vocab: int) -> list[list[int]]:
@@ -327,6 +331,12 @@ def report(
     return "\n".join(lines)
 
 
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="mid")
@@ -336,6 +346,11 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a timed prefill")
     parser.add_argument("--context", type=int, default=1100, help="tokens before decoding")
+    parser.add_argument(
+        "--layout",
+        default="BLNHC" if torch_has_cuda() else "BLHNC",
+        help="of packed, as in VLLM_KV_CACHE_LAYOUT (%(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=8, help="decode steps a turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--starts", type=int, default=1, help="new engines, all of it again")
