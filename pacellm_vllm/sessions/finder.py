@@ -15,9 +15,9 @@ _K1, _B = 1.5, 0.75
 class Match:
     """A page whose ``score`` (BM25) is above zero, and how ``sure`` it is meant.
 
-    ``sure`` is the score as a share of the most it could be, plus half of what the page's words
-    weigh among those of the query, minus an eighth of log10 of the number of pages: of many pages
-    one resembles any query.
+    ``sure`` is the score over the geometric mean of the most it could be and of what one word
+    weighs that no page has, so that what else is said in a long query counts half; minus 0.12
+    log10 of the number of pages (at least 3), as of many pages one resembles any query.
     """
 
     page: int
@@ -62,9 +62,8 @@ class Finder:
         rarity = np.log1p((pages - having + 0.5) / (having + 0.5))
         norm = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1))
         scores = (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1)
-        nearness = scores / rarity.sum() / (_K1 + 1)
-        share = (rarity * (counts > 0)).sum(1) / rarity.sum()
-        sure = nearness + share / 2 - math.log10(pages) / 8
+        most = (_K1 + 1) * math.sqrt(rarity.sum() * math.log(2 * pages + 2))
+        sure = scores / most - 0.12 * math.log10(max(pages, 3))
         numbers = list(self._rows)
         order = np.argsort(-scores, kind="stable")
         return [Match(numbers[i], float(scores[i]), float(sure[i])) for i in order if scores[i] > 0]

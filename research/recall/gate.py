@@ -29,6 +29,13 @@ STORES = {
     600: 80,
 }  # pages of a session: sessions tried
 TEXT_WORDS = 24
+FORMS = {
+    "plain": "{}?",
+    "prompt": "Question: {}?\nAnswer:",
+    "polite": "Please answer briefly: {}? Thanks!",
+    "wordy": "Hi, I have one more thing to ask you about what I sent before. Could you tell me {}? "
+    "Keep your answer short please.",
+}
 
 
 def questions(file: Path) -> list[tuple[str, str]]:
@@ -44,24 +51,19 @@ def questions(file: Path) -> list[tuple[str, str]]:
 
 def sureness(
     pairs: list[tuple[str, str]], pages: int, tries: int, rng: random.Random
-) -> dict[str, list[float]]:
-    """Of questions about one of a session's pages, of other questions, and of other texts."""
-    sure: dict[str, list[float]] = {"asked about": [], "another question": [], "another text": []}
+) -> dict[str, dict[str, list[float]]]:
+    """By how it is asked: of questions about one of a session's pages, and of other questions."""
+    sure: dict[str, dict[str, list[float]]] = {form: {"asked": [], "other": []} for form in FORMS}
     for _ in range(tries):
-        mixed = rng.sample(pairs, pages + 3)
-        inside, (one, two, three) = mixed[:pages], mixed[pages:]
+        mixed = rng.sample(pairs, pages + 2)
         finder = Finder()
-        finder.add({i: passage for i, (_, passage) in enumerate(inside)})
-        words = three[1].split()
-        start = rng.randrange(max(1, len(words) - TEXT_WORDS))
-        for kind, asked in (
-            ("asked about", rng.choice(inside)[0]),
-            ("another question", one[0]),
-            ("another question", two[0]),
-            ("another text", " ".join(words[start : start + TEXT_WORDS])),
-        ):
-            found = finder.find(asked)
-            sure[kind].append(found[0].sure if found else 0.0)
+        finder.add({i: passage for i, (_, passage) in enumerate(mixed[:pages])})
+        questions = [("asked", rng.choice(mixed[:pages])[0])]
+        questions += [("other", question) for question, _ in mixed[pages:]]
+        for form, text in FORMS.items():
+            for kind, question in questions:
+                found = finder.find(text.format(question))
+                sure[form][kind].append(found[0].sure if found else 0.0)
     return sure
 
 
@@ -74,9 +76,9 @@ def main() -> None:
         print(f"\n{half}, {len(part)} questions; opens for")
         rng = random.Random(1)
         for pages, tries in STORES.items():
-            kinds = sureness(part, pages, tries, rng)
-            shares = [f"{kind} {np.mean(np.array(of) > SURE):.3f}" for kind, of in kinds.items()]
-            print(f"{pages} pages: {', '.join(shares)}")
+            for form, kinds in sureness(part, pages, tries, rng).items():
+                shares = {kind: np.mean(np.array(of) > SURE) for kind, of in kinds.items()}
+                print(f"{pages} pages, {form}: {shares['asked']:.3f}, others {shares['other']:.3f}")
 
 
 if __name__ == "__main__":

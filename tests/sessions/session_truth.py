@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 
-PAGE, MARGIN, ASKING, RUN, SURE = 128, 16, 64, 8, 0.15
+PAGE, MARGIN, ASKING, RUN, SURE = 128, 16, 64, 8, 0.16
 
 
 class Truth:
@@ -61,27 +61,26 @@ class Truth:
         return token in self.special or line
 
     def bm25(self, asked):
-        """A score for each page, the share of the query's weight in it, and all the weight."""
+        """A score for each page, and the weight of the whole query."""
         bags = [Counter(self.words(page[(len(page) - 1) // PAGE * PAGE :])) for page in self.pages]
         mean = max(sum(map(Counter.total, bags)) / len(bags), 1)
         weight = {}
         for word in set(self.words(asked)):
             having = sum(word in bag for bag in bags)
             weight[word] = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
-        scores, shares = [], []
+        scores = []
         for bag in bags:
             long = 1.5 * (1 - 0.75 + 0.75 * bag.total() / mean)
             known = {word: w for word, w in weight.items() if word in bag}
             scores.append(sum(w * bag[n] * 2.5 / (bag[n] + long) for n, w in known.items()))
-            shares.append(sum(known.values()))
-        return scores, shares, sum(weight.values())
+        return scores, sum(weight.values())
 
     def read(self, prompt, how="auto", room=10**9):
         """The whole prompt that the model gets."""
         if not self.pages or how == "never":
             return list(prompt)
         begin, end = self.own(prompt)
-        scores, shares, most = self.bm25(prompt[max(begin, end - ASKING) : end])
+        scores, most = self.bm25(prompt[max(begin, end - ASKING) : end])
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         order = [i for i in order if scores[i] > 0]
         if not order:
@@ -90,7 +89,9 @@ class Truth:
         for i in order:
             if self.is_in(i, prompt):
                 continue
-            sure = scores[i] / most / 2.5 + shares[i] / most / 2 - math.log10(len(scores)) / 8
+            unknown = math.log(1 + (len(scores) + 0.5) / 0.5)
+            sure = scores[i] / 2.5 / (most * unknown) ** 0.5
+            sure -= 0.12 * math.log10(max(3, len(scores)))
             if how == "auto" and not chosen and sure <= SURE:
                 break
             if len(self.passages([*chosen, i])) > room:
