@@ -1,6 +1,7 @@
 """Finder: which pages of a session a request's words are about."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,11 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 # Okapi BM25, as measured in docs/recall.md.
 _K1, _B = 1.5, 0.75
+# Where words are not set apart, characters are words.
+_CHARACTERS = r"\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
+_SENTENCE_END = re.compile(r"(?<=[.!?:\n\u3002\uff01\uff1f\uff1a])\s*")
+_SENTENCE_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class Finder:
 
     def __init__(self) -> None:
         # Words are told apart by their hashes, so there is no vocabulary to keep.
-        self._count = HashingVectorizer(token_pattern=r"\w+", norm=None, alternate_sign=False)
+        self._count = HashingVectorizer(
+            token_pattern=_WORD.pattern, norm=None, alternate_sign=False
+        )
         self._rows: dict[int, sparse.csr_matrix] = {}
         self._all: sparse.csc_matrix | None = None
 
@@ -67,3 +75,9 @@ class Finder:
         numbers = list(self._rows)
         order = np.argsort(-scores, kind="stable")
         return [Match(numbers[i], float(scores[i]), float(sure[i])) for i in order if scores[i] > 0]
+
+
+def queries(text: str) -> list[str]:
+    """What ``text`` may ask: all of it, and each of its sentences that has a few words."""
+    parts = _SENTENCE_END.split(text)
+    return [text, *(part for part in parts if len(_WORD.findall(part)) >= _SENTENCE_WORDS)]

@@ -9,6 +9,7 @@ from uuid import uuid4
 import numpy as np
 
 from pacellm_vllm.request import SessionRead
+from pacellm_vllm.sessions.finder import Match, queries
 from pacellm_vllm.sessions.store import (
     Page,
     Session,
@@ -71,29 +72,41 @@ class SessionReader:
         tokens = np.array(prompt, np.int32)
         place, end = self._own(session, tokens)
         asked = tokens[max(place, end - ASKING_TOKENS) : end].tolist()
-        found = session.finder.find(self._tokenizer.decode(asked, skip_special_tokens=True))
-        runs = _runs(tokens)
+        text = self._tokenizer.decode(asked, skip_special_tokens=True)
+        found = self._asked_about(session, text, tokens)
+        sure = found[0].sure if found else 0.0
+        if how == "auto" and sure <= SURE:
+            return Reading(0, (), sure, 0)
         chosen: list[Page] = []
-        text: tuple[int, ...] = ()
-        sure = 0.0
+        read: tuple[int, ...] = ()
         for match in found:
-            page = session.pages[match.page]
-            if _is_in(page, runs):
-                continue
-            if not chosen:
-                sure = match.sure
-                if how == "auto" and sure <= SURE:
-                    break
-            longer = tuple(self._joined([*chosen, page]))
+            longer = tuple(self._joined([*chosen, session.pages[match.page]]))
             if len(longer) > room:
                 break
-            chosen.append(page)
-            text = longer
-            if len(chosen) == PAGES_READ:
-                break
+            chosen.append(session.pages[match.page])
+            read = longer
         for page in chosen:
             self.store.touch(page)
-        return Reading(place if chosen else 0, text, sure, len(chosen))
+        return Reading(place if chosen else 0, read, sure, len(chosen))
+
+    def _asked_about(self, session: Session, text: str, tokens: np.ndarray) -> list[Match]:
+        """The best pages that the prompt of ``tokens`` does not have itself.
+
+        Of what ``text`` may ask it is what is surest of its best page: what else is said around a
+        question is not looked up with it.
+        """
+        runs = _runs(tokens)
+        best: list[Match] = []
+        for query in queries(text):
+            found: list[Match] = []
+            for match in session.finder.find(query):
+                if not _is_in(session.pages[match.page], runs):
+                    found.append(match)
+                if len(found) == PAGES_READ:
+                    break
+            if found and (not best or found[0].sure > best[0].sure):
+                best = found
+        return best
 
     def _own(self, session: Session, tokens: np.ndarray) -> tuple[int, int]:
         """Where in a prompt its own words begin and end.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pacellm_vllm.sessions.finder import Finder
+from pacellm_vllm.sessions.finder import Finder, queries
 from pacellm_vllm.sessions.reading import SURE
 
 HELD_OUT = 1300
@@ -62,8 +62,8 @@ def sureness(
         questions += [("other", question) for question, _ in mixed[pages:]]
         for form, text in FORMS.items():
             for kind, question in questions:
-                found = finder.find(text.format(question))
-                sure[form][kind].append(found[0].sure if found else 0.0)
+                found = [finder.find(query) for query in queries(text.format(question))]
+                sure[form][kind].append(max((each[0].sure for each in found if each), default=0.0))
     return sure
 
 

@@ -11,6 +11,10 @@ from collections import Counter
 PAGE, MARGIN, ASKING, RUN, SURE = 128, 16, 64, 8, 0.16
 
 
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
 class Truth:
     """Of one session; ``tokenizer`` is the model's."""
 
@@ -22,8 +26,7 @@ class Truth:
         self.pages = []
 
     def words(self, tokens):
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return re.findall(r"\w+", text.lower())
+        return words_of(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def write(self, prompt, answer):
         self.prompts.append(list(prompt))
@@ -60,12 +63,12 @@ class Truth:
         line = text.endswith("\n") if where == "ends" else text.startswith("\n")
         return token in self.special or line
 
-    def bm25(self, asked):
+    def bm25(self, text):
         """A score for each page, and the weight of the whole query."""
         bags = [Counter(self.words(page[(len(page) - 1) // PAGE * PAGE :])) for page in self.pages]
         mean = max(sum(map(Counter.total, bags)) / len(bags), 1)
         weight = {}
-        for word in set(self.words(asked)):
+        for word in set(words_of(text)):
             having = sum(word in bag for bag in bags)
             weight[word] = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
         scores = []
@@ -80,26 +83,32 @@ class Truth:
         if not self.pages or how == "never":
             return list(prompt)
         begin, end = self.own(prompt)
-        scores, most = self.bm25(prompt[max(begin, end - ASKING) : end])
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        order = [i for i in order if scores[i] > 0]
-        if not order:
+        text = self.tokenizer.decode(prompt[max(begin, end - ASKING) : end], True)
+        ways = [text, *(w for w in re.split(r"(?<=[.!?:\n])\s*", text) if len(words_of(w)) >= 3)]
+        order, sure = [], -1
+        for way in ways:
+            pages, surer = self.about(way, prompt)
+            if pages and (not order or surer > sure):
+                order, sure = pages, surer
+        if how == "auto" and sure <= SURE:
             return list(prompt)
         chosen = []
-        for i in order:
-            if self.is_in(i, prompt):
-                continue
-            unknown = math.log(1 + (len(scores) + 0.5) / 0.5)
-            sure = scores[i] / 2.5 / (most * unknown) ** 0.5
-            sure -= 0.12 * math.log10(max(3, len(scores)))
-            if how == "auto" and not chosen and sure <= SURE:
-                break
+        for i in order[:2]:
             if len(self.passages([*chosen, i])) > room:
                 break
             chosen.append(i)
-            if len(chosen) == 2:
-                break
         return prompt[:begin] + self.passages(chosen) + prompt[begin:]
+
+    def about(self, text, prompt):
+        """Pages with words of ``text`` that ``prompt`` has not, and how sure the first one is."""
+        scores, most = self.bm25(text)
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        order = [i for i in order if scores[i] > 0 and not self.is_in(i, prompt)]
+        if not order:
+            return [], 0
+        unknown = math.log(1 + (len(scores) + 0.5) / 0.5)
+        sure = scores[order[0]] / 2.5 / (most * unknown) ** 0.5
+        return order, sure - 0.12 * math.log10(max(3, len(scores)))
 
     def is_in(self, index, prompt):
         page = self.pages[index][(len(self.pages[index]) - 1) // PAGE * PAGE :]

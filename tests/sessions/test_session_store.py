@@ -129,7 +129,7 @@ def test_pages_are_found_by_their_words_whatever_came_and_went():
     truth = Truth(Words())
     truth.pages = [text.split() for text in pages.values()]
     for query in ("w3 w4 w5", "the others", "w1", "w9 w9 nothing"):
-        scores, _ = truth.bm25(query.split())
+        scores, _ = truth.bm25(query)
         found = finder.find(query)
         named = dict(zip(pages, scores, strict=True))
         best_first = sorted((n for n in named if named[n]), key=lambda n: -named[n])
