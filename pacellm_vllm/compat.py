@@ -6,6 +6,7 @@ this module in every process, so it imports at its top only what vLLM has import
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import sys
@@ -651,6 +652,21 @@ def start_state_updates(vllm_config: VllmConfig) -> None:
     initialize_mamba_ssu_backend(
         vllm_config.mamba_config, groups, use_replayssm=vllm_config.cache_config.use_replayssm
     )
+
+
+def with_final_blocks(vllm_config: VllmConfig) -> VllmConfig:
+    """A copy of the configuration with the KV block size that a model, once built, will have.
+
+    Symptom: vLLM chooses the size, which recurrent layers can make large, when it has loaded the
+    weights, so a size that does not fit would be refused only then.
+    Can go when it chooses before (``update_block_size_for_backend`` in v1/executor).
+    """
+    from vllm.platforms import current_platform
+
+    final = copy.copy(vllm_config)
+    final.cache_config = copy.copy(vllm_config.cache_config)
+    current_platform.update_block_size_for_backend(final)
+    return final
 
 
 def rows_of_requests(rows: int) -> torch.Tensor | None:

@@ -1,5 +1,7 @@
 """FFNs found by their parts, and memory inside their activations; no engine."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -7,10 +9,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fusion import fused_act_quant
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.models.block import find_block, remember_output
+from pacellm_vllm.models.block import FfnBlock, check_reduced, find_block, remember_output
 from pacellm_vllm.models.ffn import check_shared_out, remember
 from pacellm_vllm.models.ffn import find_feed_forward as find
 from pacellm_vllm.models.layers import DecoderLayers
@@ -229,3 +231,33 @@ def test_blocks_that_return_something_else_are_refused(returned):
     remember_output(block, Memory())
     with pytest.raises(RuntimeError, match="ffn returns something else than one state of width 8"):
         block.module(torch.zeros(3, 8))
+
+
+class Projection(RowParallelLinear):
+    """The last of a dense FFN, without weights or ranks."""
+
+    def __init__(self, reduce_results):
+        nn.Module.__init__(self)
+        self.reduce_results = reduce_results
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reduced", "beside", "refused"),
+    [
+        (2, False, nn.ReLU(), True),
+        (1, False, nn.ReLU(), False),
+        (2, True, nn.ReLU(), False),
+        (2, False, Experts(), False),
+    ],
+    ids=["parts", "one rank", "sums", "what else may add up"],
+)
+def test_a_dense_ffn_whose_ranks_return_parts_is_refused(ranks, reduced, beside, refused):
+    parts = {"up": Linear(8, 16), "beside": beside, "down": Projection(reduced)}
+    module = nn.ModuleDict(parts)
+    expected = (
+        pytest.raises(PaceConfigError, match=r"layers\.1\.mlp returns on each tensor parallel rank")
+        if refused
+        else contextlib.nullcontext()
+    )
+    with expected:
+        check_reduced(FfnBlock("layers.1.mlp", module), ranks)

@@ -6,6 +6,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
@@ -38,6 +39,22 @@ def find_block(layer: DecoderLayer) -> FfnBlock:
             "the FFN gives; choose other layers, or serve the model without pacellm."
         )
     return found[0]
+
+
+def check_reduced(block: FfnBlock, ranks: int) -> None:
+    """Refuse a dense FFN that leaves it to its caller to add up what tensor parallel ranks return.
+
+    Others are found out in the first step (``PaceMemory.check_whole``).
+    """
+    parts = [*block.module.children()]
+    ends = [part for part in parts if isinstance(part, RowParallelLinear)]
+    dense = all(isinstance(part, LinearBase) or not [*part.parameters()] for part in parts)
+    if ranks > 1 and dense and ends and not any(end.reduce_results for end in ends):
+        raise PaceConfigError(
+            f"pacellm: {block.name} returns on each tensor parallel rank a part of its output "
+            "only, which memory of outputs cannot compare; set site to activation, or "
+            "--tensor-parallel-size to 1."
+        )
 
 
 class PaceBlock:
