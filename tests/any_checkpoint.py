@@ -36,9 +36,19 @@ _TEXT: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     "sliding_window": 64,
     "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": SMALL["vocab_size"],
+    "hidden_size_per_layer_input": 32,
 }
 # What published checkpoints have that vLLM looks for, by model type.
-_PUBLISHED: dict[str, dict[str, Any]] = {"afmoe": {"score_func": "sigmoid"}}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    # vLLM leaves a factor out before a norm, of which only this is seen.
+    "gemma3n_text": {"rms_norm_eps": 1e-12},
+    # Layers that see everything have wider heads.
+    "gemma4_text": {"global_head_dim": 64},
+    "gemma4_unified_text": {"global_head_dim": 64},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+}
 # Of all else, as of an encoder of pictures, only the number of layers: sizes fit each other there.
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "depth", "num_layers")
 _ROTARY = {"mrope_section": [8, 4, 4], "partial_rotary_factor": 1.0}
@@ -77,6 +87,8 @@ def small_config(kind: type[PreTrainedConfig], **sizes: Any) -> Any:
 
 def _shrink(config: Any, text: Any, tied: bool, sizes: dict[str, Any]) -> dict[str, Any]:
     fields = config.to_dict()
+    # What some layers have of their own is of layers by number.
+    fields.pop("per_layer_config", None)
     given = dict(fields)
     depth = max((fields[name] for name in _DEPTHS if isinstance(fields.get(name), int)), default=0)
     ours = {**_TEXT, **sizes} if config is text else dict.fromkeys(_DEPTHS, 2)

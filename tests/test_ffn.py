@@ -204,6 +204,19 @@ def test_several_blocks_in_a_layer_are_refused():
         find_block(layers[0])
 
 
+def test_memory_of_a_sum_of_two_parts_is_of_the_sum():
+    """As Granite's layers do: ``block_sparse_moe(x) + shared_mlp(x)``."""
+    layers = layers_of(Experts())
+    layer = layers[0].module
+    del layer.mlp
+    layer.block_sparse_moe, layer.shared_mlp = Experts(), Experts()
+    block = find_block(layers[0])
+    remember_output(block, Memory())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer.block_sparse_moe(x) + layer.shared_mlp(x), 4 * x)
+    assert [name for name, _ in layer.named_parameters()].count("shared_mlp.w13") == 1
+
+
 def test_an_encoder_of_as_many_layers_is_not_the_decoder():
     model = nn.Module()
     model.vision, model.text = Decoder(gated(), gated()), Decoder(gated(), gated())

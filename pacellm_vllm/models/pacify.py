@@ -9,7 +9,12 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from pacellm_vllm.compat import pack_cpu_attention, start_state_updates, with_final_blocks
+from pacellm_vllm.compat import (
+    pack_cpu_attention,
+    place_shared_layers,
+    start_state_updates,
+    with_final_blocks,
+)
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory, memory_layers
 from pacellm_vllm.memory.plan import plan_spec
@@ -59,6 +64,7 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
         if layers:
             pack_cpu_attention(vllm_config)
             start_state_updates(vllm_config)
+            place_shared_layers()
         experts = ModelExperts(vllm_config, config.experts) if config.experts else None
         with_experts = experts.plan.layers if experts else ()
         # The decoder layers of this pipeline stage.
