@@ -10,10 +10,11 @@ again unless it is named. Half a minute each.
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ RESULTS = Path(__file__).parent / "checked_models.json"
 LIMIT_S = 420
 PACE = {"layers": [1, 3], "preset": "official", "bank_size": 23, "segment_size": 32}
 PACE |= {"max_insertions": 5, "site": "auto"}
-LENGTHS, MAX_TOKENS = (20, 64, 150), 24
+LENGTHS, MAX_TOKENS = (20, 110), 16
 
 
 def check(architecture: str, folder: Path) -> tuple[str, str]:
     """What came of holding ``architecture`` to the oracle, and what is to be said about it.
 
-    One of "equal", "refused", "differs" (as vLLM without memory does, too), "not run" (nor does
-    it without memory) and "not built". Raises ``AssertionError`` where only memory makes the
-    difference.
+    One of "equal", "texts equal" (of a model that sees or hears, too), "refused", "differs" (as
+    vLLM without memory does, too), "not run" (nor does it without memory) and "not built". Raises
+    ``AssertionError`` where only memory makes the difference.
     """
     from any_checkpoint import NotBuilt, make_any_checkpoint, transformers_class
     from engines import engine
@@ -49,16 +50,20 @@ def check(architecture: str, folder: Path) -> tuple[str, str]:
         with engine(path, PACE, **_settings(path, f"Pace{architecture}")) as running:
             [site] = {memory.config.site for memory in running.memories().values()}
             wrong = _difference(running, _cases(path, cls, {**PACE, "site": site}))
+            has_pictures = running.core.vllm_config.model_config.is_multimodal_model
             counts = [memory.counts for memory in running.memories().values()]
     except NotBuilt as why:
         return "not built", str(why)
     except Exception as error:
         if "pacellm: " in str(error):
-            return "refused", _said(str(error).partition("pacellm: ")[2])
+            sentence = str(error).partition("pacellm: ")[2]
+            # Pydantic says more.
+            return "refused", _said(sentence.partition(" [type=")[0])
         return "not run", _why_not_even_plain(path, architecture, error)
     if wrong is None:
         acted = all(min(one.commits, one.mid + one.high) > 0 for one in counts)
-        return ("equal", site) if acted else ("not built", "memory does not act on these weights")
+        what = "texts equal" if has_pictures else "equal"
+        return (what, site) if acted else ("not built", "memory does not act on these weights")
     with engine(path, **_settings(path, architecture)) as running:
         plain = _difference(running, _cases(path, cls, {**PACE, "site": site, "layers": []}))
     assert plain, f"{wrong}, and only with memory"
@@ -67,9 +72,17 @@ def check(architecture: str, folder: Path) -> tuple[str, str]:
 
 def _settings(path: Path, architecture: str) -> dict[str, Any]:
     """Of an engine that asks a model about texts only, without its processor."""
+    from test_engine_oracle import ENGINE_CONFIG
+    from transformers import AutoConfig
+
     composite = "text_config" in (path / "config.json").read_text()
+    text = AutoConfig.from_pretrained(path).get_text_config()
+    changed = ENGINE_CONFIG.get(text.model_type, {})
     return {
-        "hf_overrides": {"architectures": [architecture]},
+        "hf_overrides": {
+            "architectures": [architecture],
+            **({"text_config": changed} if composite and changed else changed),
+        },
         "max_num_batched_tokens": 80,
         **({"language_model_only": True} if composite else {}),
     }
@@ -131,6 +144,22 @@ def _said(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
+def _inspect_here(architecture: str) -> None:
+    """Spare vLLM a process for each class that it looks at."""
+    from vllm.model_executor.models import ModelRegistry
+
+    import pacellm_vllm.models
+    from pacellm_vllm.models.table import ARCHITECTURES
+
+    name = f"Pace{architecture}"
+    try:
+        ModelRegistry.register_model(architecture, ARCHITECTURES[name].load())
+        ModelRegistry.register_model(name, getattr(pacellm_vllm.models, name))
+    except ImportError:
+        # vLLM says so itself.
+        return
+
+
 def _check_in_child(architecture: str) -> dict[str, str]:
     from any_checkpoint import NotBuilt, transformers_class
 
@@ -139,34 +168,44 @@ def _check_in_child(architecture: str) -> dict[str, str]:
     except NotBuilt as why:
         return {"result": "not built", "said": str(why)}
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, __file__, "--one", architecture, "--answer", str(answer)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
+        child = multiprocessing.get_context("fork").Process(
+            target=_answer, args=(architecture, Path(folder))
+        )
+        child.start()
+        child.join(LIMIT_S)
+        if child.is_alive():
+            child.kill()
             return {"result": "not built", "said": f"it takes longer than {LIMIT_S} s"}
-        if answer.exists():
-            return json.loads(answer.read_text())
-        return {"result": "FAULT", "said": done.stderr[-3000:]}
+        return json.loads((Path(folder) / "answer.json").read_text())
+
+
+def _answer(architecture: str, folder: Path) -> None:
+    try:
+        _inspect_here(architecture)
+        result, said = check(architecture, folder / "model")
+    except BaseException:
+        result, said = "FAULT", traceback.format_exc()
+    (folder / "answer.json").write_text(json.dumps({"result": result, "said": said}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        result, said = check(arguments.one, arguments.answer.parent / "model")
-        arguments.answer.write_text(json.dumps({"result": result, "said": said}))
-        return
 
+    # What children share: they are forked.
+    import engines  # noqa: F401
+    import oracle  # noqa: F401
+
+    from pacellm_vllm.models.compared import TESTED
     from pacellm_vllm.models.table import ARCHITECTURES
 
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     wanted = arguments.architectures or [
-        base.architecture for base in ARCHITECTURES.values() if base.architecture not in known
+        base.architecture
+        for base in ARCHITECTURES.values()
+        if base.architecture not in known.keys() | TESTED
     ]
     for architecture in wanted:
         known[architecture] = _check_in_child(architecture)

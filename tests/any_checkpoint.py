@@ -36,18 +36,22 @@ _TEXT: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     "sliding_window": 64,
     "num_kv_shared_layers": 2,
+    "num_attention_heads_per_layer": 4,
     "vocab_size_per_layer_input": SMALL["vocab_size"],
     "hidden_size_per_layer_input": 32,
 }
 # What published checkpoints have that vLLM looks for, by model type.
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "route_norm": True},
     # vLLM leaves a factor out before a norm, of which only this is seen.
     "gemma3n_text": {"rms_norm_eps": 1e-12},
     # Layers that see everything have wider heads.
     "gemma4_text": {"global_head_dim": 64},
     "gemma4_unified_text": {"global_head_dim": 64},
-    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": {"rotary_dim": 32},
+    # vLLM leaves the bias of the head out, which published ones have.
+    "phimoe": {"attention_bias": True, "lm_head_bias": False},
 }
 # Of all else, as of an encoder of pictures, only the number of layers: sizes fit each other there.
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "depth", "num_layers")
@@ -94,6 +98,8 @@ def _shrink(config: Any, text: Any, tied: bool, sizes: dict[str, Any]) -> dict[s
     ours = {**_TEXT, **sizes} if config is text else dict.fromkeys(_DEPTHS, 2)
     kept = {name for name, value in fields.items() if value is not None}
     fields |= {name: value for name, value in ours.items() if name in kept | sizes.keys()}
+    if config is text and fields.get("qk_rope_head_dim"):
+        fields |= {"head_dim": 16, "num_key_value_heads": SMALL["num_attention_heads"]}
     fields |= {name: sizes.get(name) for name in _TOKENS if name in fields}
     fields["tie_word_embeddings"] = tied
     for name, value in fields.items():
@@ -111,10 +117,12 @@ def _shrink(config: Any, text: Any, tied: bool, sizes: dict[str, Any]) -> dict[s
 
 
 def _layers(of: list[Any], count: int) -> list[Any]:
-    """As many layers of the same kinds, by turns."""
-    kinds = list(dict.fromkeys(map(str, of)))
-    first = {str(kind): kind for kind in reversed(of)}
-    return [first[kinds[i % len(kinds)]] for i in range(count)]
+    """As many layers of the same kinds: the first ones before the others, or by turns."""
+    kinds = [kind for kind, before in zip(of, [None, *of], strict=False) if kind != before]
+    if len(kinds) == 2:
+        return [kinds[0], *[kinds[1]] * (count - 1)]
+    first = list({str(kind): kind for kind in kinds}.values())
+    return [first[i % len(first)] for i in range(count)]
 
 
 def _rotary(fields: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +154,9 @@ def make_any_checkpoint(directory: Any, architecture: str, seed: int = 0, **size
 
 
 def _weight(name: str, shape: torch.Size, text: Any, generator: torch.Generator) -> torch.Tensor:
+    if text.model_type == "gemma3n_text" and "embed_tokens_per_layer" in name:
+        # vLLM's class for texts leaves them out.
+        return torch.zeros(shape)
     for turned in (False, True):
         try:
             weight = random_weight(name, _turn(shape) if turned else shape, text, generator)

@@ -18,7 +18,7 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
 from pacellm_vllm.memory.batch import BatchSettings, NoSettings, WithDrafts, WithKernels
-from pacellm_vllm.models.compared import compared_as
+from pacellm_vllm.models.compared import TEXTS_COMPARED, compared_as
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
@@ -118,6 +118,11 @@ def known_harm(config: PaceConfig) -> str | None:
 def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
     base = ARCHITECTURES[architecture]
+    if base.architecture in TEXTS_COMPARED:
+        return (
+            f"pacellm: memory in {base.architecture} was compared with an independent computation "
+            "for texts, and not for what else it takes; docs/models.md lists those that were."
+        )
     if compared_as(base):
         return None
     return (

@@ -6,7 +6,8 @@ warning that says so.
 
 from pacellm_vllm.models.table import ARCHITECTURES, BaseModel
 
-COMPARED = frozenset(
+# By tests in the suite.
+TESTED = frozenset(
     [
         "ApertusForCausalLM",
         "ArceeForCausalLM",
@@ -79,6 +80,12 @@ COMPARED = frozenset(
         "VaultGemmaForCausalLM",
     ]
 )
+
+# Made small by ``scripts/check_models.py``, which writes what came of it to checked_models.json.
+MADE_SMALL: frozenset[str] = frozenset([])
+COMPARED = TESTED | MADE_SMALL
+# Likewise, but asked about texts only, where the model sees or hears more.
+TEXTS_COMPARED: frozenset[str] = frozenset([])
 
 
 def compared_as(base: BaseModel) -> str | None:
