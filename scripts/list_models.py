@@ -15,7 +15,7 @@ from pathlib import Path
 from vllm.model_executor.models.interfaces import is_attention_free
 
 from pacellm_vllm.compat import generation_models
-from pacellm_vllm.models.compared import compared_as
+from pacellm_vllm.models.compared import TESTED, compared_as
 from pacellm_vllm.models.table import WHY_NOT, BaseModel
 
 EQUAL = "equal to the oracle"
@@ -35,7 +35,7 @@ def standing(base: BaseModel) -> tuple[str, str]:
     """In a word, and with what is to be said about it."""
     if base.architecture in WHY_NOT:
         return "refused", f"refused: {WHY_NOT[base.architecture]}"
-    if base.architecture not in CHECKED:
+    if base.architecture in TESTED:
         return "compared", EQUAL
     kind, sentence = said(base.architecture)
     if kind != "recognised":
@@ -56,7 +56,7 @@ def standing(base: BaseModel) -> tuple[str, str]:
 
 def said(architecture: str) -> tuple[str, str]:
     """What ``check_models.py`` found, as ``standing`` says it."""
-    found = CHECKED[architecture]
+    found = CHECKED.get(architecture, {"result": "not built", "said": "not tried yet"})
     kind, sentence = SAID[found["result"]]
     return kind, " ".join(sentence.format(found["said"]).split())
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoints import SMALL, random_weight
+from checkpoints import HYBRIDS, SMALL, random_weight
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
@@ -40,22 +40,32 @@ _TEXT: dict[str, Any] = {
     "vocab_size_per_layer_input": SMALL["vocab_size"],
     "hidden_size_per_layer_input": 32,
 }
+_ROTARY = {"mrope_section": [8, 4, 4], "partial_rotary_factor": 1.0}
+_MROPE: dict[str, Any] = {
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **_ROTARY},
+}
+_BY_TURNS = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_interleaved": True}}
 # What published checkpoints have that vLLM looks for, by model type.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "route_norm": True},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "qk_norm": True},
     # vLLM leaves a factor out before a norm, of which only this is seen.
     "gemma3n_text": {"rms_norm_eps": 1e-12},
     # Layers that see everything have wider heads.
     "gemma4_text": {"global_head_dim": 64},
     "gemma4_unified_text": {"global_head_dim": 64},
-    "minimax_m2": {"rotary_dim": 32},
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text"), _MROPE),
+    "glm4v_moe_text": {**_MROPE, "use_qk_norm": False},
+    **dict.fromkeys(("paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_omni_text"), _MROPE),
+    "qwen3_vl_moe_text": {**_BY_TURNS, "norm_topk_prob": True},
+    "lfm2": HYBRIDS["lfm2"],
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid"},
     # vLLM leaves the bias of the head out, which published ones have.
     "phimoe": {"attention_bias": True, "lm_head_bias": False},
 }
 # Of all else, as of an encoder of pictures, only the number of layers: sizes fit each other there.
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "depth", "num_layers")
-_ROTARY = {"mrope_section": [8, 4, 4], "partial_rotary_factor": 1.0}
 
 
 class NotBuilt(Exception):
@@ -106,7 +116,7 @@ def _shrink(config: Any, text: Any, tied: bool, sizes: dict[str, Any]) -> dict[s
         part = getattr(config, name, None) if isinstance(value, dict) else None
         if isinstance(part, PreTrainedConfig):
             fields[name] = _shrink(part, part if config is text else text, tied, sizes)
-        elif name in ours and isinstance(given.get(name), list):
+        elif isinstance(given.get(name), list) and isinstance(ours.get(name), int):
             count = len(given[name])
             fields[name] = [ours[name]] * (LAYERS if count == depth else count)
         elif isinstance(value, list) and depth and len(value) == depth and name not in ours:
