@@ -49,7 +49,7 @@ _BY_TURNS = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_interleaved
 # What published checkpoints have that vLLM looks for, by model type.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "qk_norm": True},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "route_norm": True},
     # vLLM leaves a factor out before a norm, of which only this is seen.
     "gemma3n_text": {"rms_norm_eps": 1e-12},
     # Layers that see everything have wider heads.

@@ -78,7 +78,7 @@ def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        ("Gemma4ForCausalLM", "its attention layers share KV caches"),
+        ("Step3TextForCausalLM", "its FFNs are sums of several modules"),
         ("DeepseekV32ForCausalLM", "vLLM has attention and caches of its own for it"),
         ("BertModel", "pacellm serves what generates text"),
     ],

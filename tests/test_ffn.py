@@ -11,11 +11,12 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fusion import fused_act_quant
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
-from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.models.block import FfnBlock, check_reduced, find_block, remember_output
 from pacellm_vllm.models.ffn import check_shared_out, remember
 from pacellm_vllm.models.ffn import find_feed_forward as find
 from pacellm_vllm.models.layers import DecoderLayers
+from pacellm_vllm.models.site import choose_site
 
 
 class Decoder(nn.Module):
@@ -274,3 +275,20 @@ def test_a_dense_ffn_whose_ranks_return_parts_is_refused(ranks, reduced, beside,
     )
     with expected:
         check_reduced(FfnBlock("layers.1.mlp", module), ranks)
+
+
+@pytest.mark.parametrize(("widths", "site"), [((16, 16), "activation"), ((16, 32), "output")])
+def test_activations_of_several_widths_leave_the_outputs(widths, site, monkeypatch):
+    """As in Gemma 4, whose layers that share KV caches may have wider FFNs."""
+    monkeypatch.setattr("pacellm_vllm.models.site.over_stages", lambda mine: [mine])
+    parts = [
+        {"fc1": Linear(8, width), "activation_fn": nn.ReLU(), "fc2": Linear(width, 8)}
+        for width in widths
+    ]
+    model = Decoder(*parts)
+    ffns = [find_feed_forward(model, index) for index in (0, 1)]
+    auto, activation = (PaceConfig.from_sources({"site": s}) for s in ("auto", "activation"))
+    assert choose_site(auto, ffns) == site
+    if site == "output":
+        with pytest.raises(PaceConfigError, match=r"FFNs of widths \[16, 32\]"):
+            choose_site(activation, ffns)
