@@ -119,6 +119,7 @@ TEXTS_COMPARED: frozenset[str] = frozenset(
         "PaddleOCRVLForConditionalGeneration",
         "PaliGemmaForConditionalGeneration",
         "Qwen2VLForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
         "SmolVLMForConditionalGeneration",
     ]
 )
