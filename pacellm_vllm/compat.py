@@ -6,6 +6,7 @@ this module in every process, so it imports at its top only what vLLM has import
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import sys
@@ -75,12 +76,17 @@ PATCHED = {
     "count_cached_tokens_without": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
     ),
+    "place_shared_layers": (
+        "vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",
+        "vllm.v1.worker.gpu_model_runner:add_kv_sharing_layers_to_kv_cache_groups",
+        "vllm.v1.worker.gpu.attn_utils:add_kv_sharing_layers_to_kv_cache_groups",
+    ),
     "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
     # Added, where all others are wrapped.
     "add_engine_method": ("vllm.v1.engine.core:EngineCore.pacellm_pool_report",),
 }
 # Too heavy to import for it; imported later, it takes the patched function from the other module.
-_TAKERS = ("vllm.v1.worker.gpu_model_runner",)
+_TAKERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
 
 
 def register_kv_cache_spec(spec: type, manager: type) -> None:
@@ -706,6 +712,46 @@ def start_state_updates(vllm_config: VllmConfig) -> None:
     initialize_mamba_ssu_backend(
         vllm_config.mamba_config, groups, use_replayssm=vllm_config.cache_config.use_replayssm
     )
+
+
+def place_shared_layers() -> None:
+    """Let attention layers that share another one's KV cache stand beside banks.
+
+    Symptom: vLLM adds such a layer to the group of the other and not to the specs of its own that
+    the group's layers have beside banks (``UniformTypeKVCacheSpecs``): ``KeyError`` of the layer's
+    name. Can go when ``add_kv_sharing_layers_to_kv_cache_groups`` adds it there, too.
+    """
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    def placed(
+        original: Callable[..., None],
+        shared: dict[str, str],
+        groups: Iterable[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(shared, groups, *args, **kwargs)
+        for group in groups:
+            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+                specs = group.kv_cache_spec.kv_cache_specs
+                specs |= {name: specs[shared[name]] for name in group.layer_names if name in shared}
+
+    _patch("place_shared_layers", placed)
+
+
+def with_final_blocks(vllm_config: VllmConfig) -> VllmConfig:
+    """A copy of the configuration with the KV block size that a model, once built, will have.
+
+    Symptom: vLLM chooses the size, which recurrent layers can make large, when it has loaded the
+    weights, so a size that does not fit would be refused only then.
+    Can go when it chooses before (``update_block_size_for_backend`` in v1/executor).
+    """
+    from vllm.platforms import current_platform
+
+    final = copy.copy(vllm_config)
+    final.cache_config = copy.copy(vllm_config.cache_config)
+    current_platform.update_block_size_for_backend(final)
+    return final
 
 
 def rows_of_requests(rows: int) -> torch.Tensor | None:

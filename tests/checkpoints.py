@@ -349,8 +349,9 @@ def random_weight(
         return HEAD_CONTEXT / EMBED_CONTEXT * _halves(shape[0], 50) / 50 * (1 + 0.1 * noise)
     gemma = "gemma" in config.model_type
     if "norm" in kind or kind in ("ln_1", "ln_2", "ln_f"):
-        # The norms of Gemma, and most of Qwen3-Next's, add the 1 themselves.
-        adds = gemma or (config.model_type == "qwen3_next" and ".linear_attn." not in name)
+        # The norms of Gemma 1 to 3, and most of Qwen3-Next's, add the 1 themselves.
+        adds = gemma and not config.model_type.startswith(("gemma3n", "gemma4"))
+        adds |= config.model_type == "qwen3_next" and ".linear_attn." not in name
         return (0 if adds else 1) + 0.1 * noise
     if kind in ("alpha_p", "alpha_n"):
         # xIELU's, which vLLM keeps in bfloat16: exact there, and so is their softplus.

@@ -238,7 +238,10 @@ class OracleModel:
         for index, layer in enumerate(_decoder_layers(self.model)):
             if pace.get("site") == "output":
                 self.widths[index] = self.model.config.get_text_config().hidden_size
-                _ffn(layer).register_forward_hook(partial(self._remember_output, index))
+                *added, ffn = _ffns(layer)
+                for part in added:
+                    part.register_forward_hook(partial(self._set_aside, index))
+                ffn.register_forward_hook(partial(self._remember_output, index))
             elif output := _output_projection(layer):
                 self.widths[index] = getattr(output, "in_features", None) or output.weight.shape[0]
                 output.register_forward_pre_hook(partial(self._remember, index))
@@ -275,6 +278,7 @@ class OracleModel:
         self._position = 0
         self._tokens: list[int] = []
         self._outputs: dict[int, list[Tensor]] = {i: [] for i in self.banks}
+        self._aside: dict[int, Tensor] = {}
 
     def _new_cache(self) -> DynamicCache | None:
         config = self.model.config
@@ -326,7 +330,14 @@ class OracleModel:
             return None
         if isinstance(returned, tuple):
             return (self._pass(index, returned[0]), *returned[1:])
-        return self._pass(index, returned)
+        return self._pass(index, self._aside.pop(index, 0) + returned)
+
+    def _set_aside(self, index: int, module: Any, args: Any, returned: Tensor) -> Tensor | None:
+        """Nothing, for what `_remember_output` adds to what comes next in layer `index`."""
+        if index not in self.banks:
+            return None
+        self._aside[index] = returned
+        return torch.zeros_like(returned)
 
     def _pass(self, index: int, a: Tensor) -> Tensor:
         """What the bank of layer `index` makes of a [..., T, D]."""
@@ -359,10 +370,12 @@ def _decoder_layers(model: Any) -> Any:
     return layers
 
 
-def _ffn(layer: torch.nn.Module) -> Any:
-    """The whole FFN of a Hugging Face decoder layer."""
-    (found,) = (module for name, module in layer.named_children() if name in BLOCKS)
-    return found
+def _ffns(layer: torch.nn.Module) -> list[Any]:
+    """The whole FFN of a Hugging Face decoder layer, or the parts that Granite's adds up."""
+    found = {name: module for name, module in layer.named_children() if name in BLOCKS}
+    # In the order of their calls.
+    assert len(found) == 1 or sorted(found) == ["block_sparse_moe", "shared_mlp"]
+    return [found[name] for name in sorted(found)]
 
 
 def _output_projection(layer: torch.nn.Module) -> Any:

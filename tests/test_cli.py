@@ -80,11 +80,11 @@ def test_wrong_requests_are_refused_in_one_sentence(settings, rest, sentence, ch
 
 
 def test_a_model_without_memory_is_refused(tmp_path, capsys):
-    config = {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]}
+    config = {"model_type": "zamba2", "architectures": ["Zamba2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["serve", str(tmp_path), "--layers", "1"]) == 2
     said = capsys.readouterr().err
-    assert "is a Gemma3nForCausalLM, which carries no memory: its attention layers share" in said
+    assert "is a Zamba2ForCausalLM, which carries no memory: several of its layers share" in said
     assert said.count("\n") == 1
 
 

@@ -45,11 +45,13 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.executor import multiproc_executor, uniproc_executor
 from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -469,3 +471,26 @@ def planned_states(wrapped):
 def test_states_in_groups_of_their_own_specs_are_still_overlooked(state_updates, wrapped):
     state_updates.initialize_mamba_ssu_backend(MambaConfig(), planned_states(wrapped))
     assert (state_updates._mamba_ssu_backend is None) == wrapped
+
+
+def test_the_block_size_is_still_chosen_when_weights_are_loaded():
+    """The reason for ``with_final_blocks``."""
+    for executor in (uniproc_executor, multiproc_executor):
+        source = inspect.getsource(executor)
+        loads = source.rindex(".load_model()")
+        assert loads < source.index("current_platform.update_block_size_for_backend(", loads)
+
+
+def test_layers_that_share_caches_are_still_left_out_of_groups_of_their_own_specs():
+    """The reason for ``place_shared_layers``, and what it does."""
+    spec = MambaSpec(block_size=16, shapes=((2,),), dtypes=(torch.float32,))
+    add = worker_utils.add_kv_sharing_layers_to_kv_cache_groups
+    compat.place_shared_layers()
+    patched = worker_utils.add_kv_sharing_layers_to_kv_cache_groups
+    for function, names in ((inspect.unwrap(add), {"one"}), (patched, {"one", "other"})):
+        group = SimpleNamespace(
+            layer_names=["one"], kv_cache_spec=UniformTypeKVCacheSpecs.from_specs({"one": spec})
+        )
+        function({"other": "one"}, [group])
+        assert group.layer_names == ["one", "other"]
+        assert group.kv_cache_spec.kv_cache_specs.keys() == names

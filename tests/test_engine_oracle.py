@@ -41,7 +41,7 @@ OTHERS = [
 ]
 # vLLM's Cohere 2 lets a window see one token more than transformers' does, on purpose
 # (model_executor/models/commandr.py).
-ENGINE_CONFIG = {"cohere2": {"sliding_window": 63}}
+ENGINE_CONFIG = {arch: {"sliding_window": 63} for arch in ("cohere2", "cohere2_moe")}
 
 
 def clear_cases(path, pace, lengths, max_tokens=MAX_TOKENS, shared=()):

@@ -9,6 +9,7 @@ from checkpoints import make_prompt
 from engines import NATIVE, engine
 from transformers import Mamba2Config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.models import checks
@@ -77,7 +78,7 @@ def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        ("Gemma4ForCausalLM", "its attention layers share KV caches"),
+        ("Step3TextForCausalLM", "its FFNs are sums of several modules"),
         ("DeepseekV32ForCausalLM", "vLLM has attention and caches of its own for it"),
         ("BertModel", "pacellm serves what generates text"),
     ],
@@ -133,6 +134,17 @@ def test_prefix_caching_beside_recurrent_layers_takes_segments_of_whole_blocks(
         )
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """A refusal that comes when weights are loaded, or later, is another error."""
+
+    def load_weights(*_):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", load_weights)
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_blocks_that_a_state_makes_larger_than_segments_are_refused(checkpoint):
     with (
         pytest.raises(ValueError, match="pacellm") as refusal,
@@ -173,6 +185,7 @@ def test_what_was_not_compared_is_served_with_a_warning():
         assert checks.not_compared(like_one_that_was) is None
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_a_layer_compact_kv_layout_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
     with (

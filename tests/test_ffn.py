@@ -1,5 +1,7 @@
 """FFNs found by their parts, and memory inside their activations; no engine."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -7,13 +9,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fusion import fused_act_quant
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
-from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.models.block import find_block, remember_output
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.models.block import FfnBlock, check_reduced, find_block, remember_output
 from pacellm_vllm.models.ffn import check_shared_out, remember
 from pacellm_vllm.models.ffn import find_feed_forward as find
 from pacellm_vllm.models.layers import DecoderLayers
+from pacellm_vllm.models.site import choose_site
 
 
 class Decoder(nn.Module):
@@ -202,6 +205,19 @@ def test_several_blocks_in_a_layer_are_refused():
         find_block(layers[0])
 
 
+def test_memory_of_a_sum_of_two_parts_is_of_the_sum():
+    """As Granite's layers do: ``block_sparse_moe(x) + shared_mlp(x)``."""
+    layers = layers_of(Experts())
+    layer = layers[0].module
+    del layer.mlp
+    layer.block_sparse_moe, layer.shared_mlp = Experts(), Experts()
+    block = find_block(layers[0])
+    remember_output(block, Memory())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer.block_sparse_moe(x) + layer.shared_mlp(x), 4 * x)
+    assert [name for name, _ in layer.named_parameters()].count("shared_mlp.w13") == 1
+
+
 def test_an_encoder_of_as_many_layers_is_not_the_decoder():
     model = nn.Module()
     model.vision, model.text = Decoder(gated(), gated()), Decoder(gated(), gated())
@@ -229,3 +245,50 @@ def test_blocks_that_return_something_else_are_refused(returned):
     remember_output(block, Memory())
     with pytest.raises(RuntimeError, match="ffn returns something else than one state of width 8"):
         block.module(torch.zeros(3, 8))
+
+
+class Projection(RowParallelLinear):
+    """The last of a dense FFN, without weights or ranks."""
+
+    def __init__(self, reduce_results):
+        nn.Module.__init__(self)
+        self.reduce_results = reduce_results
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reduced", "beside", "refused"),
+    [
+        (2, False, nn.ReLU(), True),
+        (1, False, nn.ReLU(), False),
+        (2, True, nn.ReLU(), False),
+        (2, False, Experts(), False),
+    ],
+    ids=["parts", "one rank", "sums", "what else may add up"],
+)
+def test_a_dense_ffn_whose_ranks_return_parts_is_refused(ranks, reduced, beside, refused):
+    parts = {"up": Linear(8, 16), "beside": beside, "down": Projection(reduced)}
+    module = nn.ModuleDict(parts)
+    expected = (
+        pytest.raises(PaceConfigError, match=r"layers\.1\.mlp returns on each tensor parallel rank")
+        if refused
+        else contextlib.nullcontext()
+    )
+    with expected:
+        check_reduced(FfnBlock("layers.1.mlp", module), ranks)
+
+
+@pytest.mark.parametrize(("widths", "site"), [((16, 16), "activation"), ((16, 32), "output")])
+def test_activations_of_several_widths_leave_the_outputs(widths, site, monkeypatch):
+    """As in Gemma 4, whose layers that share KV caches may have wider FFNs."""
+    monkeypatch.setattr("pacellm_vllm.models.site.over_stages", lambda mine: [mine])
+    parts = [
+        {"fc1": Linear(8, width), "activation_fn": nn.ReLU(), "fc2": Linear(width, 8)}
+        for width in widths
+    ]
+    model = Decoder(*parts)
+    ffns = [find_feed_forward(model, index) for index in (0, 1)]
+    auto, activation = (PaceConfig.from_sources({"site": s}) for s in ("auto", "activation"))
+    assert choose_site(auto, ffns) == site
+    if site == "output":
+        with pytest.raises(PaceConfigError, match=r"FFNs of widths \[16, 32\]"):
+            choose_site(activation, ffns)

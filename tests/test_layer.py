@@ -6,7 +6,8 @@ import pytest
 import torch
 from vllm.forward_context import override_forward_context
 
-from pacellm_vllm.memory import layer as _registers_the_op  # noqa: F401
+from pacellm_vllm.memory import layer
+from pacellm_vllm.memory.layer import PaceMemory
 
 NAME = "model.layers.1.mlp.memory"
 
@@ -39,3 +40,20 @@ def test_metadata_that_names_no_bank_is_an_error_and_not_a_profiling_run(metadat
     assert message.startswith(f"pacellm: vLLM ran {NAME} with attention metadata of type ")
     assert type(metadata).__name__ in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["the whole", "a part"])
+def test_ranks_that_hold_different_outputs_are_found_out_in_the_first_step(share, monkeypatch):
+    """Two ranks, whose outputs add up to twice the first one's, or to the one's over its share."""
+    a = torch.randn(3, 8)
+    whole = a / share
+    other = a if share == 1 else whole - a
+    monkeypatch.setattr(layer, "tensor_model_parallel_all_reduce", lambda x: x + other)
+    monkeypatch.setattr(layer, "get_tensor_model_parallel_world_size", lambda: 2)
+    memory = SimpleNamespace(_to_check=True, prefix=NAME)
+    if share == 1:
+        PaceMemory.check_whole(memory, a)
+    else:
+        with pytest.raises(RuntimeError, match=r"layers\.1\.mlp returns on each .* a part"):
+            PaceMemory.check_whole(memory, a)
+    assert not memory._to_check

@@ -6,6 +6,7 @@ import pytest
 import torch
 from price_of_memory import MODELS, kv_cache_configs, requests_at_once
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVQuantMode,
@@ -15,7 +16,13 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.plan import bank_spec, blocks_beside, page_bytes, page_bytes_beside
+from pacellm_vllm.memory.plan import (
+    _attention_specs,
+    bank_spec,
+    blocks_beside,
+    page_bytes,
+    page_bytes_beside,
+)
 
 CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
 LAYERS, BLOCK = 28, 16
@@ -105,3 +112,31 @@ def test_stages_with_windows_in_some_layers_or_with_shared_caches_are_refused():
         with pytest.raises(ValueError, match="attention of one kind in each layer") as refusal:
             page_bytes(stage_of(2), specs, [1])
         assert sentence in str(refusal.value)
+
+
+class Layer(AttentionLayerBase):
+    """Attention with a cache of such pages, or with that of another layer."""
+
+    def __init__(self, spec, target=None):
+        self.spec, self.kv_sharing_target_layer_name = spec, target
+
+    def get_attn_backend(self):
+        return None
+
+    def get_kv_cache_spec(self, vllm_config):
+        return self.spec
+
+
+def specs_of(**layers):
+    config = SimpleNamespace(static_forward_context=layers)
+    return _attention_specs(SimpleNamespace(compilation_config=config))
+
+
+def test_layers_without_a_cache_of_their_own_need_no_pages_and_windows_may_have_others():
+    spec, wider = attention(torch.bfloat16), attention(torch.float32)
+    window = SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, sliding_window=64
+    )
+    assert specs_of(a=Layer(spec), b=Layer(window), c=Layer(wider, "a")) == [spec, window]
+    with pytest.raises(ValueError, match=r"has pages of \[32768, 65536\] bytes for \[16\] tokens"):
+        specs_of(a=Layer(spec), b=Layer(wider))

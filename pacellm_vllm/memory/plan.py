@@ -207,17 +207,20 @@ def check_layouts(vllm_config: VllmConfig) -> None:
 def _attention_specs(vllm_config: VllmConfig) -> list[AttentionSpec]:
     """One spec for each attention layer of this rank that has a KV cache of its own.
 
-    Raises ``ValueError`` when their pages differ, where banks could not tell a block's size.
+    Raises ``ValueError`` where banks could not tell the size of a block.
     """
     specs = [
         cast(AttentionSpec, spec)
         for layer in _attention_layers(vllm_config)
-        if (spec := layer.get_kv_cache_spec(vllm_config)) is not None
+        if not getattr(layer, "kv_sharing_target_layer_name", None)
+        and (spec := layer.get_kv_cache_spec(vllm_config)) is not None
     ]
-    pages = {(spec.page_size_bytes, spec.block_size) for spec in specs}
-    if len(pages) != 1:
+    pages = {spec.page_size_bytes for spec in _whole(specs)}
+    tokens = {spec.block_size for spec in specs}
+    if len(pages) != 1 or len(tokens) != 1:
         raise ValueError(
-            f"pacellm: memory needs attention layers with one KV page size, this model has "
-            f"{len(pages)}; serve it without pacellm."
+            f"pacellm: memory needs attention layers whose KV pages make blocks of one size, this "
+            f"model has pages of {sorted({spec.page_size_bytes for spec in specs})} bytes for "
+            f"{sorted(tokens)} tokens; serve it without pacellm."
         )
     return specs

@@ -6,30 +6,42 @@ from types import MethodType
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models.layers import DecoderLayer
 
+# Granite's layers give both the same states, and add up what they return, in this order.
+_SUM = ("block_sparse_moe", "shared_mlp")
+
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The FFN of one decoder layer as the layer calls it: ``module``, which hangs at ``name``."""
+    """The FFN of one decoder layer as the layer calls it: ``module``, which hangs at ``name``.
+
+    Where the layer adds what the part ``added`` makes of the same states, the FFN is the sum.
+    """
 
     name: str
     module: Any
+    added: Any = None
 
 
 def find_block(layer: DecoderLayer) -> FfnBlock:
     """The one FFN block of ``layer``: its only part with weight matrices that is no attention.
 
-    Raises ``PaceConfigError`` when there is none, or several, whose sum no module returns.
+    Raises ``PaceConfigError`` when there is none, or several, of which it is not known what the
+    layer does with them.
     """
     found = [
         FfnBlock(f"{layer.name}.{name}", part)
         for name, part in layer.parts().items()
         if any(parameter.ndim > 1 for parameter in part.parameters())
     ]
+    if tuple(block.name.removeprefix(f"{layer.name}.") for block in found) == _SUM:
+        first, last = found
+        return FfnBlock(last.name, last.module, first.module)
     if len(found) != 1:
         names = ", ".join(block.name.removeprefix(f"{layer.name}.") for block in found)
         raise PaceConfigError(
@@ -38,6 +50,22 @@ def find_block(layer: DecoderLayer) -> FfnBlock:
             "the FFN gives; choose other layers, or serve the model without pacellm."
         )
     return found[0]
+
+
+def check_reduced(block: FfnBlock, ranks: int) -> None:
+    """Refuse a dense FFN that leaves it to its caller to add up what tensor parallel ranks return.
+
+    Others are found out in the first step (``PaceMemory.check_whole``).
+    """
+    parts = [*block.module.children()]
+    ends = [part for part in parts if isinstance(part, RowParallelLinear)]
+    dense = all(isinstance(part, LinearBase) or not [*part.parameters()] for part in parts)
+    if ranks > 1 and dense and ends and not any(end.reduce_results for end in ends):
+        raise PaceConfigError(
+            f"pacellm: {block.name} returns on each tensor parallel rank a part of its output "
+            "only, which memory of outputs cannot compare; set site to activation, or "
+            "--tensor-parallel-size to 1."
+        )
 
 
 class PaceBlock:
@@ -65,11 +93,31 @@ class PaceBlock:
         return (states, *others) if isinstance(returned, tuple) else states
 
 
+class PaceNothing:
+    """Mixin: a part that another one computes with its own, so it adds nothing itself."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(states)
+
+
 def remember_output(block: FfnBlock, memory: PaceMemory) -> None:
     """Make what ``block`` returns pass through ``memory``."""
-    module, base = block.module, type(block.module)
+    ffn = _become(PaceBlock, block.module)
+    if block.added is not None:
+        ffn = _sum(_become(PaceNothing, block.added), ffn)
+    block.module.ffn = ffn
+    block.module.memory = memory
+
+
+def _become(mixin: type, module: Any) -> Callable[..., Any]:
+    """Put ``mixin`` before the class of ``module``; returns the forward that it had."""
+    base = type(module)
     # vLLM's Transformers backend gives routed blocks a forward of their own, which would hide ours.
     own = vars(module).pop("forward", None)
-    module.ffn = own or MethodType(base.forward, module)
-    module.__class__ = type(f"Pace{base.__name__}", (PaceBlock, base), {})
-    module.memory = memory
+    module.__class__ = type(f"Pace{base.__name__}", (mixin, base), {})
+    return own or MethodType(base.forward, module)
+
+
+def _sum(first: Callable[..., Any], last: Callable[..., Any]) -> Callable[..., Any]:
+    # Routed experts may write to what they are given.
+    return lambda states: first(states.clone()) + last(states)

@@ -22,7 +22,7 @@ from pacellm_vllm.compat import (
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
 from pacellm_vllm.memory.batch import BatchSettings, NoSettings, WithDrafts, WithKernels
-from pacellm_vllm.models.compared import compared_as
+from pacellm_vllm.models.compared import TEXTS_COMPARED, compared_as
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
@@ -69,14 +69,21 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
-    """Cache no prefixes beside recurrent layers unless blocks were chosen for it.
+    """See to it that prefixes can be found where segments end.
 
-    A prefix can be reused where its blocks, its states and its banks all are: at the ends of
-    segments of whole blocks. vLLM makes blocks large there, of a size that is known only when the
-    model is built; a size that is too small for a state it raises, and ``plan_spec`` may refuse it.
+    vLLM keeps the blocks of windows at the ends of prompts only, unless told to keep all.
+
+    Beside recurrent layers no prefixes are cached unless blocks were chosen for it: a prefix can be
+    reused where its blocks, its states and its banks all are, at the ends of segments of whole
+    blocks. vLLM makes blocks large there, of a size that is known only when the model is built; a
+    size that is too small for a state it raises, and ``plan_spec`` may refuse it.
     """
     cache = vllm_config.cache_config
-    if not vllm_config.model_config.is_hybrid or not cache.enable_prefix_caching:
+    if not vllm_config.model_config.is_hybrid:
+        if cache.prefix_cache_retention_interval == 0:
+            cache.prefix_cache_retention_interval = None
+        return
+    if not cache.enable_prefix_caching:
         return
     if not cache.user_specified_block_size or config.segment_size % cache.block_size:
         cache.enable_prefix_caching = False
@@ -136,6 +143,11 @@ def known_harm(config: PaceConfig) -> str | None:
 def not_compared(architecture: str) -> str | None:
     """One sentence where memory of ``architecture`` was not held to anything independent."""
     base = ARCHITECTURES[architecture]
+    if base.architecture in TEXTS_COMPARED:
+        return (
+            f"pacellm: memory in {base.architecture} was compared with an independent computation "
+            "for texts, and not for what else it takes; docs/models.md lists those that were."
+        )
     if compared_as(base):
         return None
     return (

@@ -6,7 +6,8 @@ warning that says so.
 
 from pacellm_vllm.models.table import ARCHITECTURES, BaseModel
 
-COMPARED = frozenset(
+# By tests in the suite.
+TESTED = frozenset(
     [
         "ApertusForCausalLM",
         "ArceeForCausalLM",
@@ -77,6 +78,49 @@ COMPARED = frozenset(
         "StableLmForCausalLM",
         "Starcoder2ForCausalLM",
         "VaultGemmaForCausalLM",
+    ]
+)
+
+# Made small by ``scripts/check_models.py``, which writes what came of it to checked_models.json.
+MADE_SMALL: frozenset[str] = frozenset(
+    [
+        "AfmoeForCausalLM",
+        "Cohere2MoeForCausalLM",
+        "ExaoneMoEForCausalLM",
+        "Gemma3nForCausalLM",
+        "Gemma4ForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "GraniteMoeSWAForCausalLM",
+        "LLaMAForCausalLM",
+        "MiniCPM3ForCausalLM",
+        "PhiMoEForCausalLM",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5MoeForCausalLM",
+    ]
+)
+COMPARED = TESTED | MADE_SMALL
+# Likewise, but asked about texts only, where the model sees or hears more.
+TEXTS_COMPARED: frozenset[str] = frozenset(
+    [
+        "AriaForConditionalGeneration",
+        "Exaone4_5_ForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "GlmOcrForConditionalGeneration",
+        "GraniteSpeechForConditionalGeneration",
+        "GraniteSpeechPlusForConditionalGeneration",
+        "Lfm2VlForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextVideoForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "MiniCPMV4_6ForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration",
+        "MossTranscribeDiarizeForConditionalGeneration",
+        "PaddleOCRVLForConditionalGeneration",
+        "PaliGemmaForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
     ]
 )
 

@@ -12,6 +12,8 @@ from pacellm_vllm.config import PaceConfigError
 # vLLM's Transformers backend keeps its attention layers apart from the modules that call them, and
 # Jamba has attention's projections in the layer itself.
 _ATTENTION = re.compile(r"attn|attention|^qkv_proj$|^o_proj$", re.IGNORECASE)
+# What layers of Gemma 3n and 4 have beside attention and FFN, and add to neither.
+_BESIDE = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class DecoderLayer:
     module: nn.Module
 
     def parts(self) -> dict[str, nn.Module]:
-        """Its children by name that are no attention."""
+        """Its children by name that could be, or be part of, its FFN."""
         children: dict[str, Any] = dict(self.module.named_children())
         return {
             name: child
             for name, child in children.items()
-            if not _holds_attention(child) and not _is_attention(name, child)
+            if name not in _BESIDE
+            and not _holds_attention(child)
+            and not _is_attention(name, child)
         }
 
 

@@ -9,11 +9,17 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from pacellm_vllm.compat import pack_cpu_attention, start_state_updates
+from pacellm_vllm.compat import (
+    pack_cpu_attention,
+    place_shared_layers,
+    start_state_updates,
+    with_final_blocks,
+)
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory, memory_layers
+from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.stage import StageWithoutMemory
-from pacellm_vllm.models.block import find_block, remember_output
+from pacellm_vllm.models.block import check_reduced, find_block, remember_output
 from pacellm_vllm.models.experts import ModelExperts
 from pacellm_vllm.models.ffn import FeedForward, check_shared_out, find_feed_forward, remember
 from pacellm_vllm.models.layers import DecoderLayer, DecoderLayers
@@ -58,6 +64,7 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
         if layers:
             pack_cpu_attention(vllm_config)
             start_state_updates(vllm_config)
+            place_shared_layers()
         experts = ModelExperts(vllm_config, config.experts) if config.experts else None
         with_experts = experts.plan.layers if experts else ()
         # The decoder layers of this pipeline stage.
@@ -71,6 +78,7 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
             memory = None
             if index in layers and config.site == "output":
                 block = find_block(decoder[index])
+                check_reduced(block, get_tensor_model_parallel_world_size())
                 width = model.get_hidden_size()
                 memory = PaceMemory(config, index, width, f"{block.name}.memory", whole=True)
                 remember_output(block, memory)
@@ -89,6 +97,9 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
             width = next(filter(None, widths))
             if not {*layers} & {*here}:
                 StageWithoutMemory(vllm_config, config, width, f"{decoder[here[0]].name}.stage")
+        if width:
+            # What stands in the way of banks is said before weights are loaded.
+            plan_spec(with_final_blocks(vllm_config), config, width)
         self._pace_experts = experts
         self._pace_memories = memory_layers(vllm_config)
 

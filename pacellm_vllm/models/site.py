@@ -16,15 +16,28 @@ def choose_site(config: PaceConfig, ffns: Iterable[FeedForward | PaceConfigError
     """The one site of all memory layers, hence one width of all banks.
 
     ``ffns`` are the chosen layers' dense FFNs, or why a layer has none that activations could be
-    remembered of: "auto" then takes outputs, in all layers and pipeline stages. Raises that
-    ``PaceConfigError`` where the site is "activation".
+    remembered of: "auto" then takes outputs, in all layers and pipeline stages, and also where
+    activations have several widths. Raises a ``PaceConfigError`` where the site is "activation".
     """
-    mistakes = [found for found in ffns if isinstance(found, PaceConfigError)]
+    if config.site == "output":
+        return "output"
+    found = [*ffns]
+    mistakes = [each for each in found if isinstance(each, PaceConfigError)]
+    widths = {each.width for each in found if isinstance(each, FeedForward)}
+    stages = over_stages((bool(mistakes), widths))
+    widths = {width for _, of_stage in stages for width in of_stage}
+    if len(widths) > 1:
+        mistakes.append(
+            PaceConfigError(
+                f"pacellm: the chosen layers have FFNs of widths {sorted(widths)}, and banks have "
+                "one width; set site to output, or choose layers whose FFNs are alike."
+            )
+        )
     if config.site == "activation" and mistakes:
         raise mistakes[0]
-    if config.site != "auto":
-        return config.site
-    return "output" if any(over_stages(bool(mistakes))) else "activation"
+    if mistakes or any(mistaken for mistaken, _ in stages):
+        return "output"
+    return "activation"
 
 
 def over_stages(mine: object) -> list:

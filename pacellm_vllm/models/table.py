@@ -14,17 +14,15 @@ _NOT_SERVED = {
     "a token passes through its layers more than once": """
         DoryForCausalLM HrmTextForCausalLM IQuestLoopCoderForCausalLM
     """,
-    "its attention layers share KV caches or have pages of several sizes": """
-        DeciLMForCausalLM DiffusionGemmaForBlockDiffusion Gemma3nForCausalLM
-        Gemma3nForConditionalGeneration Gemma4ForCausalLM Gemma4ForConditionalGeneration
-        Gemma4UnifiedForConditionalGeneration
+    "it writes a block of tokens in several passes over them": """
+        DiffusionGemmaForBlockDiffusion
     """,
     "several of its layers share one FFN": """
         Zamba2ForCausalLM
     """,
     "its FFNs are sums of several modules, none of which returns them whole": """
-        GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM LongcatFlashForCausalLM
-        LongcatFlashNgramForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration
+        LongcatFlashForCausalLM LongcatFlashNgramForCausalLM Step3TextForCausalLM
+        Step3VLForConditionalGeneration
     """,
     "vLLM tells it by its architecture's name where a Pace name would not be known": """
         BloomForCausalLM MoonshotKimiaForCausalLM
