@@ -1,12 +1,13 @@
 """Journal: what memory did for each request that asked to be told, in the worker that did it."""
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.ops.update import Committed, Progress
+from pacellm_vllm.request import effect_of
 
 # By letter: what became of a token, and what its look-up asked for. A token that met an empty bank
 # asks for a slot as a low one does, and is counted as one elsewhere.
@@ -66,10 +67,19 @@ class Journal:
 
         Of several requests with one id the one that began last.
         """
-        keys = [key for key in self._answers if key.partition("\n")[0] == request_id]
-        if not keys:
-            return None
-        return {index: found.report(first) for index, found in self._answers[keys[-1]].items()}
+        layers = self._find(request_id)
+        return {index: found.report(first) for index, found in layers.items()} if layers else None
+
+    def summary(self, request_id: str) -> dict[int, dict[str, Any]] | None:
+        """By layer, see :meth:`LayerAnswer.summary`; None as :meth:`report`."""
+        layers = self._find(request_id)
+        return {index: found.summary() for index, found in layers.items()} if layers else None
+
+    def _find(self, request_id: str) -> "dict[int, LayerAnswer] | None":
+        begin = f"{request_id}\n"
+        return next(
+            (self._answers[key] for key in reversed(self._answers) if key.startswith(begin)), None
+        )
 
     def _layer(self, key: str, layer: int) -> "LayerAnswer | None":
         if key in self._forgotten:
@@ -104,6 +114,7 @@ class LayerAnswer:
         self._commits: list[tuple[int, Committed, list[int], list[int]]] = []
         # After the last one: each slot's nearest other one.
         self._nearest: Sequence[tuple[int, float]] = ()
+        self._rules: MemoryRules | None = None
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -117,6 +128,7 @@ class LayerAnswer:
     ) -> int:
         """Returns how many tokens more than before are held."""
         before = len(self)
+        self._rules = rules
         self._go_to(position, "c")
         sources, _ = self._slots()
         found, top = progress.mean_top, progress.top
@@ -140,6 +152,20 @@ class LayerAnswer:
         self._go_to(position + count, "n")
         return len(self) - before
 
+    def summary(self) -> dict[str, Any]:
+        """``tokens`` by kind, number of ``commits``, of ``slots`` in use, and the ``settings`` that
+        the request's tokens were read with, as far as it may set them.
+        """
+        return {
+            "tokens": self._tokens(),
+            "commits": len(self._commits),
+            "slots": len(self._slots()[0]),
+            "settings": effect_of(self._rules) if self._rules else {},
+        }
+
+    def _tokens(self) -> dict[str, int]:
+        return {name: self._kinds.count(letter.encode()) for letter, name in KINDS.items()}
+
     def report(self, first: int = 0) -> dict[str, Any]:
         """Plain numbers and lists.
 
@@ -148,14 +174,13 @@ class LayerAnswer:
         ``strongest`` the recalls of tokens from position ``first`` on with the most similarity.
         """
         letters = self._kinds.decode()
-        counts = Counter(letters)
         similarity = [round(value, 3) for value in self._similarity]
         sources, merges = self._slots()
         usage = self._commits[-1][1].usage if self._commits else []
         recalls = [at for at in range(first, len(self)) if letters[at] in "hm"]
         recalls.sort(key=lambda at: (-self._similarity[at], at))
         return {
-            "tokens": {name: counts[letter] for letter, name in KINDS.items()},
+            "tokens": self._tokens(),
             "kinds": letters,
             "similarity": similarity,
             "slot": self._slot.tolist(),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -54,6 +55,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
     keep_booleans()
     check_http_requests(is_ours, processor.validate_params)
     prepare_requests(_why_no_sessions, _extra_args)
+    if layers and is_traced(vllm_config):
+        # Servers without tracing import nothing of it.
+        from pacellm_vllm.serving.tracing import hold_request_spans
+
+        hold_request_spans()
 
 
 def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
@@ -75,9 +81,19 @@ def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
         )
 
 
-def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
+def _extra_args(vllm_config: VllmConfig, params: SamplingParams, request_id: str) -> Any:
     """What a request's extra arguments become; those of other engines stay as they are."""
-    return with_journal_key(given, request_id) if carries_memory(vllm_config) else given
+    if not carries_memory(vllm_config):
+        return params.extra_args
+    traced = (
+        is_traced(vllm_config) and params.n == 1 and not _settings_class(vllm_config).no_reports
+    )
+    return with_journal_key(params.extra_args, request_id, traced)
+
+
+def is_traced(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM writes a span of each request."""
+    return vllm_config.observability_config.otlp_traces_endpoint is not None
 
 
 def carries_memory(vllm_config: VllmConfig) -> bool:
