@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from engines import NATIVE, engine
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -36,8 +37,6 @@ class Told(OracleModel):
         self.best = {layer: [] for layer in self.banks}
 
     def _commit(self):
-        import torch
-
         size = self.rules.segment_size
         for layer, bank in self.banks.items():
             a, o = (torch.cat(part) for part in zip(*self._segment[layer], strict=True))
@@ -229,4 +228,10 @@ def test_memory_of_reports_is_bounded():
     assert journal.report("44") is None
     journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
     assert not any(journal.report(str(i)) for i in range(50))
+    # Of 64 experts each token takes 8 bytes, half of what a layer's memory takes.
+    journal.note_experts("few\nx", 1, 0, torch.ones(150, 64, dtype=torch.bool))
+    assert journal.experts("few", 1)["tokens"] == [150] * 64
+    journal.note_experts("many\nx", 1, 0, torch.ones(100, 64, dtype=torch.bool))
+    assert journal.experts("few", 1) is None
+    assert journal.experts("many", 2) == {"layers": [1]}
     assert set(KINDS.values()) == set(LayerAnswer().report()["tokens"])

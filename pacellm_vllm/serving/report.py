@@ -14,6 +14,7 @@ from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
 ANSWER_METHOD = "pacellm_answer_report"
+ANSWER_EXPERTS_METHOD = "pacellm_answer_experts"
 SUMMARIES_METHOD = "pacellm_answer_summaries"
 EXPERTS_METHOD = "pacellm_experts_report"
 
@@ -44,6 +45,10 @@ class MemoryReport(BankRecording):
     ) -> dict[int, dict[str, Any]] | None:
         """``Journal.report`` of a request that asked for one; None where there is none."""
         return BatchSettings.of_engine(self.vllm_config).journal.report(request_id, first)
+
+    def pacellm_answer_experts(self, request_id: str, layer: int) -> dict[str, Any] | None:
+        """``Journal.experts`` of a request that asked for a report; None where there is none."""
+        return BatchSettings.of_engine(self.vllm_config).journal.experts(request_id, layer)
 
     def pacellm_answer_summaries(
         self, request_ids: list[str]
