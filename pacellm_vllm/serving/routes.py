@@ -12,6 +12,7 @@ from vllm.engine.protocol import EngineClient
 
 from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.sentences import shown
 from pacellm_vllm.serving import pages
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
@@ -92,7 +93,7 @@ async def answer(
     if found is None and not empty:
         raise HTTPException(
             404,
-            "pacellm: there is no report with this id; ask for one with vllm_xargs "
+            f"pacellm: there is no report of {shown(answer_id)}; ask for one with vllm_xargs "
             '{"pacellm_report": true}, and read it soon, as the oldest are dropped.',
         )
     return {"id": answer_id, "layers": found or {}, **more}
