@@ -10,6 +10,7 @@ import copy
 import functools
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextvars import ContextVar
 from importlib import import_module
@@ -21,7 +22,7 @@ import torch
 from vllm import envs
 from vllm.logger import init_logger
 
-from pacellm_vllm.sentences import shown
+from pacellm_vllm.sentences import of_request, shown
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -62,6 +63,12 @@ PATCHED = {
     "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
     "follow_answers": ("vllm.v1.engine.output_processor:OutputProcessor.add_request",),
     "answers_made": ("vllm.v1.engine.output_processor:RequestState.make_request_output",),
+    # Where vLLM's tracing is on, and nowhere else.
+    "hold_spans": (
+        "vllm.v1.engine.async_llm:AsyncLLM.__init__",
+        "vllm.v1.engine.llm_engine:LLMEngine.__init__",
+    ),
+    "write_spans": ("vllm.v1.engine.output_processor:instrument_manual",),
     "watch_requests": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
@@ -387,15 +394,15 @@ def keep_booleans() -> None:
 
 def prepare_requests(
     refused: Callable[[VllmConfig], str | None],
-    extra_args: Callable[[VllmConfig, Any, str], Any],
+    extra_args: Callable[[VllmConfig, SamplingParams, str], Any],
     admit: Callable[[InputProcessor, EngineCoreRequest], None],
 ) -> None:
     """Make streamed-input requests an error with the sentence of ``refused(vllm_config)``, if any.
 
-    Of every other request replace its extra arguments, if it has any, by
-    ``extra_args(vllm_config, those, request_id)``: a worker is told a request's parameters and not
-    its id. Then ``admit(input_processor, request)`` may change the request, or raise
-    ``ValueError``.
+    Of every other request replace its extra arguments by ``extra_args(vllm_config, its parameters,
+    request_id)``: a worker is told a request's parameters and not its id. Then
+    ``admit(input_processor, request)`` may change the request, or raise ``ValueError``. Sentences
+    of ours that refuse one, from here or from checks of its parameters, are given its id.
     Symptom: vLLM has no check of its own that a plugin could add to, and none that may change a
     prompt for ``LLM`` and server alike; and its asynchronous scheduler takes a token back at the
     end of a turn that the model has read already.
@@ -404,19 +411,26 @@ def prepare_requests(
     """
     from vllm.exceptions import VLLMValidationError
 
-    def checked(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(
+        original: Callable[..., Any], processor: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
         why = refused(processor.vllm_config) if kwargs.get("resumable") else None
         if why:
-            raise VLLMValidationError(why)
-        prepared = original(processor, *args, **kwargs)
+            raise VLLMValidationError(of_request(why, request_id))
+        try:
+            prepared = original(processor, request_id, *args, **kwargs)
+        except (ValueError, VLLMValidationError) as error:
+            if not str(error).startswith("pacellm: "):
+                raise
+            raise VLLMValidationError(of_request(error, request_id)) from None
         params = prepared.sampling_params
-        if params is not None and params.extra_args:
+        if params is not None:
             config, request_id = processor.vllm_config, prepared.request_id
-            params.extra_args = extra_args(config, params.extra_args, request_id)
+            params.extra_args = extra_args(config, params, request_id)
             try:
                 admit(processor, prepared)
             except ValueError as error:
-                raise VLLMValidationError(str(error)) from None
+                raise VLLMValidationError(of_request(error, request_id)) from None
         return prepared
 
     _patch("prepare_requests", checked)
@@ -462,6 +476,49 @@ def follow_answers(
 
     _patch("follow_answers", added)
     _patch("answers_made", made)
+
+
+# Writes a request's span with attributes besides vLLM's.
+WriteSpan = Callable[[dict[str, Any]], None]
+_hold: ContextVar[Callable[[WriteSpan], None] | None] = ContextVar("hold", default=None)
+
+
+def hold_spans(holder: Callable[[Any], Callable[[RequestState, WriteSpan], None] | None]) -> None:
+    """Give spans of finished requests to what ``holder(engine)`` returns, if anything.
+
+    It is called where vLLM would have written the span, with the request's state and what writes
+    the span later, with the same end.
+    Symptom: vLLM writes a request's span in one call, with attributes of its own.
+    Can go when a plugin can add some, and may ask its engine first.
+    """
+
+    def started(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
+        original(engine, *args, **kwargs)
+        hold = holder(engine)
+        if hold is None:
+            return
+        processor = engine.output_processor
+        trace = processor.do_tracing
+
+        def do_tracing(output: Any, state: RequestState, stats: Any) -> None:
+            token = _hold.set(functools.partial(hold, state))
+            try:
+                trace(output, state, stats)
+            finally:
+                _hold.reset(token)
+
+        processor.do_tracing = do_tracing
+
+    def written(original: Callable[..., Any], *, attributes: dict[str, Any], **span: Any) -> None:
+        hold = _hold.get()
+        if hold is None:
+            original(attributes=attributes, **span)
+            return
+        span = {"end_time": time.time_ns(), **span}
+        hold(lambda more: original(attributes={**attributes, **more}, **span))
+
+    _patch("hold_spans", started)
+    _patch("write_spans", written)
 
 
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)

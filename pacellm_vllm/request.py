@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfigError
 from pacellm_vllm.ops.rules import MemoryRules
-from pacellm_vllm.sentences import first_mistake, not_allowed, shown
+from pacellm_vllm.sentences import first_mistake, not_allowed, of_request, shown
 
 _ALLOWED = {
     "enabled": "true or false",
@@ -133,8 +133,8 @@ class RequestSettings(BaseModel):
 
         What a request says of fields that cannot matter beside the others is not part of it.
         """
-        mine = _effect(self.applied_to(rules)) if self.enabled else {}
-        return json.dumps(mine) if mine != _effect(rules) else ""
+        mine = effect_of(self.applied_to(rules)) if self.enabled else {}
+        return json.dumps(mine) if mine != effect_of(rules) else ""
 
     def applied_to(self, rules: MemoryRules) -> MemoryRules:
         """The engine's ``rules`` as this request wants them."""
@@ -144,22 +144,22 @@ class RequestSettings(BaseModel):
         return replace(rules, **self.overrides())
 
 
-def with_journal_key(extra_args: Any, request_id: str) -> Any:
+def with_journal_key(extra_args: Any, request_id: str, wanted: bool = False) -> Any:
     """``extra_args`` of a request that asks for a report, with what it is kept under.
 
-    Whatever a client says of that itself is overwritten, or ignored where no report is asked for.
+    Of one whose report is ``wanted`` as well. What a client says of that itself is dropped.
     """
-    if not extra_args or not RequestSettings.of(extra_args).report:
+    if not extra_args and not wanted:
         return extra_args
-    return {**extra_args, _JOURNAL_KEY: f"{request_id}\n{secrets.token_hex(8)}"}
+    given = {name: value for name, value in (extra_args or {}).items() if name != _JOURNAL_KEY}
+    if wanted or RequestSettings.of(given).report:
+        given[_JOURNAL_KEY] = f"{request_id}\n{secrets.token_hex(8)}"
+    return given
 
 
 def journal_key(params: Any) -> str | None:
-    """What the report of a request with these ``SamplingParams`` is kept under, if it wants one."""
-    extra_args = params.extra_args
-    if not extra_args or not RequestSettings.of(extra_args).report:
-        return None
-    return extra_args.get(_JOURNAL_KEY)
+    """What the report of a request with these ``SamplingParams`` is kept under, if there is one."""
+    return (params.extra_args or {}).get(_JOURNAL_KEY)
 
 
 def keep_reading(extra_args: Any, reading: list[Any] | None) -> Any:
@@ -179,7 +179,10 @@ def is_ours(key: Any) -> bool:
 
 
 def settings_of(request: Any) -> RequestSettings:
-    """Those of a vLLM ``Request``, read once: it is asked for them at every block."""
+    """Those of a vLLM ``Request``, read once: it is asked for them at every block.
+
+    Raises ``PaceConfigError`` as :meth:`RequestSettings.of`, with the request's id.
+    """
     return _read(request).settings
 
 
@@ -206,13 +209,17 @@ def _read(request: Any) -> _Read:
     read = getattr(request, "_pacellm", None)
     # The next turn of a session brings other parameters.
     if read is None or read.params is not params:
-        read = _Read(params, RequestSettings.of(params.extra_args if params else None))
+        try:
+            settings = RequestSettings.of(params.extra_args if params else None)
+        except PaceConfigError as error:
+            raise PaceConfigError(of_request(error, request.request_id)) from None
+        read = _Read(params, settings)
         request._pacellm = read
     return read
 
 
-def _effect(rules: MemoryRules) -> dict[str, float]:
-    """The fields a request can set, as far as they matter; none where memory does nothing."""
+def effect_of(rules: MemoryRules) -> dict[str, float]:
+    """What a request can set of ``rules``, as far as it matters; nothing where memory does none."""
     if not rules.alpha:
         return {}
     return {

@@ -22,6 +22,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def of_request(sentence: object, request_id: Any) -> str:
+    """``sentence``, ours and of any length, which says at its end whose request it is about."""
+    return f"{str(sentence).removesuffix('.')} (request {shown(request_id)})."
+
+
 def not_allowed(name: str, value: Any, allowed: str, where: str = "") -> str:
     """One sentence: which field, its value, and what it must be; ``where`` it was given."""
     return f"pacellm: {name} = {shown(value)} is not allowed{where}; it must be {allowed}."

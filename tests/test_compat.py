@@ -39,11 +39,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest, output_processor
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.executor import multiproc_executor, uniproc_executor
 from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
@@ -393,6 +394,20 @@ def engine_request(request_id, params):
         cache_salt=None,
         data_parallel_rank=None,
     )
+
+
+def test_spans_are_still_written_in_one_call_without_a_place_for_more():
+    """``hold_spans``: front ends have the processor, which makes the span's attributes itself."""
+    for front_end in (AsyncLLM, LLMEngine):
+        source = inspect.getsource(inspect.unwrap(front_end.__init__))
+        assert "self.output_processor = OutputProcessor(" in source
+    parameters = inspect.signature(OutputProcessor.do_tracing).parameters
+    assert list(parameters) == ["self", "engine_core_output", "req_state", "iteration_stats"]
+    source = inspect.getsource(OutputProcessor.do_tracing)
+    assert source.count("instrument_manual(") == 1
+    assert "self.do_tracing(" in inspect.getsource(OutputProcessor.process_outputs)
+    arguments = inspect.signature(inspect.unwrap(output_processor.instrument_manual)).parameters
+    assert {"attributes", "end_time"} <= arguments.keys()
 
 
 def test_a_turns_last_token_is_still_taken_back_under_asynchronous_scheduling():

@@ -1,7 +1,13 @@
 """What a request is told of its memory: every token's kind and source are the oracle's."""
 
+import json
+
 import pytest
+import torch
 from engines import NATIVE, engine
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.util._once import Once
 from oracle import OracleModel
 from test_engine_oracle import clear_cases
 from vllm import SamplingParams
@@ -31,8 +37,6 @@ class Told(OracleModel):
         self.best = {layer: [] for layer in self.banks}
 
     def _commit(self):
-        import torch
-
         size = self.rules.segment_size
         for layer, bank in self.banks.items():
             a, o = (torch.cat(part) for part in zip(*self._segment[layer], strict=True))
@@ -148,6 +152,66 @@ def test_engines_that_cannot_tell_say_so(settings):
     settings.validate_params(SamplingParams(extra_args={"pacellm_alpha": 0.5}))
 
 
+@pytest.fixture
+def spans(monkeypatch):
+    """What vLLM's tracing has written of requests, in this process."""
+    written = InMemorySpanExporter()
+    monkeypatch.setattr("vllm.tracing.otel.get_span_exporter", lambda endpoint: written)
+    # A process has one provider, which an earlier test may have set.
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", None)
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER_SET_ONCE", Once())
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
+
+    def read():
+        assert trace.get_tracer_provider().force_flush()
+        found = [span for span in written.get_finished_spans() if span.name == "llm_request"]
+        written.clear()
+        return [dict(span.attributes) for span in found]
+
+    return read
+
+
+def test_a_span_tells_what_memory_did(case, checkpoint, spans):
+    prompt, tokens, told = case
+    settings = {"otlp_traces_endpoint": "http://nowhere.invalid", "max_num_batched_tokens": 64}
+    with engine(checkpoint(), PACE, **settings) as running:
+        # Nobody asks for a report.
+        [cold] = running.generate([prompt], ANSWER)
+        assert list(cold.outputs[0].token_ids) == tokens
+        [span] = spans()
+        assert span["gen_ai.request.id"] == cold.request_id
+        assert span["gen_ai.usage.prompt_tokens"] == len(prompt)
+        assert span["pacellm.cached_tokens"] == 0
+        assert span["pacellm.layers"] == (1, 3)
+        for i, (layer, bank) in enumerate(told.banks.items()):
+            for kind in ("high", "mid", "low", "empty"):
+                assert span[f"pacellm.tokens.{kind}"][i] == told.kinds[layer].count(kind[0])
+            assert span["pacellm.tokens.none"][i] == span["pacellm.tokens.unsound"][i] == 0
+            assert span["pacellm.slots"][i] == bank.num_valid
+        assert span["pacellm.commits"] == (7, 7)
+        # What preset official says.
+        official = {"alpha": 0.2, "noise": 0.1, "theta_high": 0.75, "theta_low": 0.25}
+        assert json.loads(span["pacellm.settings"]) == official
+
+        [warm] = running.generate([prompt], 40)
+        [span] = spans()
+        assert span["pacellm.cached_tokens"] == warm.num_cached_tokens > 0
+        read = len(prompt) + 40 - 1 - warm.num_cached_tokens
+        assert sum(v[0] for k, v in span.items() if k.startswith("pacellm.tokens.")) == read
+        own = {"pacellm_alpha": 0.4, "journal_of_pacellm": "another's"}
+        running.generate([prompt[::-1], prompt[5:]], 2, extra_args=own)
+        found = [json.loads(span["pacellm.settings"]) for span in spans()]
+        assert found == [{**official, "alpha": 0.4}] * 2
+        running.generate([prompt], 2, extra_args={"pacellm_enabled": False})
+        [span] = spans()
+        assert span["pacellm.tokens.none"] == (len(prompt) + 1 - span["pacellm.cached_tokens"],) * 2
+        assert span["pacellm.settings"] == "{}"
+        # Of several answers to one prompt only what vLLM says itself.
+        running.generate([prompt], 2, n=2, temperature=1)
+        for span in spans():
+            assert [name for name in span if "pacellm" in name] == ["pacellm.cached_tokens"]
+
+
 def test_memory_of_reports_is_bounded():
     class Rules:
         segment_size, theta_high, theta_low = 4, 0.7, 0.3
@@ -164,4 +228,10 @@ def test_memory_of_reports_is_bounded():
     assert journal.report("44") is None
     journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
     assert not any(journal.report(str(i)) for i in range(50))
+    # Of 64 experts each token takes 8 bytes, half of what a layer's memory takes.
+    journal.note_experts("few\nx", 1, 0, torch.ones(150, 64, dtype=torch.bool))
+    assert journal.experts("few", 1)["tokens"] == [150] * 64
+    journal.note_experts("many\nx", 1, 0, torch.ones(100, 64, dtype=torch.bool))
+    assert journal.experts("few", 1) is None
+    assert journal.experts("many", 2) == {"layers": [1]}
     assert set(KINDS.values()) == set(LayerAnswer().report()["tokens"])

@@ -105,6 +105,8 @@ def test_sessions_beside_asynchronous_scheduling_are_refused(checkpoint, monkeyp
     monkeypatch.setenv("PACELLM_CPU_ASYNC_SCHEDULING", "1")
     with engine(checkpoint(), PACE, async_scheduling=True) as running:
         assert running.core.vllm_config.scheduler_config.async_scheduling
-        with pytest.raises(VLLMValidationError, match=r"^pacellm: .*--no-async-scheduling"):
+        with pytest.raises(
+            VLLMValidationError, match=r"^pacellm: .*--no-async-scheduling \(request 'a"
+        ):
             add_turn(running, "a", make_prompt(1, 40), None, first=True)
         assert len(running.tokens([make_prompt(1, 40)])[0]) == 32

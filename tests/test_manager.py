@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from pacellm_vllm.compat import key_hashes_of
-from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
 from pacellm_vllm.request import RequestSettings
@@ -431,3 +431,22 @@ def test_block_hashes_look_at_settings_in_engines_with_memory_only_and_never_rai
     plain = make_request("r", prompt, True).block_hashes
     assert make_request("r", prompt, True, extra, hasher=PLAIN_HASHER).block_hashes == plain
     assert set(make_request("r", prompt, True, extra).block_hashes).isdisjoint(plain)
+
+
+def test_what_the_scheduler_refuses_names_the_request():
+    manager = make_manager(blocks=64, caching=True)
+    ours = manager.coordinator.single_type_managers[BANK]
+    with pytest.raises(
+        NotImplementedError, match=r"serve without KV transfer \(request 'one'\)\.$"
+    ):
+        ours.allocate_external_computed_blocks("one", 0, 64)
+    # Settings that no front end has looked at.
+    unchecked = Request(
+        "another",
+        [1] * 200,
+        SamplingParams(max_tokens=8, extra_args={"pacellm_alpha": 7}),
+        None,
+        block_hasher=None,
+    )
+    with pytest.raises(PaceConfigError, match=r"alpha = 7 .*from 0 to 1 \(request 'another'\)\.$"):
+        manager.get_computed_blocks(unchecked)

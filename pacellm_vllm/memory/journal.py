@@ -1,12 +1,17 @@
 """Journal: what memory did for each request that asked to be told, in the worker that did it."""
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import torch
 
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.ops.update import Committed, Progress
+from pacellm_vllm.request import effect_of
 
 # By letter: what became of a token, and what its look-up asked for. A token that met an empty bank
 # asks for a slot as a low one does, and is counted as one elsewhere.
@@ -33,7 +38,7 @@ class Journal:
     """
 
     def __init__(self, most_tokens: int = MOST_TOKENS, most_answers: int = MOST_ANSWERS) -> None:
-        self._answers: OrderedDict[str, dict[int, LayerAnswer]] = OrderedDict()
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._most_tokens = most_tokens
         self._most_answers = most_answers
@@ -51,40 +56,76 @@ class Journal:
         """Tokens from ``position`` on, in one segment, and the commit if they ended it, with each
         slot's ``nearest_slots`` after it.
         """
-        answer = self._layer(key, layer)
-        if answer is not None:
-            self._grown(answer, answer.read(position, rules, progress, nearest))
+        if answer := self._answer(key):
+            mine = answer.memory.setdefault(layer, LayerAnswer())
+            self._grown(mine.read(position, rules, progress, nearest))
 
     def note_idle(self, key: str, layer: int, position: int, count: int) -> None:
         """Tokens of a request that holds no bank."""
-        answer = self._layer(key, layer)
-        if answer is not None:
-            self._grown(answer, answer.pass_by(position, count))
+        if answer := self._answer(key):
+            self._grown(answer.memory.setdefault(layer, LayerAnswer()).pass_by(position, count))
+
+    def note_experts(self, key: str, layer: int, position: int, chosen: torch.Tensor) -> None:
+        """Which experts [n, K] bool tokens from ``position`` on computed."""
+        if answer := self._answer(key):
+            mine = answer.experts.setdefault(layer, LayerExperts(chosen.shape[1]))
+            self._grown(mine.read(position, chosen))
 
     def report(self, request_id: str, first: int = 0) -> dict[int, dict[str, Any]] | None:
         """By layer, see :meth:`LayerAnswer.report`; None of what is not, or no longer, known.
 
         Of several requests with one id the one that began last.
         """
-        keys = [key for key in self._answers if key.partition("\n")[0] == request_id]
-        if not keys:
-            return None
-        return {index: found.report(first) for index, found in self._answers[keys[-1]].items()}
+        found = self._find(request_id)
+        return {at: one.report(first) for at, one in found.memory.items()} if found else None
 
-    def _layer(self, key: str, layer: int) -> "LayerAnswer | None":
+    def experts(self, request_id: str, layer: int) -> dict[str, Any] | None:
+        """The ``layers`` whose experts were noted, and :meth:`LayerExperts.report` of ``layer`` if
+        it is one of them; None as :meth:`report`.
+        """
+        found = self._find(request_id)
+        if found is None:
+            return None
+        mine = found.experts.get(layer)
+        return {"layers": sorted(found.experts), **(mine.report() if mine else {})}
+
+    def summary(self, request_id: str) -> dict[int, dict[str, Any]] | None:
+        """By layer, see :meth:`LayerAnswer.summary`; None as :meth:`report`."""
+        found = self._find(request_id)
+        return {at: one.summary() for at, one in found.memory.items()} if found else None
+
+    def _find(self, request_id: str) -> "Answer | None":
+        begin = f"{request_id}\n"
+        keys = (key for key in reversed(self._answers) if key.startswith(begin))
+        return self._answers[key] if (key := next(keys, None)) else None
+
+    def _answer(self, key: str) -> "Answer | None":
         if key in self._forgotten:
             return None
-        return self._answers.setdefault(key, {}).setdefault(layer, LayerAnswer())
+        return self._answers.setdefault(key, Answer())
 
-    def _grown(self, answer: "LayerAnswer", tokens: int) -> None:
+    def _grown(self, tokens: int) -> None:
         self._tokens += tokens
         while self._tokens > self._most_tokens or len(self._answers) > self._most_answers:
-            key, layers = self._answers.popitem(last=False)
-            self._tokens -= sum(len(layer) for layer in layers.values())
+            key, answer = self._answers.popitem(last=False)
+            self._tokens -= answer.size()
             # What is still running must not begin again in the middle.
             self._forgotten[key] = None
             if len(self._forgotten) > self._most_answers:
                 self._forgotten.popitem(last=False)
+
+
+@dataclass
+class Answer:
+    """One request's, by layer."""
+
+    memory: "dict[int, LayerAnswer]" = field(default_factory=dict)
+    experts: "dict[int, LayerExperts]" = field(default_factory=dict)
+
+    def size(self) -> int:
+        """In tokens, counted once a layer."""
+        memory = sum(len(layer) for layer in self.memory.values())
+        return memory + sum(len(layer) for layer in self.experts.values())
 
 
 class LayerAnswer:
@@ -104,6 +145,7 @@ class LayerAnswer:
         self._commits: list[tuple[int, Committed, list[int], list[int]]] = []
         # After the last one: each slot's nearest other one.
         self._nearest: Sequence[tuple[int, float]] = ()
+        self._rules: MemoryRules | None = None
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -117,6 +159,7 @@ class LayerAnswer:
     ) -> int:
         """Returns how many tokens more than before are held."""
         before = len(self)
+        self._rules = rules
         self._go_to(position, "c")
         sources, _ = self._slots()
         found, top = progress.mean_top, progress.top
@@ -140,6 +183,20 @@ class LayerAnswer:
         self._go_to(position + count, "n")
         return len(self) - before
 
+    def summary(self) -> dict[str, Any]:
+        """``tokens`` by kind, number of ``commits``, of ``slots`` in use, and the ``settings`` that
+        the request's tokens were read with, as far as it may set them.
+        """
+        return {
+            "tokens": self._tokens(),
+            "commits": len(self._commits),
+            "slots": len(self._slots()[0]),
+            "settings": effect_of(self._rules) if self._rules else {},
+        }
+
+    def _tokens(self) -> dict[str, int]:
+        return {name: self._kinds.count(letter.encode()) for letter, name in KINDS.items()}
+
     def report(self, first: int = 0) -> dict[str, Any]:
         """Plain numbers and lists.
 
@@ -148,14 +205,13 @@ class LayerAnswer:
         ``strongest`` the recalls of tokens from position ``first`` on with the most similarity.
         """
         letters = self._kinds.decode()
-        counts = Counter(letters)
         similarity = [round(value, 3) for value in self._similarity]
         sources, merges = self._slots()
         usage = self._commits[-1][1].usage if self._commits else []
         recalls = [at for at in range(first, len(self)) if letters[at] in "hm"]
         recalls.sort(key=lambda at: (-self._similarity[at], at))
         return {
-            "tokens": {name: counts[letter] for letter, name in KINDS.items()},
+            "tokens": self._tokens(),
             "kinds": letters,
             "similarity": similarity,
             "slot": self._slot.tolist(),
@@ -227,6 +283,41 @@ class LayerAnswer:
         for slot in _in_order(done):
             sources[slot], merges[slot] = next(asked), 0
         self._commits.append((end, done, sources, merges))
+
+
+class LayerExperts:
+    """Which of K experts each token of one request computed in one layer, by position."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        # Whole bytes for each token; no bit where it was not read here.
+        self._bits = bytearray()
+        self._width = -(-num_experts // 8)
+
+    def __len__(self) -> int:
+        """In tokens of a :class:`LayerAnswer`, by how much memory they take."""
+        return -(-len(self._bits) // 16)
+
+    def read(self, position: int, chosen: torch.Tensor) -> int:
+        """As :meth:`LayerAnswer.read`, ``chosen`` [n, K] bool."""
+        before = len(self)
+        begin = position * self._width
+        del self._bits[begin:]
+        self._bits.extend(bytes(begin - len(self._bits)))
+        self._bits.extend(np.packbits(chosen.numpy(), axis=1).tobytes())
+        return len(self) - before
+
+    def report(self) -> dict[str, Any]:
+        """``num_experts``; ``tokens`` that computed each; ``chosen``, hexadecimal digits, as many
+        for each token as hold K bits, the first expert's the highest, and 0 where it was not read.
+        """
+        rows = np.frombuffer(self._bits, dtype=np.uint8).reshape(-1, self._width)
+        tokens = np.unpackbits(rows, axis=1, count=self._num_experts).sum(axis=0)
+        return {
+            "num_experts": self._num_experts,
+            "tokens": tokens.tolist(),
+            "chosen": self._bits.hex(),
+        }
 
 
 def _in_order(done: Committed) -> Iterable[int]:

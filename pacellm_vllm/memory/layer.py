@@ -161,6 +161,17 @@ def memory_layers(vllm_config: VllmConfig) -> list[PaceMemory]:
     return [layer for layer in layers if isinstance(layer, PaceMemory)]
 
 
+def note_experts(layer: int, chosen: torch.Tensor) -> None:
+    """Into the ``Journal``: the experts [tokens, K] bool that this step's tokens computed."""
+    metadata = get_forward_context().attn_metadata
+    steps = metadata.values() if isinstance(metadata, dict) else ()
+    mine = next((one for one in steps if isinstance(one, BankMetadata)), None)
+    if mine is None or mine.journal is None or mine.plain is None:
+        return
+    for asked, position, tokens in mine.plain.asked:
+        mine.journal.note_experts(asked, layer, position, chosen[tokens])
+
+
 @eager_in_graphs
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     context = get_forward_context()

@@ -37,6 +37,7 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.request import key_of, settings_of
+from pacellm_vllm.sentences import of_request
 
 logger = plugin_logger()
 
@@ -280,17 +281,16 @@ class PagedBankManager(CircularBufferManager):
         held.extend([self.block_pool.null_block] * new)
         if not planned:
             return
-        assert request is not None, "copies are planned for a request in hand"
+        assert request is not None, f"copies are planned for a request in hand, not {request_id}"
         for boundary in planned:
             columns = self._columns(boundary)
             held[columns] = self._new_blocks(len(held[columns]))
             self._copying_hashes.add(self._page_hashes(request, boundary)[0])
         self._copying[request_id] = planned
 
-    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            "pacellm: tokens computed elsewhere carry no memory; serve without KV transfer."
-        )
+    def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        sentence = "pacellm: tokens computed elsewhere carry no memory; serve without KV transfer."
+        raise NotImplementedError(of_request(sentence, request_id))
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self._requests[request.request_id] = request

@@ -53,6 +53,9 @@ Done = tuple[str | None, int, MemoryRules, Progress, PagedStore]
 class PlainStep:
     """``idle`` tokens have no bank and pass through, as does padding behind ``num_tokens``.
 
+    ``asked`` has for tokens of requests in the ``Journal`` its key and the first one's position,
+    ``asked_idle`` how many of them have no bank.
+
     ``chunks`` lie in one segment each. With speculative decoding, ``settled`` has every request's
     first token, before which its bank catches up with what was accepted, and ``guesses`` the
     tokens that may be rejected.
@@ -64,6 +67,7 @@ class PlainStep:
     singles: Singles | None = None
     idle: list[slice] = field(default_factory=list)
     asked_idle: list[tuple[str, int, int]] = field(default_factory=list)
+    asked: list[tuple[str, int, slice]] = field(default_factory=list)
     num_tokens: int = 0
 
     @classmethod
@@ -95,6 +99,8 @@ class PlainStep:
             key = asked.get(piece.request)
             copy = copy if all(copy) else []
             chunk = Chunk(tokens, piece.position, pages, piece.rules, copy, key)
+            if key:
+                step.asked.append((key, piece.position, tokens))
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
             if not all(pages):
                 step.idle.append(tokens)

@@ -66,6 +66,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.session_tokens:
         check_sessions(vllm_config)
         follow_answers(ended)
+    if layers and is_traced(vllm_config):
+        # Servers without tracing import nothing of it.
+        from pacellm_vllm.serving.tracing import hold_request_spans
+
+        hold_request_spans()
 
 
 def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
@@ -94,9 +99,19 @@ def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
         )
 
 
-def _extra_args(vllm_config: VllmConfig, given: Any, request_id: str) -> Any:
+def _extra_args(vllm_config: VllmConfig, params: SamplingParams, request_id: str) -> Any:
     """What a request's extra arguments become; those of other engines stay as they are."""
-    return with_journal_key(given, request_id) if carries_memory(vllm_config) else given
+    if not carries_memory(vllm_config):
+        return params.extra_args
+    traced = (
+        is_traced(vllm_config) and params.n == 1 and not _settings_class(vllm_config).no_reports
+    )
+    return with_journal_key(params.extra_args, request_id, traced)
+
+
+def is_traced(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM writes a span of each request."""
+    return vllm_config.observability_config.otlp_traces_endpoint is not None
 
 
 def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:

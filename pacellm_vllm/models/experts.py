@@ -71,7 +71,9 @@ class ModelExperts:
         self._gated = ffn.gated
         if not self.config.routed:
             return None
-        self.routed[index] = RoutedExperts(self.config, self.plan.num_experts, ffn, self._way)
+        self.routed[index] = RoutedExperts(
+            self.config, self.plan.num_experts, ffn, self._way, index
+        )
         return self.routed[index]
 
     def reorder(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:

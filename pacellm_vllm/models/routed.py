@@ -18,7 +18,7 @@ from pacellm_vllm.experts.ffn import FfnWeights, grouped_activations, grouped_ou
 from pacellm_vllm.experts.fused import fused_activations, fused_output
 from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ExpertsConfig
-from pacellm_vllm.memory.layer import PaceMemory
+from pacellm_vllm.memory.layer import PaceMemory, note_experts
 from pacellm_vllm.models.ffn import FeedForward
 from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
 
@@ -48,12 +48,15 @@ class RoutedExperts(nn.Module):
     """What an FFN computes for each token: the experts that its router chooses.
 
     The router knows the experts of all tensor parallel ranks, so ranks choose alike; each
-    computes its own. ``counts`` [2] int64 are experts computed, and tokens.
+    computes its own. ``counts`` [2] int64 are experts computed, and tokens. ``index`` is the
+    decoder layer's.
     """
 
     counts: torch.Tensor
 
-    def __init__(self, config: ExpertsConfig, num_experts: int, ffn: FeedForward, way: Way) -> None:
+    def __init__(
+        self, config: ExpertsConfig, num_experts: int, ffn: FeedForward, way: Way, index: int
+    ) -> None:
         super().__init__()
         weight = ffn.input.weight
         self.router = ExpertRouter(
@@ -67,6 +70,7 @@ class RoutedExperts(nn.Module):
             device=weight.device,
         )
         self.way = way
+        self._index = index
         counts = torch.zeros(2, dtype=torch.int64, device=weight.device)
         self.register_buffer("counts", counts, persistent=False)
         self._ffn = ffn
@@ -103,7 +107,7 @@ class RoutedExperts(nn.Module):
     def _choose(self, x: torch.Tensor) -> torch.Tensor:
         """Which of this rank's experts each token computes, [tokens, K / ranks] bool."""
         chosen = self.router.choose(x)
-        torch.ops.vllm.pacellm_count_experts(chosen, self.counts)
+        torch.ops.vllm.pacellm_count_experts(chosen, self.counts, self._index)
         return chosen[:, self._mine].contiguous()
 
 
@@ -143,8 +147,11 @@ def _weights(ffn: FeedForward) -> FfnWeights:
     )
 
 
-def _count_op(chosen: torch.Tensor, counts: torch.Tensor) -> None:
-    """Add what the tokens of requests chose to ``counts``, on their device."""
+def _count_op(chosen: torch.Tensor, counts: torch.Tensor, index: int) -> None:
+    """Add what the tokens of requests chose to ``counts``, on their device, and note it for those
+    that asked to be told.
+    """
+    note_experts(index, chosen)
     real = rows_of_requests(len(chosen))
     if real is not None:
         counts += torch.stack([(chosen & real[:, None]).sum(), real.sum()])

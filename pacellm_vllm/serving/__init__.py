@@ -6,5 +6,6 @@
 ``report``   the worker method behind it: what each layer's memory did
 ``asking``   every engine asked for it
 ``metrics``  the same for Prometheus
+``tracing``  and in the spans of vLLM's tracing
 ``middleware`` which adds that to vLLM's ``/metrics``
 """

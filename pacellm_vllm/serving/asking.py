@@ -9,6 +9,7 @@ from pacellm_vllm.compat import ask_all_cores, ask_all_engines, engine_ranks
 from pacellm_vllm.memory.manager import POOL_METHOD
 from pacellm_vllm.models.checks import carries_memory
 from pacellm_vllm.serving.report import (
+    ANSWER_EXPERTS_METHOD,
     ANSWER_METHOD,
     EXPERTS_METHOD,
     REPORT_METHOD,
@@ -46,12 +47,27 @@ async def ask_answer(
 ) -> dict[str, dict[str, Any]] | None:
     """``Journal.report`` by layer index of the answer that a client knows as ``answer_id``.
 
-    None where no engine knows of it. What a client is told of ``/v1/completions`` is the id of all
-    its prompts; behind it vLLM writes which prompt, from 0.
+    None where no engine knows of it.
+    """
+    known = await _ask_of(client, answer_id, ANSWER_METHOD, first)
+    return merge_reports(known) if known else None
+
+
+async def ask_experts(client: EngineClient, answer_id: str, layer: int) -> dict[str, Any] | None:
+    """``Journal.experts`` of the same; tensor parallel ranks choose alike."""
+    known = await _ask_of(client, answer_id, ANSWER_EXPERTS_METHOD, layer)
+    return known[0] if known else None
+
+
+async def _ask_of(client: EngineClient, answer_id: str, method: str, *args: Any) -> list[Any]:
+    """What the workers of one engine say that knows of the answer; empty where none does.
+
+    What a client is told of ``/v1/completions`` is the id of all its prompts; behind it vLLM writes
+    which prompt, from 0.
     """
     for request_id in (answer_id, f"{answer_id}-0"):
-        for workers in await ask_all_engines(client, ANSWER_METHOD, request_id, first):
+        for workers in await ask_all_engines(client, method, request_id, *args):
             known = [found for found in workers if found is not None]
             if known:
-                return merge_reports(known)
-    return None
+                return known
+    return []

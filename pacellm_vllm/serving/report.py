@@ -14,6 +14,8 @@ from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
 ANSWER_METHOD = "pacellm_answer_report"
+ANSWER_EXPERTS_METHOD = "pacellm_answer_experts"
+SUMMARIES_METHOD = "pacellm_answer_summaries"
 EXPERTS_METHOD = "pacellm_experts_report"
 
 _ADDED = {"high", "mid", "low", "commits"}
@@ -43,6 +45,18 @@ class MemoryReport(BankRecording):
     ) -> dict[int, dict[str, Any]] | None:
         """``Journal.report`` of a request that asked for one; None where there is none."""
         return BatchSettings.of_engine(self.vllm_config).journal.report(request_id, first)
+
+    def pacellm_answer_experts(self, request_id: str, layer: int) -> dict[str, Any] | None:
+        """``Journal.experts`` of a request that asked for a report; None where there is none."""
+        return BatchSettings.of_engine(self.vllm_config).journal.experts(request_id, layer)
+
+    def pacellm_answer_summaries(
+        self, request_ids: list[str]
+    ) -> dict[str, dict[int, dict[str, Any]]]:
+        """``Journal.summary`` of each of these requests that has one."""
+        journal = BatchSettings.of_engine(self.vllm_config).journal
+        found = ((request_id, journal.summary(request_id)) for request_id in request_ids)
+        return {request_id: summary for request_id, summary in found if summary is not None}
 
     def pacellm_experts_report(self) -> dict[int, dict[str, Any]]:
         """By layer index: ``ModelExperts.report`` since the engine started; empty without any."""

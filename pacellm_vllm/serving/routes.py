@@ -12,6 +12,7 @@ from vllm.engine.protocol import EngineClient
 
 from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.sentences import shown
 from pacellm_vllm.serving import pages
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
@@ -68,35 +69,42 @@ async def memory(request: Request) -> dict[str, Any]:
     responses={**_REFUSALS, 404: {"description": "No answer with this id has a report."}},
 )
 async def answer(
-    request: Request, answer_id: str, first: int = 0, empty: bool = False
+    request: Request,
+    answer_id: str,
+    first: int = 0,
+    empty: bool = False,
+    experts: int | None = None,
 ) -> dict[str, Any]:
     """What memory did for one request that said ``"pacellm_report": true``, also while it runs.
 
     ``answer_id`` is the ``id`` of its response; of several prompts in one request the first one's,
     and with ``-1`` behind it the second one's. ``layers`` has ``Journal.report`` by layer, whose
-    strongest recalls are of tokens from position ``first`` on; ``session`` says what a request that
-    named one has read of it, whether it asked for a report or not. 404 where there is neither, or
-    with ``empty`` no layers.
+    strongest recalls are of tokens from position ``first`` on. With ``experts``, a layer's index,
+    ``experts`` is ``Journal.experts`` of that layer. ``session`` says what a request that named one
+    has read of it, whether it asked for a report or not. 404 where there is neither, or with
+    ``empty`` no layers.
     """
     engine = _engine(request)
-    found = session = None
+    found, session, more = None, None, {}
     if engine.vllm_config.model_config.architecture in ARCHITECTURES:
         from pacellm_vllm.models.checks import carries_memory
-        from pacellm_vllm.serving.asking import ask_answer
+        from pacellm_vllm.serving.asking import ask_answer, ask_experts
 
         _check_reports(engine.vllm_config)
         if carries_memory(engine.vllm_config):
             found = await ask_answer(engine, answer_id, max(first, 0))
+            if found and experts is not None:
+                more["experts"] = await ask_experts(engine, answer_id, experts)
         from pacellm_vllm.sessions.admission import reading_for
 
         session = reading_for(engine.input_processor, answer_id)
     if found is None and session is None and not empty:
         raise HTTPException(
             404,
-            "pacellm: there is no report with this id; ask for one with vllm_xargs "
+            f"pacellm: there is no report of {shown(answer_id)}; ask for one with vllm_xargs "
             '{"pacellm_report": true}, and read it soon, as the oldest are dropped.',
         )
-    return {"id": answer_id, "layers": found or {}, "session": session}
+    return {"id": answer_id, "layers": found or {}, "session": session, **more}
 
 
 def _engine(request: Request) -> EngineClient:

@@ -155,7 +155,9 @@ def test_all_experts_are_the_dense_model(clustered, truth):
 
 @pytest.fixture(scope="module")
 def alone(clustered):
-    """One request at a time with memory: its answers, and which experts each memory saw zero."""
+    """One request at a time with memory: its answers, and by memory layer which experts were not
+    zero for each token.
+    """
     seen = []
 
     def forward(self, a):
@@ -168,7 +170,7 @@ def alone(clustered):
         engine(clustered(), pace={**MEMORY, **ROUTED}, max_num_seqs=1) as running,
     ):
         patch.setattr(PaceMemory, "forward", forward)
-        return answers(running), torch.cat(seen)
+        return answers(running), {1: torch.cat(seen[::2]), 3: torch.cat(seen[1::2])}
 
 
 def test_any_schedule_gives_the_same_tokens_with_memory_on(alone, clustered):
@@ -181,9 +183,42 @@ def test_any_schedule_gives_the_same_tokens_with_memory_on(alone, clustered):
 
 
 def test_memory_sees_zeros_where_experts_were_skipped(alone):
-    active = alone[1]
-    assert len(active) == 2 * (sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1))
-    assert torch.equal(active.sum(-1), torch.full((len(active),), TOP_K))
+    for active in alone[1].values():
+        assert len(active) == sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
+        assert torch.equal(active.sum(-1), torch.full((len(active),), TOP_K))
+
+
+def check_experts(running, output, active, cached=0):
+    """``active`` [tokens, K] of one request against what it is told of a layer."""
+    for layer, rows in active.items():
+        asked = (output.request_id, layer)
+        [found] = running.llm.collective_rpc("pacellm_answer_experts", args=asked)
+        assert found["layers"] == [0, 1, 2, 3]
+        assert found["num_experts"] == K
+        # K is 8: two digits a token.
+        told = [f"{byte:08b}" for byte in bytes.fromhex(found["chosen"])]
+        assert told[:cached] == ["0" * K] * cached
+        assert told[cached:] == ["".join("01"[one] for one in row) for row in rows[cached:].int()]
+        assert found["tokens"] == rows[cached:].sum(0).tolist()
+
+
+def test_a_request_is_told_its_tokens_experts(alone, clustered):
+    lengths = [len(prompt) + TOKENS - 1 for prompt in PROMPTS]
+    truth = {layer: active.split(lengths) for layer, active in alone[1].items()}
+    mine = [{layer: parts[i] for layer, parts in truth.items()} for i in range(len(PROMPTS))]
+    report = {"pacellm_report": True}
+    settings = {"max_num_batched_tokens": 17, "max_num_seqs": 2}
+    with engine(clustered(), pace={**MEMORY, **ROUTED}, **settings) as running:
+        outputs = running.generate(PROMPTS, TOKENS, extra_args=report)
+        for output, active in zip(outputs, mine, strict=True):
+            check_experts(running, output, active)
+        [warm] = running.generate(PROMPTS[-1:], TOKENS, extra_args=report)
+        assert warm.num_cached_tokens > 0
+        check_experts(running, warm, mine[-1], warm.num_cached_tokens)
+        [quiet] = running.generate(PROMPTS[:1], TOKENS)
+        for request_id in (quiet.request_id, "never"):
+            [found] = running.llm.collective_rpc("pacellm_answer_experts", args=(request_id, 1))
+            assert found is None
 
 
 def test_two_ranks_choose_and_compute_what_one_does(alone, clustered):

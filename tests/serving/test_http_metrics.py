@@ -1,14 +1,19 @@
-"""``/metrics`` of real servers: the memory's counts are the report's, and the oracle's."""
+"""``/metrics`` and spans of real servers: counts are the report's, and the oracle's."""
 
+import gzip
 import re
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 import requests
 from checkpoints import make_prompt
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from oracle import OracleModel
 from prometheus_client.parser import text_string_to_metric_families
 from servers import PACELLM, serving
@@ -59,18 +64,65 @@ def report(url):
 
 
 def ask(url, prompt, max_tokens=ANSWER):
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-    answer = requests.post(f"{url}/v1/completions", json={**body, "ignore_eos": True}, timeout=120)
+    return complete(url, prompt, max_tokens=max_tokens)["usage"]
+
+
+def complete(url, prompt, **settings):
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": ANSWER, "temperature": 0}
+    body |= {"ignore_eos": True, **settings}
+    answer = requests.post(f"{url}/v1/completions", json=body, timeout=120)
     answer.raise_for_status()
-    return answer.json()["usage"]
+    return answer.json()
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes the spans that servers send, into ``spans``: attributes by name."""
+
+    spans: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                self.spans.extend(
+                    {one.key: value_of(one.value) for one in span.attributes}
+                    for span in scope.spans
+                    if span.name == "llm_request"
+                )
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def value_of(value):
+    if value.HasField("array_value"):
+        return [value_of(one) for one in value.array_value.values]
+    return getattr(value, value.WhichOneof("value"))
 
 
 @pytest.fixture(scope="module")
-def two_servers(tmp_path_factory):
-    """Two API servers before one engine."""
+def collector():
+    """Where spans are sent."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/traces"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def two_servers(tmp_path_factory, collector):
+    """Two API servers before one engine, which send spans."""
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [*PACELLM, "serve", str(TINY), *MEMORY, *ENGINE, "--api-server-count", "2"]
-    with serving(command, log) as url:
+    command += ["--otlp-traces-endpoint", collector]
+    protocol = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with serving(command, log, **protocol, OTEL_BSP_SCHEDULE_DELAY="200") as url:
         yield url
 
 
@@ -109,6 +161,39 @@ def test_counts_are_the_oracles_and_the_reports(two_servers):
     counts = report(two_servers)["layers"]
     for (_, layer, kind), value in after["pacellm:tokens_total"].items():
         assert counts[layer][kind] == value
+
+
+def test_spans_say_what_the_oracle_did(two_servers):
+    prompt = make_prompt(4, 3 * 64 - ANSWER + 1)
+    oracle = OracleModel(TINY, {**PACE, "layers": [1, 3]})
+    oracle.generate(prompt, ANSWER)
+    answer = complete(two_servers, prompt)
+    span = span_of(answer["id"])
+    assert span["pacellm.layers"] == [1, 3]
+    for i, layer in enumerate(LAYERS):
+        write = oracle.banks[int(layer)].counts["write"]
+        for kind in ("high", "mid", "low", "empty"):
+            assert span[f"pacellm.tokens.{kind}"][i] == write[kind]
+    assert span["pacellm.commits"] == [3, 3]
+    assert span["pacellm.cached_tokens"] == 0
+    # Where the front end alone knows that a request has ended.
+    word = answer["choices"][0]["text"].split()[3]
+    stopped = complete(two_servers, prompt, stop=[word])
+    assert stopped["choices"][0]["stop_reason"] == word
+    span = span_of(stopped["id"])
+    assert span["pacellm.layers"] == [1, 3]
+    assert span["pacellm.cached_tokens"] == 2 * 64
+
+
+def span_of(answer_id):
+    """Its request's span; behind the id of an answer vLLM writes which prompt it is of."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for span in Collector.spans:
+            if span["gen_ai.request.id"] == f"{answer_id}-0":
+                return span
+        time.sleep(0.1)
+    raise AssertionError(Collector.spans)
 
 
 def test_any_of_several_api_servers_says_the_same(two_servers):

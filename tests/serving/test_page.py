@@ -14,7 +14,8 @@ from servers import PACELLM, serving
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 KEY = "secret"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-MEMORY = ["--segment-size", "64", "--bank-size", "40", "--alpha", "0.5"]
+MEMORY = ["--layers", "1,3", "--segment-size", "64", "--bank-size", "40", "--alpha", "0.5"]
+MEMORY += ["--experts", '{"num_experts": 16, "top_k": 4}']
 ENGINE = ["--dtype", "float32", "--max-model-len", "8192", "--block-size", "16"]
 ENGINE += ["--kv-cache-memory-bytes", str(128 << 20), "--served-model-name", "tiny"]
 FILLER = "The old farmer carries the basket to the market. The young baker opens the window. "
@@ -79,10 +80,16 @@ def kinds(browser):
 
 
 def report(browser, request, layer="1"):
+    return whole_report(browser, request)["layers"][layer]
+
+
+def whole_report(browser, request, **asked):
     url = browser.current_url.partition(PAGE)[0].replace(f"anyone:{KEY}@", "")
-    answer = requests.get(f"{url}{PAGE}answers/{request}", headers=HEADERS, timeout=60)
+    answer = requests.get(
+        f"{url}{PAGE}answers/{request}", params=asked, headers=HEADERS, timeout=60
+    )
     answer.raise_for_status()
-    return answer.json()["layers"][layer]
+    return answer.json()
 
 
 def complete(server, text, tokens, **settings):
@@ -140,10 +147,49 @@ def test_ask_with_and_without_and_see_the_bank(page, server):
         page.save_screenshot(PICTURE)
 
 
+def test_experts_by_token(page):
+    assert not find(page, "routing").is_displayed()
+    request = ask(page, FILLER + HIDDEN)
+    assert "experts" not in whole_report(page, request)
+    found = whole_report(page, request, experts=2)["experts"]
+    assert found["layers"] == [0, 1, 2, 3]
+    # 16 bits a token.
+    digits = [found["chosen"][i : i + 4] for i in range(0, len(found["chosen"]), 4)]
+    assert len(digits) == len(kinds(page))
+    computed = [[i for i in range(16) if int(four, 16) >> 15 - i & 1] for four in digits]
+    assert [len(one) for one in computed] == [0 if kind == "c" else 4 for kind in kinds(page)]
+
+    assert find(page, "experts").accessible_name == "Experts of layer"
+    assert find(page, "expert").accessible_name == "Mark tokens of expert"
+    Select(find(page, "experts")).select_by_value("2")
+    rows = "return [...document.querySelectorAll('#shares tbody tr')].map(r => r.innerText)"
+    told = [row.split() for row in wait(page, lambda _: page.execute_script(rows))]
+    assert find(page, "shares").accessible_name == "Experts, busiest first"
+    totals = {str(i): sum(i in one for one in computed) for i in range(16)}
+    assert {row[0]: int(row[1]) for row in told} == totals
+    assert [int(row[1]) for row in told] == sorted(totals.values(), reverse=True)
+
+    busiest = int(told[0][0])
+    Select(find(page, "expert")).select_by_value(str(busiest))
+    marked = page.execute_script(
+        "return [...document.querySelectorAll('#text > span')].map("
+        "s => s.classList.contains('computed'))"
+    )
+    assert marked == [busiest in one for one in computed]
+    page.execute_script("[...document.querySelectorAll('#text > span')].at(-1).click()")
+    experts = ", ".join(map(str, computed[-1]))
+    assert find(page, "token").text.endswith(f"; experts {experts} of layer 2.")
+    if PICTURE:
+        page.save_screenshot(PICTURE.replace(".png", "-experts.png"))
+    Select(find(page, "experts")).select_by_value("")
+    wait(page, lambda _: not find(page, "shares").is_displayed())
+    assert not page.find_elements(By.CSS_SELECTOR, "#text .computed")
+
+
 def test_the_bank_changes_while_a_request_runs(page):
     type_prompt(page, HIDDEN)
     find(page, "tokens").clear()
-    find(page, "tokens").send_keys("4000")
+    find(page, "tokens").send_keys("1200")
     find(page, "send").click()
     seen = wait(page, lambda _: len(kinds(page)))
     status = find(page, "status").text
@@ -177,9 +223,10 @@ def test_a_finished_request_of_somebody_else_is_shown_by_its_id(page, server):
 
 def test_it_is_usable_by_keyboard_and_screen_reader(page):
     for element in page.find_elements(By.CSS_SELECTOR, "input, textarea, select, button, output"):
-        assert element.accessible_name, element.get_attribute("outerHTML")
+        if element.is_displayed():
+            assert element.accessible_name, element.get_attribute("outerHTML")
     regions = page.find_elements(By.CSS_SELECTOR, "[role=region], [role=img], table")
-    assert all(region.accessible_name for region in regions)
+    assert all(region.accessible_name for region in regions if region.is_displayed())
     find(page, "prompt").send_keys("The old farmer" + Keys.TAB + Keys.TAB + Keys.TAB + Keys.ENTER)
     wait(page, lambda _: find(page, "with").text and find(page, "send").is_enabled())
 

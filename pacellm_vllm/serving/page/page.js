@@ -93,7 +93,8 @@ async function watch(id) {
 async function look(id) {
   const request = asked.get(id);
   const first = request?.prompt ?? 0;
-  const answer = await call(`${PLUGIN}answers/${encodeURIComponent(id)}?first=${first}&empty=${request?.running ?? false}`);
+  const asks = new URLSearchParams({ first, empty: request?.running ?? false, experts: at("experts").value || -1 });
+  const answer = await call(`${PLUGIN}answers/${encodeURIComponent(id)}?${asks}`);
   const report = await answer.json();
   const missing = [...new Set(request?.ids ?? [])].filter((token) => !words.has(token));
   if (missing.length) {
@@ -124,6 +125,7 @@ function draw() {
   drawText(layer);
   drawRates(layer);
   drawBank(layer);
+  drawExperts();
   at("recalls").replaceChildren(...(layer?.strongest ?? []).map((recall) => {
     const item = document.createElement("li");
     item.textContent = `${where(recall.position)} recalled ${where(recall.source)} through slot ${recall.slot} (${recall.similarity.toFixed(2)})`;
@@ -205,6 +207,60 @@ function drawBank(layer) {
   }));
 }
 
+function drawExperts() {
+  const routed = shown.report?.experts ?? { layers: [] };
+  at("routing").hidden = !routed.layers.length;
+  const layers = ["", ...routed.layers.map(String)];
+  const select = at("experts");
+  if (layers.join() !== [...select.options].map((option) => option.value).join()) {
+    const chosen = select.value;
+    select.replaceChildren(...layers.map((layer) => new Option(layer || "not shown", layer)));
+    if (layers.includes(chosen)) select.value = chosen;
+  }
+  const count = select.value ? (routed.num_experts ?? 0) : 0;
+  const marked = at("expert");
+  if (marked.options.length !== count + 1) {
+    marked.replaceChildren(new Option("none", ""), ...Array.from({ length: count }, (_, i) => new Option(i, i)));
+  }
+  marked.disabled = !count;
+  const firsts = Array.from({ length: count }, () => []);
+  const tokens = at("text").children;
+  for (let i = 0; i < tokens.length; i++) {
+    const mine = count ? expertsAt(i) : [];
+    tokens[i].classList.toggle("computed", marked.value !== "" && mine.includes(Number(marked.value)));
+    for (const expert of mine) {
+      const some = firsts[expert];
+      if (some.length < 8 && !some.includes(word(i))) some.push(word(i));
+    }
+  }
+  at("shares").hidden = !count;
+  const order = firsts.map((_, expert) => expert).sort((a, b) => routed.tokens[b] - routed.tokens[a] || a - b);
+  at("shares").tBodies[0].replaceChildren(...order.map((expert) => {
+    const row = document.createElement("tr");
+    const meter = document.createElement("meter");
+    Object.assign(meter, { max: Math.max(...routed.tokens), value: routed.tokens[expert] });
+    meter.setAttribute("aria-label", `expert ${expert} was computed for ${routed.tokens[expert]} tokens`);
+    row.insertCell().textContent = expert;
+    row.insertCell().append(meter, ` ${routed.tokens[expert]}`);
+    row.insertCell().textContent = firsts[expert].map((said) => JSON.stringify(said)).join(" ");
+    return row;
+  }));
+}
+
+// The experts that the token at a position computed; none where that was not read.
+function expertsAt(position) {
+  const { chosen, num_experts: count } = shown.report?.experts ?? {};
+  if (!chosen) return [];
+  const digits = 2 * Math.ceil(count / 8);
+  const mine = chosen.slice(position * digits, (position + 1) * digits);
+  const found = [];
+  for (let i = 0; i < mine.length; i++) {
+    const four = parseInt(mine[i], 16);
+    for (let bit = 0; bit < 4; bit++) if (four & (8 >> bit)) found.push(4 * i + bit);
+  }
+  return found;
+}
+
 at("text").addEventListener("click", (event) => {
   const position = Number(event.target.dataset.at ?? NaN);
   const layer = shown.report?.layers[at("layer").value];
@@ -215,10 +271,18 @@ at("text").addEventListener("click", (event) => {
   const found = "hml".includes(layer.kinds[position])
     ? `; most like slot ${layer.slot[position]}, taken by ${where(source)} (mean similarity ${layer.similarity[position]})`
     : "";
-  at("token").textContent = `${where(position)}: ${NAMES[layer.kinds[position]]}${found}.`;
+  const experts = at("experts").value ? expertsAt(position) : [];
+  const routed = experts.length ? `; experts ${experts.join(", ")} of layer ${at("experts").value}` : "";
+  at("token").textContent = `${where(position)}: ${NAMES[layer.kinds[position]]}${found}${routed}.`;
 });
 
 at("layer").addEventListener("change", draw);
+at("expert").addEventListener("change", draw);
+at("experts").addEventListener("change", async () => {
+  at("expert").value = "";
+  if (shown.id && at("experts").value) await look(shown.id).catch((error) => { at("status").textContent = error.message; });
+  draw();
+});
 at("look").addEventListener("submit", (event) => {
   event.preventDefault();
   watch(at("request").value.trim());

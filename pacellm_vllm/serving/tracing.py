@@ -1,0 +1,96 @@
+"""RequestSpans: what memory did for a request, in the span that vLLM's tracing writes of it."""
+
+import asyncio
+import json
+from typing import Any
+
+from pacellm_vllm.compat import WriteSpan, ask_all_engines, hold_spans, plugin_logger
+from pacellm_vllm.memory.journal import KINDS
+from pacellm_vllm.models.checks import REPORT_EXTENSION, carries_memory, is_traced
+from pacellm_vllm.serving.report import SUMMARIES_METHOD, merge_reports
+
+logger = plugin_logger()
+
+
+def hold_request_spans() -> None:
+    """From now on, of engines with memory whose workers can be asked."""
+    hold_spans(_holder)
+
+
+def _holder(engine: Any) -> Any:
+    config = engine.vllm_config
+    ours = carries_memory(config) and is_traced(config)
+    if not ours or config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+        return None
+    return RequestSpans(engine).hold
+
+
+class RequestSpans:
+    """Spans of one engine's requests, each written when the workers have said what they know.
+
+    ``engine`` is vLLM's ``AsyncLLM`` or ``LLMEngine``. Of requests that end while workers are asked
+    they are then asked together.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._waits = asyncio.iscoroutinefunction(engine.collective_rpc)
+        self._held: list[tuple[Any, WriteSpan]] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._failed = False
+
+    def hold(self, state: Any, write: WriteSpan) -> None:
+        """The span of a request with this ``RequestState``."""
+        if not self._waits:
+            request_ids = [state.external_req_id]
+            workers = self._engine.collective_rpc(SUMMARIES_METHOD, args=(request_ids,))
+            _write([(state, write)], [workers])
+            return
+        self._held.append((state, write))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_held())
+
+    async def _write_held(self) -> None:
+        while self._held:
+            some, self._held = self._held, []
+            request_ids = [state.external_req_id for state, _ in some]
+            engines: list[list[dict[str, Any]]] = []
+            try:
+                engines = await ask_all_engines(self._engine, SUMMARIES_METHOD, request_ids)
+            except Exception as error:
+                if not self._failed:
+                    logger.error(
+                        "pacellm: spans lack what memory did, as workers do not say (%s: %s).",
+                        type(error).__name__,
+                        error,
+                    )
+                self._failed = True
+            finally:
+                _write(some, engines)
+
+
+def _write(spans: list[tuple[Any, WriteSpan]], engines: list[list[dict[str, Any]]]) -> None:
+    """``engines`` have for each worker the summaries by request."""
+    for state, write in spans:
+        name = state.external_req_id
+        parts = [worker[name] for workers in engines for worker in workers if name in worker]
+        write(attributes(merge_reports(parts), state.num_cached_tokens))
+
+
+def attributes(layers: dict[str, dict[str, Any]], cached_tokens: int) -> dict[str, Any]:
+    """Attributes of a span: numbers by layer are lists in the order of ``pacellm.layers``.
+
+    ``layers`` is ``Journal.summary`` by layer; of a request without one, only what the prefix cache
+    had of it is known.
+    """
+    found: dict[str, Any] = {"pacellm.cached_tokens": cached_tokens}
+    if not layers:
+        return found
+    each = list(layers.values())
+    found["pacellm.layers"] = [int(layer) for layer in layers]
+    for kind in (kind for kind in KINDS.values() if kind != "cached"):
+        found[f"pacellm.tokens.{kind}"] = [layer["tokens"][kind] for layer in each]
+    for name in ("commits", "slots"):
+        found[f"pacellm.{name}"] = [layer[name] for layer in each]
+    found["pacellm.settings"] = json.dumps(each[0]["settings"])
+    return found
