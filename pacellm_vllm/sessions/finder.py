@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,26 +59,54 @@ class Finder:
 
     def find(self, query: str) -> list[Match]:
         """The pages that have words of ``query``, the best first."""
-        words = np.unique(self._count.transform([query]).indices)
+        words = self._words(query)
         if not len(words) or not self._rows:
             return []
-        if self._all is None:
-            self._all = sparse.vstack(list(self._rows.values()), format="csc")
-        counts = self._all[:, words].toarray()
-        pages = len(counts)
-        lengths = np.asarray(self._all.sum(1)).ravel()
-        having = (counts > 0).sum(0)
-        rarity = np.log1p((pages - having + 0.5) / (having + 0.5))
-        norm = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1))
-        scores = (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1)
+        pages = len(self._rows)
+        scores, rarity = self._scores(self._pages(), words)
         most = (_K1 + 1) * math.sqrt(rarity.sum() * math.log(2 * pages + 2))
         sure = scores / most - 0.12 * math.log10(max(pages, 3))
         numbers = list(self._rows)
         order = np.argsort(-scores, kind="stable")
         return [Match(numbers[i], float(scores[i]), float(sure[i])) for i in order if scores[i] > 0]
 
+    def counted(self, texts: Sequence[str]) -> sparse.csc_matrix:
+        """Texts that are no pages, for :meth:`best_of`."""
+        return self._count.transform(texts).tocsc()
 
-def queries(text: str) -> list[str]:
-    """What ``text`` may ask: all of it, and each of its sentences that has a few words."""
+    def best_of(self, texts: sparse.csc_matrix, query: str) -> float:
+        """The best score that one of ``texts``, which are no pages, has for ``query``."""
+        words = self._words(query)
+        return float(self._scores(texts, words)[0].max()) if len(words) else 0.0
+
+    def _words(self, query: str) -> np.ndarray:
+        return np.unique(self._count.transform([query]).indices)
+
+    def _pages(self) -> sparse.csc_matrix:
+        if self._all is None:
+            self._all = sparse.vstack(list(self._rows.values()), format="csc")
+        return self._all
+
+    def _scores(self, texts: sparse.csc_matrix, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """BM25 [n] of ``texts`` [n, words], and how rare each of ``words`` is among the pages."""
+        every = self._pages()
+        having = (every[:, words].toarray() > 0).sum(0)
+        rarity = np.log1p((every.shape[0] - having + 0.5) / (having + 0.5))
+        counts = texts[:, words].toarray()
+        lengths = np.asarray(texts.sum(1)).ravel()
+        norm = _K1 * (1 - _B + _B * lengths / max(every.sum() / every.shape[0], 1))
+        return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
+
+
+def queries(text: str) -> list[tuple[str, str]]:
+    """What ``text`` may ask, and what else it says: all of it, and each sentence of a few words."""
     parts = _SENTENCE_END.split(text)
-    return [text, *(part for part in parts if len(_WORD.findall(part)) >= _SENTENCE_WORDS)]
+    few = [len(_WORD.findall(part)) < _SENTENCE_WORDS for part in parts]
+    return [
+        (text, ""),
+        *(
+            (part, " ".join(parts[:i] + parts[i + 1 :]))
+            for i, part in enumerate(parts)
+            if not few[i]
+        ),
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 from pacellm_vllm.request import SessionRead
 from pacellm_vllm.sessions.finder import Match, queries
 from pacellm_vllm.sessions.store import (
+    PAGE_TOKENS,
     Page,
     Session,
     SessionStore,
@@ -71,9 +72,9 @@ class SessionReader:
             return nothing
         tokens = np.array(prompt, np.int32)
         place, end = self._own(session, tokens)
-        asked = tokens[max(place, end - ASKING_TOKENS) : end].tolist()
-        text = self._tokenizer.decode(asked, skip_special_tokens=True)
-        found = self._asked_about(session, text, tokens)
+        begin = max(place, end - ASKING_TOKENS)
+        asked = self._tokenizer.decode(tokens[begin:end].tolist(), skip_special_tokens=True)
+        found = self._asked_about(session, asked, tokens, begin, how)
         sure = found[0].sure if found else 0.0
         if how == "auto" and sure <= SURE:
             return Reading(0, (), sure, 0)
@@ -89,23 +90,36 @@ class SessionReader:
             self.store.touch(page)
         return Reading(place if chosen else 0, read, sure, len(chosen))
 
-    def _asked_about(self, session: Session, text: str, tokens: np.ndarray) -> list[Match]:
+    def _asked_about(
+        self, session: Session, asked: str, tokens: np.ndarray, own: int, how: SessionRead
+    ) -> list[Match]:
         """The best pages that the prompt of ``tokens`` does not have itself.
 
-        Of what ``text`` may ask it is what is surest of its best page: what else is said around a
-        question is not looked up with it.
+        Of what ``asked`` may ask it is what is surest of its best page: what else is said around a
+        question is not looked up with it. With ``auto`` it is nothing that the prompt's first
+        ``own`` tokens, or what else is said, have as much of.
         """
-        runs = _runs(tokens)
+        runs, finder = _runs(tokens), session.finder
+        starts = range(0, own if how == "auto" else 0, PAGE_TOKENS)
+        pages = [tokens[i : min(i + PAGE_TOKENS, own)].tolist() for i in starts]
+        said = finder.counted(
+            ["", *(self._tokenizer.decode(page, skip_special_tokens=True) for page in pages)]
+        )
         best: list[Match] = []
-        for query in queries(text):
+        for query, rest in queries(asked):
             found: list[Match] = []
-            for match in session.finder.find(query):
+            for match in finder.find(query):
                 if not _is_in(session.pages[match.page], runs):
                     found.append(match)
                 if len(found) == PAGES_READ:
                     break
-            if found and (not best or found[0].sure > best[0].sure):
-                best = found
+            if not found or (best and found[0].sure <= best[0].sure):
+                continue
+            if how == "auto":
+                mine = max(finder.best_of(each, query) for each in (said, finder.counted([rest])))
+                if mine >= found[0].score:
+                    continue
+            best = found
         return best
 
     def _own(self, session: Session, tokens: np.ndarray) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from gate import HELD_OUT, questions
 from recall_items import subspan_match
@@ -28,14 +29,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--skip", type=int, default=0, help="questions of the held-out half")
     add_engine(parser, '{"dtype": "bfloat16"}')
     args = parser.parse_args()
     file = args.data / "nq-open-oracle.jsonl.gz"
     golds = gold_answers(file)
     pairs = questions(file)[:HELD_OUT]
     random.Random(2).shuffle(pairs)
+    pairs = pairs[args.skip :]
     told, others = pairs[: args.count], pairs[args.count : 2 * args.count]
-    settings = {"experiment": "asked", "model": Path(args.model).name, "count": args.count}
+    settings = {"experiment": "asked", "model": Path(args.model).name}
+    settings |= {"count": args.count, "skip": args.skip}
     memory = {"layers": [], "session_tokens": 10**6}
     with (
         Records(args.out / "asked.jsonl", settings) as records,
@@ -68,7 +72,7 @@ def main() -> None:
                 match = subspan_match(said, golds[passage])
                 line = {"config": arm, "id": str(number), "said": said, "read": read}
                 records.add(line | {"match": match})
-            report(records, args.count)
+            report(records)
 
 
 def gold_answers(file: Path) -> dict[str, list[str]]:
@@ -80,8 +84,8 @@ def gold_answers(file: Path) -> dict[str, list[str]]:
     return {row["ctxs"][0]["text"]: row["answers"] for row in reversed(rows)}
 
 
-def report(records: Records, count: int) -> None:
-    by_arm: dict[str, list[dict]] = {}
+def report(records: Records) -> None:
+    by_arm: dict[str, list[dict[str, Any]]] = {}
     for (arm, _), line in sorted(records.done.items(), key=lambda item: int(item[0][1])):
         by_arm.setdefault(arm, []).append(line)
     matches = {arm: [line["match"] for line in lines] for arm, lines in by_arm.items()}

@@ -63,8 +63,8 @@ class Truth:
         line = text.endswith("\n") if where == "ends" else text.startswith("\n")
         return token in self.special or line
 
-    def bm25(self, text):
-        """A score for each page, and the weight of the whole query."""
+    def bm25(self, text, others=None):
+        """A score for each page, or each of ``others``, and the weight of the whole query."""
         bags = [Counter(self.words(page[(len(page) - 1) // PAGE * PAGE :])) for page in self.pages]
         mean = max(sum(map(Counter.total, bags)) / len(bags), 1)
         weight = {}
@@ -72,7 +72,7 @@ class Truth:
             having = sum(word in bag for bag in bags)
             weight[word] = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
         scores = []
-        for bag in bags:
+        for bag in bags if others is None else map(Counter, others):
             long = 1.5 * (1 - 0.75 + 0.75 * bag.total() / mean)
             known = {word: w for word, w in weight.items() if word in bag}
             scores.append(sum(w * bag[n] * 2.5 / (bag[n] + long) for n, w in known.items()))
@@ -83,13 +83,23 @@ class Truth:
         if not self.pages or how == "never":
             return list(prompt)
         begin, end = self.own(prompt)
-        text = self.tokenizer.decode(prompt[max(begin, end - ASKING) : end], True)
-        ways = [text, *(w for w in re.split(r"(?<=[.!?:\n])\s*", text) if len(words_of(w)) >= 3)]
+        start = max(begin, end - ASKING)
+        text = self.tokenizer.decode(prompt[start:end], True)
+        parts = re.split(r"(?<=[.!?:\n])\s*", text)
+        ways = [(text, "")]
+        for n, part in enumerate(parts):
+            if len(words_of(part)) >= 3:
+                ways.append((part, " ".join(parts[:n] + parts[n + 1 :])))
+        own = [prompt[n : min(n + PAGE, start)] for n in range(0, start, PAGE)]
         order, sure = [], -1
-        for way in ways:
-            pages, surer = self.about(way, prompt)
-            if pages and (not order or surer > sure):
-                order, sure = pages, surer
+        for way, rest in ways:
+            pages, surer, score = self.about(way, prompt)
+            if not pages or (order and surer <= sure):
+                continue
+            texts = [*map(self.words, own), words_of(rest)]
+            if how == "auto" and max(self.bm25(way, texts)[0]) >= score:
+                continue
+            order, sure = pages, surer
         if how == "auto" and sure <= SURE:
             return list(prompt)
         chosen = []
@@ -100,15 +110,15 @@ class Truth:
         return prompt[:begin] + self.passages(chosen) + prompt[begin:]
 
     def about(self, text, prompt):
-        """Pages with words of ``text`` that ``prompt`` has not, and how sure the first one is."""
+        """Pages with words of ``text`` that are not in ``prompt``; how sure the first is, its score."""
         scores, most = self.bm25(text)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         order = [i for i in order if scores[i] > 0 and not self.is_in(i, prompt)]
         if not order:
-            return [], 0
+            return [], 0, 0
         unknown = math.log(1 + (len(scores) + 0.5) / 0.5)
         sure = scores[order[0]] / 2.5 / (most * unknown) ** 0.5
-        return order, sure - 0.12 * math.log10(max(3, len(scores)))
+        return order, sure - 0.12 * math.log10(max(3, len(scores))), scores[order[0]]
 
     def is_in(self, index, prompt):
         page = self.pages[index][(len(self.pages[index]) - 1) // PAGE * PAGE :]
