@@ -19,15 +19,8 @@ from pacellm_vllm.sessions.finder import Finder, queries
 from pacellm_vllm.sessions.reading import SURE
 
 HELD_OUT = 1300
-STORES = {
-    1: 300,
-    3: 300,
-    10: 250,
-    30: 200,
-    100: 150,
-    300: 100,
-    600: 80,
-}  # pages of a session: sessions tried
+# Pages of a session, and how many such sessions are tried.
+STORES = {1: 300, 3: 300, 10: 250, 30: 200, 100: 150, 300: 100, 600: 80}
 TEXT_WORDS = 24
 FORMS = {
     "plain": "{}?",

@@ -110,7 +110,7 @@ class Truth:
         return prompt[:begin] + self.passages(chosen) + prompt[begin:]
 
     def about(self, text, prompt):
-        """Pages with words of ``text`` that are not in ``prompt``; how sure the first is, its score."""
+        """Pages with words of ``text`` not in ``prompt``; how sure the first is, and its score."""
         scores, most = self.bm25(text)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         order = [i for i in order if scores[i] > 0 and not self.is_in(i, prompt)]
