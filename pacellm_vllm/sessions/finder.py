@@ -15,7 +15,7 @@ _K1, _B = 1.5, 0.75
 _CHARACTERS = r"\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?:\n\u3002\uff01\uff1f\uff1a])\s*")
-_SENTENCE_WORDS = 3
+_SENTENCE_WORDS, _SENTENCES_ASKED = 3, 2
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,8 @@ class Finder:
 
 
 def queries(text: str) -> list[tuple[str, str]]:
-    """What ``text`` may ask, and what else it says: all of it, and each sentence of a few words."""
+    """What ``text`` may ask, and what else it says: its last sentences that have a few words."""
     parts = _SENTENCE_END.split(text)
-    few = [len(_WORD.findall(part)) < _SENTENCE_WORDS for part in parts]
-    return [
-        (text, ""),
-        *(
-            (part, " ".join(parts[:i] + parts[i + 1 :]))
-            for i, part in enumerate(parts)
-            if not few[i]
-        ),
-    ]
+    asked = [i for i, part in enumerate(parts) if len(_WORD.findall(part)) >= _SENTENCE_WORDS]
+    found = [(parts[i], " ".join(parts[:i] + parts[i + 1 :])) for i in asked[-_SENTENCES_ASKED:]]
+    return found or [(text, "")]

@@ -1,6 +1,6 @@
 """How often the gate of sessions opens, for questions that a session can answer and for others.
 
-    PYTHONPATH=. python research/recall/gate.py --data D
+    PYTHONPATH=. python research/recall/gate.py --data D --tokenizer MODEL
 
 D has Natural Questions with their passages (nelson-liu/lost-in-the-middle, the file
 nq-open-oracle.jsonl.gz). No model is asked. The limit was set on the development half; the other
@@ -12,11 +12,14 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from pacellm_vllm.sessions.finder import Finder, queries
-from pacellm_vllm.sessions.reading import SURE
+from pacellm_vllm.sessions.reading import SURE, SessionReader
+from pacellm_vllm.sessions.store import SessionStore
 
 HELD_OUT = 1300
 # Pages of a session, and how many such sessions are tried.
@@ -60,10 +63,23 @@ def sureness(
     return sure
 
 
+def opens_behind(pairs: list[tuple[str, str]], tokenizer: Any, pages: int, count: int) -> float:
+    """The share of questions behind their own passage that a session without it is read for."""
+    store = SessionStore(10**6, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    reader = SessionReader(store, tokenizer)
+    for _, passage in pairs[:pages]:
+        store.add(b"", tokenizer.encode(f"{passage}\n\n"), [])
+    asked = [f"{own}\n\nQuestion: {ask}?\nAnswer:" for ask, own in pairs[pages : pages + count]]
+    read = [reader.read(b"", tokenizer.encode(text), 10**6, "auto") for text in asked]
+    return float(np.mean([bool(each.tokens) for each in read]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True, help="a model's, which passages are cut with")
     args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     pairs = questions(args.data / "nq-open-oracle.jsonl.gz")
     for half, part in (("development", pairs[HELD_OUT:]), ("held out", pairs[:HELD_OUT])):
         print(f"\n{half}, {len(part)} questions; opens for")
@@ -72,6 +88,10 @@ def main() -> None:
             for form, kinds in sureness(part, pages, tries, rng).items():
                 shares = {kind: np.mean(np.array(of) > SURE) for kind, of in kinds.items()}
                 print(f"{pages} pages, {form}: {shares['asked']:.3f}, others {shares['other']:.3f}")
+
+        for pages in (10, 100, 600):
+            share = opens_behind(part, tokenizer, pages, 400)
+            print(f"{pages} pages, 400 questions behind their own passage: {share:.3f}")
 
 
 if __name__ == "__main__":

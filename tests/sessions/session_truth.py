@@ -86,10 +86,11 @@ class Truth:
         start = max(begin, end - ASKING)
         text = self.tokenizer.decode(prompt[start:end], True)
         parts = re.split(r"(?<=[.!?:\n])\s*", text)
-        ways = [(text, "")]
+        ways = []
         for n, part in enumerate(parts):
             if len(words_of(part)) >= 3:
                 ways.append((part, " ".join(parts[:n] + parts[n + 1 :])))
+        ways = ways[-2:] or [(text, "")]
         own = [prompt[n : min(n + PAGE, start)] for n in range(0, start, PAGE)]
         order, sure = [], -1
         for way, rest in ways:
