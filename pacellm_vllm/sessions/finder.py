@@ -94,7 +94,10 @@ class Finder:
         rarity = np.log1p((every.shape[0] - having + 0.5) / (having + 0.5))
         counts = texts[:, words].toarray()
         lengths = np.asarray(texts.sum(1)).ravel()
-        norm = _K1 * (1 - _B + _B * lengths / max(every.sum() / every.shape[0], 1))
+        # The page of a mean word: texts end in pages of a word or two.
+        usual = np.asarray(every.sum(1)).ravel()
+        usual_length = (usual**2).sum() / max(usual.sum(), 1)
+        norm = _K1 * (1 - _B + _B * lengths / max(usual_length, 1))
         return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
 
 

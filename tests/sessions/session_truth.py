@@ -66,7 +66,8 @@ class Truth:
     def bm25(self, text, others=None):
         """A score for each page, or each of ``others``, and the weight of the whole query."""
         bags = [Counter(self.words(page[(len(page) - 1) // PAGE * PAGE :])) for page in self.pages]
-        mean = max(sum(map(Counter.total, bags)) / len(bags), 1)
+        lengths = [bag.total() for bag in bags]
+        mean = max(sum(n * n for n in lengths) / max(sum(lengths), 1), 1)
         weight = {}
         for word in set(words_of(text)):
             having = sum(word in bag for bag in bags)
