@@ -24,7 +24,7 @@ PAGES_READ = 2
 MARGIN_TOKENS = 16
 # A question looks things up with its last words, at most so many tokens.
 ASKING_TOKENS = 64
-# Of questions about something else 5 in 100 are surer than this (docs/recall.md, "The gate").
+# Of questions about something else 4 to 10 in 100 are surer (docs/recall.md, "The gate").
 SURE = 0.16
 # A page is in a prompt where most runs of so many of its tokens are.
 _RUN_TOKENS = 8
