@@ -37,6 +37,24 @@ def test_needles_with_and_without_memory_and_again_after_an_interruption(tiny, t
     assert again == lines
 
 
+def test_needles_of_a_session_and_again_after_an_interruption(tiny, tmp_path):
+    words = ["eval", "sessions", tiny, "--out", str(tmp_path), "--lengths", "300,900", "--quiet"]
+    words += ["--depths", "0,50,100", "--samples", "2", "--digits", "2", "--max-tokens", "3"]
+    words += ["--piece", "128", "--engine", json.dumps({**ENGINE, "max_model_len": 448})]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = {name: config["exact"] for name, config in report["configs"].items()}
+    assert found["alone"] < 0.2
+    assert found["session"] > found["window"]
+    assert found["session"] > 0.6
+    lines = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 3 + 3 * 2 * 3 * 2
+    # Of the last text's session two questions are lacking: it is fed and asked again.
+    (tmp_path / "items.jsonl").write_text("".join(lines[:-2]) + lines[-2][:9])
+    assert main(words) == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
 def transformers_losses(model, text, tokens):
     ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[:, :tokens]
     with torch.no_grad():
