@@ -101,9 +101,9 @@ class Finder:
         return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
 
 
-def queries(text: str) -> list[tuple[str, str]]:
-    """What ``text`` may ask, and what else it says: its last sentences that have a few words."""
+def queries(text: str) -> tuple[list[str], str]:
+    """What ``text`` may ask, its last sentences that have a few words, and what it says before."""
     parts = _SENTENCE_END.split(text)
-    asked = [i for i, part in enumerate(parts) if len(_WORD.findall(part)) >= _SENTENCE_WORDS]
-    found = [(parts[i], " ".join(parts[:i] + parts[i + 1 :])) for i in asked[-_SENTENCES_ASKED:]]
-    return found or [(text, "")]
+    worded = [i for i, part in enumerate(parts) if len(_WORD.findall(part)) >= _SENTENCE_WORDS]
+    asked = worded[-_SENTENCES_ASKED:]
+    return ([parts[i] for i in asked], " ".join(parts[: asked[0]])) if asked else ([text], "")

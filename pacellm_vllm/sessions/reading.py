@@ -97,16 +97,17 @@ class SessionReader:
 
         Of what ``asked`` may ask it is what is surest of its best page: what else is said around a
         question is not looked up with it. With ``auto`` it is nothing that the prompt's first
-        ``own`` tokens, or what else is said, have as much of.
+        ``own`` tokens, or what is said before it is asked, have as much of.
         """
         runs, finder = _runs(tokens), session.finder
         starts = range(0, own if how == "auto" else 0, PAGE_TOKENS)
         pages = [tokens[i : min(i + PAGE_TOKENS, own)].tolist() for i in starts]
+        ways, before = queries(asked)
         said = finder.counted(
-            ["", *(self._tokenizer.decode(page, skip_special_tokens=True) for page in pages)]
+            [before, *(self._tokenizer.decode(page, skip_special_tokens=True) for page in pages)]
         )
         best: list[Match] = []
-        for query, rest in queries(asked):
+        for query in ways:
             found: list[Match] = []
             for match in finder.find(query):
                 if not _is_in(session.pages[match.page], runs):
@@ -115,10 +116,8 @@ class SessionReader:
                     break
             if not found or (best and found[0].sure <= best[0].sure):
                 continue
-            if how == "auto":
-                mine = max(finder.best_of(each, query) for each in (said, finder.counted([rest])))
-                if mine >= found[0].score:
-                    continue
+            if how == "auto" and finder.best_of(said, query) >= found[0].score:
+                continue
             best = found
         return best
 

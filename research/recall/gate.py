@@ -58,7 +58,7 @@ def sureness(
         questions += [("other", question) for question, _ in mixed[pages:]]
         for form, text in FORMS.items():
             for kind, question in questions:
-                found = [finder.find(query) for query, _ in queries(text.format(question))]
+                found = [finder.find(query) for query in queries(text.format(question))[0]]
                 sure[form][kind].append(max((each[0].sure for each in found if each), default=0.0))
     return sure
 

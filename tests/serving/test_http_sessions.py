@@ -14,17 +14,23 @@ MODEL = str(Path(__file__).parent.parent.parent / "scripts" / "tiny")
 SERVE = [*PACELLM, "serve", MODEL, "--session-tokens", "4000", "--layers", ""]
 SERVE += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
 SERVE += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny"]
+TEMPLATE = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(SERVE, tmp_path_factory.mktemp("log") / "server.log") as url:
+    directory = tmp_path_factory.mktemp("server")
+    (directory / "chat.jinja").write_text(TEMPLATE)
+    command = [*SERVE, "--chat-template", str(directory / "chat.jinja")]
+    with serving(command, directory / "server.log") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
+    found = AutoTokenizer.from_pretrained(MODEL)
+    found.chat_template = TEMPLATE
+    return found
 
 
 def post(server, route, session, salt=None, **body):

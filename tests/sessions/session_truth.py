@@ -87,18 +87,16 @@ class Truth:
         start = max(begin, end - ASKING)
         text = self.tokenizer.decode(prompt[start:end], True)
         parts = re.split(r"(?<=[.!?:\n])\s*", text)
-        ways = []
-        for n, part in enumerate(parts):
-            if len(words_of(part)) >= 3:
-                ways.append((part, " ".join(parts[:n] + parts[n + 1 :])))
-        ways = ways[-2:] or [(text, "")]
+        asked = [n for n, part in enumerate(parts) if len(words_of(part)) >= 3][-2:]
+        ways = [parts[n] for n in asked] or [text]
+        before = " ".join(parts[: asked[0]]) if asked else ""
         own = [prompt[n : min(n + PAGE, start)] for n in range(0, start, PAGE)]
         order, sure = [], -1
-        for way, rest in ways:
+        for way in ways:
             pages, surer, score = self.about(way, prompt)
             if not pages or (order and surer <= sure):
                 continue
-            texts = [*map(self.words, own), words_of(rest)]
+            texts = [*map(self.words, own), words_of(before)]
             if how == "auto" and max(self.bm25(way, texts)[0]) >= score:
                 continue
             order, sure = pages, surer
