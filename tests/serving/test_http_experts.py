@@ -48,6 +48,7 @@ def test_a_clustered_checkpoint_answers_as_the_original(tmp_path):
         "active": True,
         "layers": {},
         "pool": {},
+        "sessions": {},
         "experts": {str(layer): every for layer in range(4)},
     }
     assert "pacellm: 16 experts in layers 0 to 3" in log.read_text()

@@ -132,14 +132,14 @@ class Truth:
         while chosen:
             chain = [self.pages[chosen.pop(0)]]
             while chosen and self.pages[chosen[0]][: len(chain[-1])] == chain[-1]:
-                if len(self.pages[chosen[0]]) > len(chain[-1]) + PAGE:
+                if len(chain[-1]) % PAGE or len(self.pages[chosen[0]]) > len(chain[-1]) + PAGE:
                     break
                 chain.append(self.pages[chosen.pop(0)])
             start = (len(chain[0]) - 1) // PAGE * PAGE
             text = chain[-1][max(0, start - MARGIN) :]
             later = [p for p in self.pages if len(chain[-1]) < len(p) <= len(chain[-1]) + PAGE]
             later = [p for p in later if p[: len(chain[-1])] == chain[-1]]
-            if later:
+            if later and len(chain[-1]) % PAGE == 0:
                 text = text + later[-1][len(chain[-1]) :][:MARGIN]
             said += [token for token in text if token not in self.special]
             said += self.tokenizer.encode("\n\n", add_special_tokens=False)
