@@ -2,7 +2,7 @@
 
 import pytest
 from any_checkpoint import make_any_checkpoint
-from engines import BLOCK_SIZE, engine, poisoned_pages
+from engines import blocks, engine, poisoned_pages
 from test_engine_oracle import assert_engine_agrees, clear_cases
 
 # A bank that takes few of the small blocks, so that prefixes are found in each segment.
@@ -39,7 +39,7 @@ def test_cold_warm_and_in_chunks_it_equals_the_oracle(path, cases):
 
 def test_preempted_requests_read_no_stale_page(path, cases):
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
-    settings = {"max_model_len": 224, "num_gpu_blocks_override": 576 // BLOCK_SIZE}
+    settings = {"max_model_len": 224, "num_gpu_blocks_override": blocks(576)}
     with engine(path, PACE, **settings) as running, poisoned_pages(running):
         assert running.tokens(prompts, MAX_TOKENS) == truth
         assert running.metric("vllm:num_preemptions") > 0

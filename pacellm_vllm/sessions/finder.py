@@ -42,6 +42,7 @@ class Finder:
         )
         self._rows: dict[int, sparse.csr_matrix] = {}
         self._all: sparse.csc_matrix | None = None
+        self._usual_length = 1.0
 
     def add(self, texts: dict[int, str]) -> None:
         """Pages by number, with their text."""
@@ -85,6 +86,9 @@ class Finder:
     def _pages(self) -> sparse.csc_matrix:
         if self._all is None:
             self._all = sparse.vstack(list(self._rows.values()), format="csc")
+            # The page of a mean word: texts end in pages of a word or two.
+            lengths = np.asarray(self._all.sum(1)).ravel()
+            self._usual_length = max((lengths**2).sum() / max(lengths.sum(), 1), 1)
         return self._all
 
     def _scores(self, texts: sparse.csc_matrix, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,10 +98,7 @@ class Finder:
         rarity = np.log1p((every.shape[0] - having + 0.5) / (having + 0.5))
         counts = texts[:, words].toarray()
         lengths = np.asarray(texts.sum(1)).ravel()
-        # The page of a mean word: texts end in pages of a word or two.
-        usual = np.asarray(every.sum(1)).ravel()
-        usual_length = (usual**2).sum() / max(usual.sum(), 1)
-        norm = _K1 * (1 - _B + _B * lengths / max(usual_length, 1))
+        norm = _K1 * (1 - _B + _B * lengths / self._usual_length)
         return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
 
 
