@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pacellm_vllm.evals.answers import Answerer
+from pacellm_vllm.evals.answers import Answer, Answerer
 from pacellm_vllm.evals.prompts import rendered_chat
 from pacellm_vllm.evals.records import EvalError, Records
 from pacellm_vllm.evals.rouge import rouge_l_recall
@@ -112,21 +112,8 @@ def run_grid(
                 return
             outputs = answerer.answer([item.prompt for item in waiting], grid.max_tokens)
             for item, output in zip(waiting, outputs, strict=True):
-                records.add(
-                    {
-                        "config": name,
-                        "id": item.id,
-                        "length": item.length,
-                        "depth": item.depth,
-                        "sample": item.sample,
-                        "tokens": len(item.prompt),
-                        "answer": item.answer,
-                        "output": output.text,
-                        "ended": output.ended,
-                        "exact": exact_match(item.answer, output.text),
-                        "rouge_l": rouge_l_recall(item.answer, output.text),
-                    }
-                )
+                tokens = len(item.prompt)
+                records.add({**result(name, item, output), "tokens": tokens})
                 bar.update()
             waiting.clear()
 
@@ -138,6 +125,22 @@ def run_grid(
             if len(waiting) == batch:
                 ask()
         ask()
+
+
+def result(config: str, item: Item, output: Answer) -> dict[str, Any]:
+    """A line of the records."""
+    return {
+        "config": config,
+        "id": item.id,
+        "length": item.length,
+        "depth": item.depth,
+        "sample": item.sample,
+        "answer": item.answer,
+        "output": output.text,
+        "ended": output.ended,
+        "exact": exact_match(item.answer, output.text),
+        "rouge_l": rouge_l_recall(item.answer, output.text),
+    }
 
 
 def exact_match(answer: str, output: str) -> float:
@@ -226,13 +229,17 @@ def _prompt(
     for i in order:
         text.insert(round(places[i] * len(hay)), hidden[i].needle)
     joined, question = " ".join(text), hidden[0].question
+    return prompt_of(
+        grid, tokenizer, f"{joined}\n\n{question}" if grid.chat else f"{joined} {question}"
+    )
+
+
+def prompt_of(grid: Grid, tokenizer: Any, text: str) -> list[int]:
+    """``text`` as it is, or as a user's message."""
     if not grid.chat:
-        ids = tokenizer(f"{joined} {question}").input_ids
-    else:
-        text_of_user = f"{joined}\n\n{question}"
-        rendered = rendered_chat(tokenizer, [{"role": "user", "content": text_of_user}])
-        ids = tokenizer(rendered, add_special_tokens=False).input_ids
-    return list(ids)
+        return list(tokenizer(text).input_ids)
+    rendered = rendered_chat(tokenizer, [{"role": "user", "content": text}])
+    return list(tokenizer(rendered, add_special_tokens=False).input_ids)
 
 
 def haystack(rng: random.Random, grid: Grid) -> Iterator[str]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pacellm_vllm.evals.answers import Answer, Offline
-from pacellm_vllm.evals.niah import Grid, Needle, draw_needles, exact_match, haystack
+from pacellm_vllm.evals.answers import Offline
+from pacellm_vllm.evals.niah import Grid, Item, Needle, draw_needles, haystack, prompt_of, result
 from pacellm_vllm.evals.records import Records
-from pacellm_vllm.evals.rouge import rouge_l_recall
 
 # The question alone; behind as much of the text as the window holds; in the text's session.
 ARMS = ("alone", "window", "session")
@@ -48,23 +47,13 @@ def make_text(grid: Grid, tokenizer: Any, length: int, sample: int) -> Told:
         sample,
         tuple(needles),
         [token for sentence in hay for token in sentence],
-        tuple(asked(grid, tokenizer, each.question) for each in needles),
+        tuple(prompt_of(grid, tokenizer, each.question) for each in needles),
     )
 
 
 def encoded(tokenizer: Any, sentence: str) -> list[int]:
     """A sentence inside of a text."""
     return list(tokenizer(f" {sentence}", add_special_tokens=False).input_ids)
-
-
-def asked(grid: Grid, tokenizer: Any, question: str) -> list[int]:
-    """A prompt that has nothing but the question."""
-    from pacellm_vllm.evals.prompts import rendered_chat
-
-    if not grid.chat:
-        return list(tokenizer(question).input_ids)
-    rendered = rendered_chat(tokenizer, [{"role": "user", "content": question}])
-    return list(tokenizer(rendered, add_special_tokens=False).input_ids)
 
 
 def run_sessions(
@@ -107,27 +96,13 @@ def _ask(grid: Grid, told: Told, answerer: Offline, records: Records, piece: int
             if depth not in missing:
                 continue
             begun = time.perf_counter()
-            [output] = answerer.answer([before + question], grid.max_tokens, extra_args=extra)
+            item = Item(told.length, depth, told.sample, needle.answer, before + question)
+            [output] = answerer.answer([item.prompt], grid.max_tokens, extra_args=extra)
             records.add(
-                _line(arm, told, depth, needle, output)
+                result(arm, item, output)
                 | {
                     "fed_seconds": round(fed, 2),
                     "seconds": round(time.perf_counter() - begun, 3),
                     "tokens": output.prompt_tokens,
                 }
             )
-
-
-def _line(arm: str, told: Told, depth: float, needle: Needle, output: Answer) -> dict[str, Any]:
-    return {
-        "config": arm,
-        "id": told.id(depth),
-        "length": told.length,
-        "depth": depth,
-        "sample": told.sample,
-        "answer": needle.answer,
-        "output": output.text,
-        "ended": output.ended,
-        "exact": exact_match(needle.answer, output.text),
-        "rouge_l": rouge_l_recall(needle.answer, output.text),
-    }
