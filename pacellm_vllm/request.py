@@ -151,7 +151,7 @@ def with_journal_key(extra_args: Any, request_id: str, wanted: bool = False) -> 
     """
     if not extra_args and not wanted:
         return extra_args
-    given = {name: value for name, value in (extra_args or {}).items() if name != _JOURNAL_KEY}
+    given = _without(extra_args, _JOURNAL_KEY)
     if wanted or RequestSettings.of(given).report:
         given[_JOURNAL_KEY] = f"{request_id}\n{secrets.token_hex(8)}"
     return given
@@ -164,13 +164,18 @@ def journal_key(params: Any) -> str | None:
 
 def keep_reading(extra_args: Any, reading: list[Any] | None) -> Any:
     """``extra_args`` with what a request read of its session; a client's own word is dropped."""
-    rest = {name: value for name, value in extra_args.items() if name != _READING_KEY}
+    rest = _without(extra_args, _READING_KEY)
     return rest if reading is None else {**rest, _READING_KEY: reading}
 
 
 def reading_of(params: Any) -> list[Any] | None:
     """What :func:`keep_reading` has put into these ``SamplingParams``."""
     return (params.extra_args or {}).get(_READING_KEY)
+
+
+def _without(extra_args: Any, ours: str) -> dict[Any, Any]:
+    """``extra_args`` less the key that only we may write."""
+    return {name: value for name, value in (extra_args or {}).items() if name != ours}
 
 
 def is_ours(key: Any) -> bool:
