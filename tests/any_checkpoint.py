@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from checkpoints import HYBRIDS, SMALL, random_weight
+from hf import plain_classes
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
@@ -150,7 +151,8 @@ def make_any_checkpoint(directory: Any, architecture: str, seed: int = 0, **size
     cls = transformers_class(architecture)
     try:
         config = small_config(cls.config_class, **sizes)
-        model = cls._from_config(config, dtype=torch.float32)
+        with plain_classes(config):
+            model = cls._from_config(config, dtype=torch.float32)
     except Exception as error:
         said = " ".join(str(error).split())[:120]
         raise NotBuilt(f"its small configuration fails ({type(error).__name__}: {said})") from error

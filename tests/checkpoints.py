@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf import plain_classes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
@@ -313,7 +314,8 @@ def make_checkpoint(directory: Any, arch: str, seed: int = 0, **sizes: Any) -> P
         # Its configuration works this out.
         del settings["head_dim"]
     config = AutoConfig.for_model(arch, **{**settings, **FAMILIES[arch], **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with plain_classes(config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Llama and Mistral have the same parameters: without the offset they would be the same model.
     number = list(FAMILIES).index(arch)
     generator = torch.Generator().manual_seed(seed * len(ARCHITECTURES) + number)

@@ -1,6 +1,7 @@
 """Random models of many families, for what only looks at FFNs."""
 
 import torch
+from hf import plain_classes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NEURONS = 96
@@ -28,7 +29,8 @@ def tiny_model(arch, seed=0, **sizes):
         settings |= {"mlp_bias": True}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(arch, **{**settings, **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with plain_classes(config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.5))

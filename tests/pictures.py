@@ -10,7 +10,7 @@ import checkpoints
 import torch
 import transformers
 from checkpoints import SMALL, random_weight
-from hf import load_model
+from hf import load_model, plain_classes
 from oracle import OracleModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -313,7 +313,8 @@ def make_seeing_checkpoint(directory: Any, arch: str = "idefics3", seed: int = 0
         tie_word_embeddings=text["tie_word_embeddings"],
         **family.config(tokenizer),
     )
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with plain_classes(config):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import MIXTURES, make_checkpoint
-from hf import load_model
+from hf import load_model, plain_classes
 from pictures import FAMILIES, make_tokenizer
+from transformers import AutoConfig
 
 from pacellm_vllm import cli
 from pacellm_vllm.experts.mixture import measure_routing
@@ -51,8 +52,9 @@ def mixture(tmp_path_factory):
     return make
 
 
-def inspect(*words):
-    return cli.main(["inspect", "experts", *map(str, words), "--quiet"])
+def inspect(folder, *words):
+    with plain_classes(AutoConfig.from_pretrained(folder)):
+        return cli.main(["inspect", "experts", *map(str, (folder, *words)), "--quiet"])
 
 
 @pytest.mark.parametrize("arch", [arch for arch in MIXTURES if arch != "llama4_text"])
