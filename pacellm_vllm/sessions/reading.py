@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from uuid import uuid4
 
@@ -100,12 +101,15 @@ class SessionReader:
         ``own`` tokens, or what is said before it is asked, have as much of.
         """
         runs, finder = _runs(tokens), session.finder
-        starts = range(0, own if how == "auto" else 0, PAGE_TOKENS)
-        pages = [tokens[i : min(i + PAGE_TOKENS, own)].tolist() for i in starts]
         ways, before = queries(asked)
-        said = finder.counted(
-            [before, *(self._tokenizer.decode(page, skip_special_tokens=True) for page in pages)]
-        )
+
+        @cache
+        def said() -> Any:
+            starts = range(0, own, PAGE_TOKENS)
+            pages = (tokens[i : min(i + PAGE_TOKENS, own)].tolist() for i in starts)
+            texts = (self._tokenizer.decode(page, skip_special_tokens=True) for page in pages)
+            return finder.counted([before, *texts])
+
         best: list[Match] = []
         for query in ways:
             found: list[Match] = []
@@ -116,7 +120,8 @@ class SessionReader:
                     break
             if not found or (best and found[0].sure <= best[0].sure):
                 continue
-            if how == "auto" and finder.best_of(said, query) >= found[0].score:
+            gated = how == "auto" and found[0].sure > SURE
+            if gated and finder.best_of(said(), query) >= found[0].score:
                 continue
             best = found
         return best
