@@ -15,6 +15,7 @@ from pacellm_vllm.memory.snapshots import SnapshotGrid
 from pacellm_vllm.memory.store import PagedStore
 from pacellm_vllm.ops.kernels.rank import CLOCK
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.update import Header
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LONG_LISTS = {"top_k": 8, "negative_k": 40, "theta_high": 0.5, "theta_low": 0.3}
@@ -54,6 +55,8 @@ def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_byte
         assert torch.equal(words[:3], true_words[:3])
         for begin in range(3, ints, r.bank_size):
             assert torch.equal(words[begin : begin + valid], true_words[begin : begin + valid])
+        squares, true_squares = map(Header.squares_of, (words, true_words))
+        torch.testing.assert_close(squares[:valid], true_squares[:valid], **near)
         for mine_rows, true_rows in zip(
             (pool.bank(i).read_keys(valid), pool.bank(i).read_values(valid)),
             (truth.read_keys(valid), truth.read_values(valid)),
@@ -89,7 +92,7 @@ def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
         pool = Pool(r, 62, dtype, 1)
         (out,) = pool.drive([stream], steps)
         bank = pool.bank(0)
-        words = bank.read_words()[: 3 + 3 * r.bank_size]
+        words = bank.read_words()
         rows = [bank.read_keys(int(words[0])), bank.read_values(int(words[0]))]
         results.append([part.contiguous().view(torch.uint8) for part in (out, words, *rows)])
     for other in results[1:]:

@@ -84,6 +84,12 @@ def word_at(table, word, mask, PAGE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def squares_at(table, slot, mask, SIZE: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr):
+    """Offsets [n] of the squared norms that the header keeps of keys ``slot`` [n]."""
+    return word_at(table, 3 + 3 * SIZE + slot, mask, PAGE, STRIDE)
+
+
+@triton.jit
 def counter_at(table, STRIDE: tl.constexpr):
     """Offset of the header's first word, among all words; its counters lie in one page."""
     return tl.load(table).to(tl.int64) * STRIDE

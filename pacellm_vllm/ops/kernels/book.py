@@ -6,8 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, word_at
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    counter_at,
+    is_bank,
+    squares_at,
+    word_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.products import Products, sum_squares
 from pacellm_vllm.ops.kernels.rank import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
@@ -28,12 +36,14 @@ class Plans:
     sizes: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "groups"])
 def book_kernel(
     pieces,
     table,
     table_stride,
     words,
+    squares,
+    groups,
     facts,
     members,
     plan_slots,
@@ -73,6 +83,12 @@ def book_kernel(
     is_running = slot < tl.where(running, SIZE, 0)
     merge = tl.load(merge_at, mask=is_running, other=0)
     confirm = tl.load(confirm_at, mask=is_running, other=0)
+
+    if (offset == 0) & (valid > 0):
+        exists = slot < valid
+        kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
+        numbers = sum_squares(squares, piece, groups, slot, exists, SIZE)
+        tl.store(kept, numbers.to(tl.int32, bitcast=True), mask=exists)
 
     free = SIZE - valid
     room = free + tl.minimum(valid, INSERTIONS)
@@ -136,6 +152,7 @@ def book_kernel(
 
 
 def book(
+    found: Products,
     findings: Findings,
     banks: DeviceBanks,
     now: DeviceRound,
@@ -159,6 +176,8 @@ def book(
         now.table,
         now.table.stride(0),
         banks.words,
+        found.of_keys,
+        found.groups,
         findings.facts,
         findings.members,
         plans.slots,

@@ -1,4 +1,4 @@
-"""Products of tokens with the keys of their banks, and the squared norms of both."""
+"""Products of tokens with the keys of their banks, and squared norms, of keys once a segment."""
 
 import torch
 import triton
@@ -48,8 +48,9 @@ def products_kernel(
     """Program (tile, group of splits, keys): sums over the group's splits, in order.
 
     Writes products [tokens, groups, SIZE + 1], whose last column is the token's squared norm, and
-    for a piece's first tile squares [pieces, groups, SIZE]. Keys that are not valid are not read,
-    and nothing is written for them: where none are, as in a first segment, the norms are all.
+    for a tile that begins a segment the keys' squares [pieces, groups, SIZE], which ``book`` keeps
+    until the next one. Keys that are not valid are not read, and nothing is written for them: where
+    none are, as in a first segment, the norms are all.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
@@ -72,15 +73,28 @@ def products_kernel(
     key = first_key + tl.arange(0, KEYS)
     tokens = (begin + i).to(tl.int64)
     is_token, is_key = i < length, key < valid
-    is_first = begin == piece_begin
+
+    # In a loop of its own, so that every other step has its registers.
+    if has_keys & (position % SEGMENT == 0) & (begin == piece_begin):
+        key_square = tl.zeros([KEYS], tl.float32)
+        for split in range(group * splits, group * splits + splits):
+            key_dots = tl.zeros([KEYS], tl.float32)
+            end = tl.minimum(split * SPLIT + SPLIT, WIDTH)
+            for start in range(split * SPLIT, end, BLOCK):
+                starts = (SLOTS + 2 * key) * WIDTH + start
+                found = is_key[:, None] & (start + grain < end)[None, :]
+                offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
+                keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
+                keys32 = tl.reshape(keys, (KEYS, BLOCK)).to(tl.float32)
+                key_dots += tl.sum(keys32 * keys32, axis=1)
+            key_square += key_dots
+        tl.store(squares + (piece * groups + group) * SIZE + key, key_square, mask=is_key)
 
     total = tl.zeros([TILE, KEYS], tl.float32)
     token_square = tl.zeros([TILE], tl.float32)
-    key_square = tl.zeros([KEYS], tl.float32)
     for split in range(group * splits, group * splits + splits):
         dots = tl.zeros([TILE, KEYS], tl.float32)
         token_dots = tl.zeros([TILE], tl.float32)
-        key_dots = tl.zeros([KEYS], tl.float32)
         end = tl.minimum(split * SPLIT + SPLIT, WIDTH)
         for start in range(split * SPLIT, end, BLOCK):
             inside = start + column < end
@@ -90,30 +104,35 @@ def products_kernel(
                 other=0.0,
             )
             x32 = x.to(tl.float32)
-            token_dots += tl.sum(x32 * x32, axis=1)
+            if first_key == 0:
+                token_dots += tl.sum(x32 * x32, axis=1)
             if has_keys:
                 starts = (SLOTS + 2 * key) * WIDTH + start
                 found = is_key[:, None] & (start + grain < end)[None, :]
                 offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
                 keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
                 keys = tl.reshape(keys, (KEYS, BLOCK))
-                keys32 = keys.to(tl.float32)
                 if x.dtype == keys.dtype:
                     dots = tl.dot(x, tl.trans(keys), dots, input_precision="ieee")
                 else:
-                    dots = tl.dot(x32, tl.trans(keys32), dots, input_precision="ieee")
-                if is_first:
-                    key_dots += tl.sum(keys32 * keys32, axis=1)
+                    dots = tl.dot(x32, tl.trans(keys.to(tl.float32)), dots, input_precision="ieee")
         total += dots
         token_square += token_dots
-        key_square += key_dots
 
     row = products + (tokens * groups + group) * (SIZE + 1)
     tl.store(row[:, None] + key[None, :], total, mask=is_token[:, None] & is_key[None, :])
     if first_key == 0:
         tl.store(row + SIZE, token_square, mask=is_token)
-    if is_first:
-        tl.store(squares + (piece * groups + group) * SIZE + key, key_square, mask=is_key)
+
+
+@triton.jit
+def sum_squares(squares, piece, groups, slot, exists, SIZE: tl.constexpr):
+    """Squared norms [n] of the keys ``slot`` [n] of a piece that begins a segment."""
+    total = tl.zeros(slot.shape, tl.float32)
+    for group in range(groups):
+        row = squares + (piece * groups + group).to(tl.int64) * SIZE
+        total += tl.load(row + slot, mask=exists, other=0.0)
+    return total
 
 
 @triton.jit(do_not_specialize=["count", "groups"])

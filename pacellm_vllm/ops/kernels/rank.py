@@ -6,9 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    counter_at,
+    is_bank,
+    squares_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.products import Products
+from pacellm_vllm.ops.kernels.products import Products, sum_squares
 from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -62,6 +68,7 @@ def rank_kernel(
     SIZE: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     SEGMENT: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
@@ -82,8 +89,9 @@ def rank_kernel(
     facts += token * FACTS
     shares += token * SHARES
     slots += token * (TOP + BOTTOM)
+    position = tl.load(at + 2)
     valid = 0
-    if tl.load(at + 2) >= SEGMENT:
+    if position >= SEGMENT:
         valid = tl.load(words + counter_at(table, WORD_STRIDE))
     token_square = 0.0
     for group in range(groups):
@@ -105,12 +113,14 @@ def rank_kernel(
     slot = tl.arange(0, SLOTS_AT_ONCE)
     exists = slot < valid
     dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    key_squares = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     for group in range(groups):
         row = products + (token * groups + group) * (SIZE + 1)
         dots += tl.load(row + slot, mask=exists, other=0.0)
-        row = squares + (piece * groups + group).to(tl.int64) * SIZE
-        key_squares += tl.load(row + slot, mask=exists, other=0.0)
+    if position % SEGMENT == 0:
+        key_squares = sum_squares(squares, piece, groups, slot, exists, SIZE)
+    else:
+        kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
+        key_squares = tl.load(kept, mask=exists, other=0).to(tl.float32, bitcast=True)
     norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
     cosines = tl.div_rn(dots, norms)
 
@@ -188,6 +198,7 @@ def rank(
         SIZE=size,
         SLOTS_AT_ONCE=triton.next_power_of_2(size),
         SEGMENT=rules.segment_size,
+        WORD_PAGE=constants["WORD_PAGE"],
         WORD_STRIDE=constants["WORD_STRIDE"],
         TOP=top,
         BOTTOM=bottom,

@@ -38,5 +38,5 @@ def advance_batch(
         if reduce is not None:
             found = found.reduced(reduce)
         findings = rank(found, banks, now, rules, tally)
-        plans = book(findings, banks, now, rules, tally)
+        plans = book(found, findings, banks, now, rules, tally)
         apply(a, out, banks, now, rules, findings, plans)
