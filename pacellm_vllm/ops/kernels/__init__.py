@@ -10,6 +10,7 @@ can hold them.
 ``rank``      cosines, the k most and least similar slots, the token's kind and weights
 ``book``      a piece's bookkeeping: counters, targets of low tokens, the plan of a commit, header
 ``apply``     outputs, low tokens' rows, sums, merges and replacements, each block of D on its own
+``close``     the last two of a piece of several tiles
 ``step``      ``advance_batch``, which launches them
 
 A *piece* is tokens of one request in one segment; a *tile* is up to 32 of its tokens, cut at
