@@ -31,6 +31,9 @@ FACTS = tl.constexpr(4)
 # fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
 SHARES = tl.constexpr(3)
 
+# Parts of a token's products that are on their way at once.
+AHEAD = tl.constexpr(8)
+
 # int64 columns of a row of counts, which is a piece's: tokens by kind, commits, most slots valid
 # after a commit, slots valid after the last one, and that one's round. In the first row also a
 # clock, which counts rounds: kept on the device, as graphs replay without the host.
@@ -48,6 +51,12 @@ class Findings:
     shares: torch.Tensor
     slots: torch.Tensor
     members: torch.Tensor
+
+
+@triton.jit
+def in_order(bits):
+    """Bits of fp32 numbers as integers that compare alike, and back."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit(do_not_specialize=["table_stride", "groups"])
@@ -93,9 +102,18 @@ def rank_kernel(
     valid = 0
     if position >= SEGMENT:
         valid = tl.load(words + counter_at(table, WORD_STRIDE))
+    slot = tl.arange(0, SLOTS_AT_ONCE)
+    exists = slot < valid
+    dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     token_square = 0.0
-    for group in range(groups):
-        token_square += tl.load(products + (token * groups + group) * (SIZE + 1) + SIZE)
+    for group in range(0, groups, AHEAD):
+        row = products + (token * groups + group) * (SIZE + 1)
+        for j in tl.static_range(AHEAD):
+            is_group = group + j < groups
+            is_there = slot < tl.where(is_group, valid, 0)
+            dots += tl.load(row + slot, mask=is_there, other=0.0)
+            token_square += tl.load(row + SIZE, mask=is_group, other=0.0)
+            row += SIZE + 1
     sound = token_square <= MOST
     if (valid == 0) | (not sound):
         tl.store(facts, tl.where(sound, LOW, NO_KIND))
@@ -110,29 +128,25 @@ def rank_kernel(
     theta_high = tl.load(at + 10).to(tl.float32, bitcast=True)
     theta_low = tl.load(at + 11).to(tl.float32, bitcast=True)
 
-    slot = tl.arange(0, SLOTS_AT_ONCE)
-    exists = slot < valid
-    dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    for group in range(groups):
-        row = products + (token * groups + group) * (SIZE + 1)
-        dots += tl.load(row + slot, mask=exists, other=0.0)
     if position % SEGMENT == 0:
         key_squares = sum_squares(squares, piece, groups, slot, exists, SIZE)
     else:
         kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
         key_squares = tl.load(kept, mask=exists, other=0).to(tl.float32, bitcast=True)
     norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
-    cosines = tl.div_rn(dots, norms)
+    # As integers, of which a warp finds the largest with one instruction. Adding 0 turns -0 into 0.
+    order = in_order((tl.div_rn(dots, norms) + 0.0).to(tl.int32, bitcast=True))
 
     count = tl.minimum(valid, TOP)
-    best = tl.max(tl.where(exists, cosines, float("-inf")), axis=0)
-    total = 0.0
+    best, total = float("-inf"), 0.0
     left = exists
     for j in range(count):
-        nearest = tl.max(tl.where(left, cosines, float("-inf")), axis=0)
-        pick = tl.min(tl.where(left & (cosines == nearest), slot, SLOTS_AT_ONCE), axis=0)
+        nearest = tl.max(tl.where(left, order, -0x80000000), axis=0)
+        pick = tl.min(tl.where(left & (order == nearest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + j, pick)
-        total += nearest
+        cosine = in_order(nearest).to(tl.float32, bitcast=True)
+        best = tl.maximum(best, cosine)
+        total += cosine
         left = left & (slot != pick)
     tl.store(members + token * SIZE + slot, (exists & (left == 0)).to(tl.int8), mask=slot < SIZE)
     mean = tl.div_rn(total, count.to(tl.float32))
@@ -145,8 +159,8 @@ def rank_kernel(
         num_bottom = num_bottom * 0
     left = exists
     for j in range(num_bottom):
-        furthest = tl.min(tl.where(left, cosines, float("inf")), axis=0)
-        pick = tl.min(tl.where(left & (cosines == furthest), slot, SLOTS_AT_ONCE), axis=0)
+        furthest = tl.min(tl.where(left, order, 0x7FFFFFFF), axis=0)
+        pick = tl.min(tl.where(left & (order == furthest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + TOP + j, pick)
         left = left & (slot != pick)
 
