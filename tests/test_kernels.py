@@ -172,4 +172,4 @@ def test_a_captured_step_touches_nobody():
     common = SimpleNamespace(num_reqs=5, block_table_tensor=torch.ones(5, 40, dtype=torch.int32))
     (now,) = builder.build_for_cudagraph_capture(common).device.rounds
     assert now.pieces[:, 4].tolist() == [0] * 5
-    assert now.tiles.tolist() == [[i, i, 1, 0] for i in range(5)]
+    assert now.tiles.tolist() == [[i, i, 1, i] for i in range(5)]

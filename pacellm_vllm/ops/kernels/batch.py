@@ -17,7 +17,7 @@ TILE = tl.constexpr(_TILE)
 # the i-th piece to close, if there is one. Rows stay at multiples of 16 bytes, for which idle
 # columns are kept, so that kernels are compiled once for any round.
 COLUMNS = tl.constexpr(12)
-# int32 columns of a tile: piece, begin, length, and an idle one.
+# int32 columns of a tile: piece, begin, length, and the tokens of the round before it.
 TILE_COLUMNS = tl.constexpr(4)
 
 
@@ -47,15 +47,16 @@ class DeviceRound:
     """Pieces that may run at once, no two of one request; tensors are int32.
 
     ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
-    block ids. ``longest`` is the most tokens of a tile. Of the pieces of several tiles ``closing``
-    have sums to keep or merge, the first ``committing`` of those end their segment. Before the
-    round, blocks ``copies`` [2, n] int64 are copied, the first row's into the second's, if there
-    are any.
+    block ids. ``tokens`` counts all of the round, ``longest`` is the most of a tile. Of the pieces
+    of several tiles ``closing`` have sums to keep or merge, the first ``committing`` of those end
+    their segment. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
+    the second's, if there are any.
     """
 
     pieces: torch.Tensor
     tiles: torch.Tensor
     table: torch.Tensor
+    tokens: int
     longest: int
     closing: int
     committing: int
@@ -80,8 +81,16 @@ class Tables(NamedTuple):
 
     def on(self, pieces: torch.Tensor, tiles: torch.Tensor, table: torch.Tensor) -> DeviceRound:
         """The round whose tables' copies on a device are ``pieces`` and ``tiles``."""
-        longest = int(self.tiles[:, 2].max())
-        return DeviceRound(pieces, tiles, table, longest, self.closing, self.committing)
+        lengths = self.tiles[:, 2]
+        return DeviceRound(
+            pieces,
+            tiles,
+            table,
+            tokens=int(lengths.sum()),
+            longest=int(lengths.max()),
+            closing=self.closing,
+            committing=self.committing,
+        )
 
 
 AnyPiece = TypeVar("AnyPiece", bound=PieceLike)
@@ -129,8 +138,9 @@ def tables_of(pieces: Sequence[PieceLike]) -> Tables:
     start = (offset // _TILE - first_tile)[piece] * _TILE + np.arange(len(piece)) * _TILE
     stop = np.minimum(start + _TILE, end[piece])
     start = np.maximum(start, offset[piece])
-    tiles = np.zeros((len(piece), TILE_COLUMNS.value), dtype=np.int32)
+    tiles = np.empty((len(piece), TILE_COLUMNS.value), dtype=np.int32)
     tiles[:, 0], tiles[:, 1], tiles[:, 2] = piece, (begin - offset)[piece] + start, stop - start
+    tiles[:, 3] = tiles[:, 2].cumsum() - tiles[:, 2]
     return Tables(rows, tiles, len(closing), int(commits.sum()))
 
 
@@ -144,5 +154,5 @@ def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray)
     rows = np.empty((count, COLUMNS.value), dtype=np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
     rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, 0, numbers
-    tiles = np.stack([index, index, np.ones_like(index), np.zeros_like(index)], axis=1)
+    tiles = np.stack([index, index, np.ones_like(index), index], axis=1)
     return Tables(rows, tiles)

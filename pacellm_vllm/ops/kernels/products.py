@@ -12,9 +12,9 @@ from pacellm_vllm.ops.rules import MemoryRules
 # Columns of D that one sum runs over; sums of this many columns are then added in order. It must
 # not depend on the batch, or a token's bits would.
 SPLIT = 512
-# With up to this many tokens each split is a program of its own, to fill a device in decoding;
-# with more, a program takes all splits of its tile, and no partial sums are stored.
-SPLIT_TOKENS = 1024
+# Each split is a program of its own where a round's partial sums have up to this many bytes. Where
+# they would have more, its tiles alone fill a device, and a program takes all splits of its tile.
+MOST_BYTES = 1 << 26
 # Columns and keys that a program multiplies at once.
 BLOCK = 64
 KEYS = 64
@@ -47,10 +47,10 @@ def products_kernel(
 ):
     """Program (tile, group of splits, keys): sums over the group's splits, in order.
 
-    Writes products [tokens, groups, SIZE + 1], whose last column is the token's squared norm, and
-    for a tile that begins a segment the keys' squares [pieces, groups, SIZE], which ``book`` keeps
-    until the next one. Keys that are not valid are not read, and nothing is written for them: where
-    none are, as in a first segment, the norms are all.
+    Writes products [round's tokens, groups, SIZE + 1], whose last column is the token's squared
+    norm, and for a tile that begins a segment the keys' squares [pieces, groups, SIZE], which
+    ``book`` keeps until the next one. Keys that are not valid are not read, and nothing is written
+    for them: where none are, as in a first segment, the norms are all.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
@@ -119,7 +119,7 @@ def products_kernel(
         total += dots
         token_square += token_dots
 
-    row = products + (tokens * groups + group) * (SIZE + 1)
+    row = products + ((tl.load(tile + 3) + i).to(tl.int64) * groups + group) * (SIZE + 1)
     tl.store(row[:, None] + key[None, :], total, mask=is_token[:, None] & is_key[None, :])
     if first_key == 0:
         tl.store(row + SIZE, token_square, mask=is_token)
@@ -150,7 +150,7 @@ def add_groups_kernel(parts, sums, count, groups, ROW: tl.constexpr, BLOCK: tl.c
 class Products:
     """What ``products_kernel`` writes: one buffer, so that one all-reduce sums it over ranks.
 
-    ``of_tokens`` [tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
+    ``of_tokens`` [round's tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
     """
 
     def __init__(
@@ -193,9 +193,9 @@ def products_of(
     assert a.is_contiguous(), a.stride()
     assert a.shape[1] == banks.width, (a.shape, banks.width)
     splits = triton.cdiv(banks.width, SPLIT)
-    groups = splits if a.shape[0] <= SPLIT_TOKENS else 1
     size = rules.bank_size
-    found = Products(a.shape[0], len(now.pieces), groups, size, a)
+    groups = splits if now.tokens * splits * (size + 1) * 4 <= MOST_BYTES else 1
+    found = Products(now.tokens, len(now.pieces), groups, size, a)
     keys = min(KEYS, max(16, triton.next_power_of_2(size)))
     grid = (len(now.tiles), groups, triton.cdiv(size, keys))
     products_kernel[grid](

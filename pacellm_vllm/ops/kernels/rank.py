@@ -95,6 +95,7 @@ def rank_kernel(
     if not is_bank(table, tl.load(at + 4)):
         return
     token = (begin + tl.program_id(1)).to(tl.int64)
+    found = (tl.load(tile + 3) + tl.program_id(1)).to(tl.int64) * groups
     facts += token * FACTS
     shares += token * SHARES
     slots += token * (TOP + BOTTOM)
@@ -107,7 +108,7 @@ def rank_kernel(
     dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     token_square = 0.0
     for group in range(0, groups, AHEAD):
-        row = products + (token * groups + group) * (SIZE + 1)
+        row = products + (found + group) * (SIZE + 1)
         for j in tl.static_range(AHEAD):
             is_group = group + j < groups
             is_there = slot < tl.where(is_group, valid, 0)
@@ -175,17 +176,20 @@ def rank_kernel(
 
 
 def rank(
+    tokens: int,
     found: Products,
     banks: DeviceBanks,
     now: DeviceRound,
     rules: MemoryRules,
     tally: torch.Tensor,
 ) -> Findings:
-    """The round's tokens ranked, ``facts`` but for its last column, and the round counted."""
+    """The round's of a batch of ``tokens`` ranked, ``facts`` but for its last column, and the
+    round counted.
+    """
     assert tally.dtype == torch.int64, tally.dtype
     assert tally.is_contiguous(), tally.stride()
     assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
-    tokens, size = found.of_tokens.shape[0], rules.bank_size
+    size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     device = found.of_tokens.device
     findings = Findings(
