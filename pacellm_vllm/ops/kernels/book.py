@@ -171,6 +171,7 @@ def book(
     )
     constants = banks.constants(rules)
     at_once = triton.next_power_of_2(size)
+    num_warps = 16 if now.longest > 1 else 4
     book_kernel[(len(now.pieces),)](
         now.pieces,
         now.table,
@@ -190,8 +191,9 @@ def book(
         WORD_STRIDE=constants["WORD_STRIDE"],
         INSERTIONS=rules.max_insertions,
         PAPER=rules.update is UpdateRule.PAPER,
-        TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)),
-        num_warps=4,
+        # All are integers, so that this changes no bit.
+        TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)) * (num_warps // 4),
+        num_warps=num_warps,
         **OPTIONS,
     )
     return plans
