@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.kernels.book import KEEP, Plans
 from pacellm_vllm.ops.kernels.close import (
@@ -233,11 +233,11 @@ def apply(
     size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     tile_sums = torch.empty(
-        (len(now.tiles), 2, banks.width) if now.closing else (1, 2, 1),
+        (now.tiles.shape[0], 2, banks.width) if now.closing else (1, 2, 1),
         dtype=torch.float32,
         device=a.device,
     )
-    apply_kernel[(len(now.tiles), triton.cdiv(banks.width, BLOCK))](
+    apply_kernel[(now.tiles.shape[0], cdiv(banks.width, BLOCK))](
         a,
         out,
         now.pieces,

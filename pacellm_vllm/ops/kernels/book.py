@@ -11,6 +11,7 @@ from pacellm_vllm.ops.kernels.bank import (
     DeviceBanks,
     counter_at,
     is_bank,
+    next_power_of_2,
     squares_at,
     word_at,
 )
@@ -166,13 +167,13 @@ def book(
     size = rules.bank_size
     device = tally.device
     plans = Plans(
-        torch.empty(len(now.pieces), size, dtype=torch.int32, device=device),
-        torch.empty(len(now.pieces), 2, dtype=torch.int32, device=device),
+        torch.empty(now.pieces.shape[0], size, dtype=torch.int32, device=device),
+        torch.empty(now.pieces.shape[0], 2, dtype=torch.int32, device=device),
     )
     constants = banks.constants(rules)
-    at_once = triton.next_power_of_2(size)
+    at_once = next_power_of_2(size)
     num_warps = 16 if now.longest > 1 else 4
-    book_kernel[(len(now.pieces),)](
+    book_kernel[(now.pieces.shape[0],)](
         now.pieces,
         now.table,
         now.table.stride(0),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
 from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
@@ -251,7 +251,7 @@ def close(
     """End the round's pieces of several tiles; ``tile_sums`` [tiles, 2, width] fp32."""
     assert tile_sums.is_contiguous(), tile_sums.stride()
     constants = banks.constants(rules)
-    blocks = triton.cdiv(banks.width, BLOCK)
+    blocks = cdiv(banks.width, BLOCK)
     close_kernel[(now.closing, blocks)](
         now.pieces,
         now.table,

@@ -4,7 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, rows_at
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    cdiv,
+    counter_at,
+    is_bank,
+    next_power_of_2,
+    rows_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
@@ -180,7 +188,7 @@ class Products:
             done = Products(tokens, pieces, 1, size, self.buffer)
             for parts, sums in ((self.of_tokens, done.of_tokens), (self.of_keys, done.of_keys)):
                 count, row = parts.shape[0], parts.shape[2]
-                grid = (triton.cdiv(count * row, 256),)
+                grid = (cdiv(count * row, 256),)
                 add_groups_kernel[grid](parts, sums, count, groups, ROW=row, BLOCK=256, **OPTIONS)
         done._use(reduce(done.buffer))
         return done
@@ -192,12 +200,12 @@ def products_of(
     """The round's tokens against the valid keys of their banks; ``a`` [tokens, width]."""
     assert a.is_contiguous(), a.stride()
     assert a.shape[1] == banks.width, (a.shape, banks.width)
-    splits = triton.cdiv(banks.width, SPLIT)
+    splits = cdiv(banks.width, SPLIT)
     size = rules.bank_size
     groups = splits if now.tokens * splits * (size + 1) * 4 <= MOST_BYTES else 1
-    found = Products(now.tokens, len(now.pieces), groups, size, a)
-    keys = min(KEYS, max(16, triton.next_power_of_2(size)))
-    grid = (len(now.tiles), groups, triton.cdiv(size, keys))
+    found = Products(now.tokens, now.pieces.shape[0], groups, size, a)
+    keys = min(KEYS, max(16, next_power_of_2(size)))
+    grid = (now.tiles.shape[0], groups, cdiv(size, keys))
     products_kernel[grid](
         a,
         now.pieces,

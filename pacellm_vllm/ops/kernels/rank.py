@@ -11,6 +11,7 @@ from pacellm_vllm.ops.kernels.bank import (
     DeviceBanks,
     counter_at,
     is_bank,
+    next_power_of_2,
     squares_at,
 )
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
@@ -188,7 +189,7 @@ def rank(
     """
     assert tally.dtype == torch.int64, tally.dtype
     assert tally.is_contiguous(), tally.stride()
-    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
+    assert tally.shape[0] >= now.pieces.shape[0], (tally.shape, now.pieces.shape[0])
     size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     device = found.of_tokens.device
@@ -199,7 +200,7 @@ def rank(
         torch.empty(tokens, size, dtype=torch.int8, device=device),
     )
     constants = banks.constants(rules)
-    rank_kernel[(len(now.tiles), now.longest)](
+    rank_kernel[(now.tiles.shape[0], now.longest)](
         now.pieces,
         now.tiles,
         now.table,
@@ -214,7 +215,7 @@ def rank(
         findings.members,
         tally,
         SIZE=size,
-        SLOTS_AT_ONCE=triton.next_power_of_2(size),
+        SLOTS_AT_ONCE=next_power_of_2(size),
         SEGMENT=rules.segment_size,
         WORD_PAGE=constants["WORD_PAGE"],
         WORD_STRIDE=constants["WORD_STRIDE"],
