@@ -2,7 +2,7 @@
 
     python scripts/bench_kernels.py --json out.json
 
-    decode B    one token each of B requests in their second segment, replayed as a CUDA graph
+    decode B    one token each of B requests within their second segment, replayed as a CUDA graph
     prefill N   N tokens of one request, a whole segment with its commit where N is --segment
 
 For each: the error against the plain PyTorch ops on the same device (root of the mean square, over
@@ -56,7 +56,8 @@ class Case:
             advance(PagedStore(units, held, self.layout), first, 0, self.rules)
         self.a = activations(batch * tokens, args.width, 1, args.device).to(self.dtype)
         self.out = torch.empty_like(self.a)
-        self.position = size if tokens < size else 2 * size - tokens
+        # A segment's first token also sums the keys' squared norms.
+        self.position = size + (tokens == 1)
         starts = [i * tokens for i in range(batch + 1)]
         lengths = [self.position + tokens] * batch
         pieces = cut_pieces(starts, lengths, self.layout, self.rules)

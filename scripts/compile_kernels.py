@@ -26,7 +26,7 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import Piece
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import DeviceRound, tables_of
+from pacellm_vllm.ops.kernels.batch import tables_of
 from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
@@ -76,8 +76,8 @@ def launch_all(dtype: torch.dtype, bank_dtype: torch.dtype, settings: Any, args:
     tally = torch.zeros(1, TALLY.value, dtype=torch.int64)
     for tokens, reduce in ((1, None), (rules.segment_size, lambda buffer: buffer)):
         piece = Piece(0, 0, tokens, rules.segment_size, layout.num_pages, rules)
-        pieces, tiles = (torch.from_numpy(table) for table in tables_of([piece]))
-        now = DeviceRound(pieces, tiles, table, int(tiles[:, 2].max()), len(tiles) > 1)
+        tables = tables_of([piece])
+        now = tables.on(*map(torch.from_numpy, (tables.pieces, tables.tiles)), table)
         a = torch.empty(tokens, args.width, dtype=dtype)
         advance_batch(a, torch.empty_like(a), banks, [now], rules, tally, reduce)
 

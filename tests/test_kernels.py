@@ -43,12 +43,11 @@ def test_every_kernel_compiles_for_hopper():
     """At 7B shapes, from the launches of an engine; sm_90 is compiled as sm_90a."""
     found = run("scripts/compile_kernels.py", "--arch", "90")
     rows = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")][1:]
-    kernels = {row[0].strip() for row in rows}
-    assert kernels == {
-        f"{name}_kernel" for name in ("products", "add_groups", "rank", "book", "apply", "close")
-    }
+    kernels = {row[0].strip().removesuffix("_kernel") for row in rows}
+    assert kernels == {"products", "add_groups", "rank", "book", "apply", "close", "commit"}
     for dtype in ("bfloat16", "float16", "float32"):
-        assert {row[0].strip() for row in rows if row[1].strip() == dtype} == kernels
+        found = {row[0].strip() for row in rows if row[1].strip() == dtype}
+        assert found == {f"{name}_kernel" for name in kernels}
     # What an H100 program may have, and no array that fell out of registers.
     assert max(int(row[8].split()[0]) for row in rows) <= 227 * 1024
     assert max(int(row[7].split()[0]) for row in rows) <= 64
@@ -134,13 +133,30 @@ def test_decode_tables_are_those_of_any_other_step():
     got = tables[1].of_singles(table, padded, {2: own}).rounds[0]
     assert torch.equal(got.pieces[:-1], want.pieces)
     assert torch.equal(got.tiles[:-1], want.tiles)
-    assert (got.longest, got.several) == (want.longest, want.several) == (1, False)
+    assert (got.longest, got.closing) == (want.longest, want.closing) == (1, 0)
     # The row that pads: token 7 of row 7, which has no pages.
     assert got.pieces[-1, :5].tolist() == [7, 1, 0, 7, 0]
     # Where graphs read the tables does not move.
     again = tables[1].of_singles(table, padded, {}).rounds[0]
     assert again.pieces.data_ptr() == got.pieces.data_ptr()
     assert again.tiles.data_ptr() == got.tiles.data_ptr()
+
+
+def test_a_round_names_the_pieces_to_close_and_first_those_that_commit():
+    from pacellm_vllm.config import PaceConfig
+    from pacellm_vllm.ops.kernels.batch import tables_of
+
+    rules = PaceConfig.from_sources({"segment_size": 100, "bank_size": 7}).rules()
+    layout = BankLayout.plan(rules, 64, torch.float32, 2048)
+    # One tile, a first segment, two tiles that go on, a whole segment, one tile that commits.
+    first, counts = [133, 0, 130, 100, 196], [5, 100, 10, 100, 4]
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    lengths = [position + n for position, n in zip(first, counts, strict=True)]
+    tables = tables_of(cut_pieces(starts, lengths, layout, rules))
+    assert (tables.closing, tables.committing) == (2, 1)
+    assert tables.pieces[:2, 7].tolist() == [3, 2]
+    assert tables.pieces[:, 5:7].tolist() == [[0, 1], [1, 4], [5, 2], [7, 4], [11, 1]]
+    assert tables.tiles[tables.tiles[:, 0] == 2, 1:3].tolist() == [[105, 2], [107, 8]]
 
 
 def test_a_captured_step_touches_nobody():
@@ -156,4 +172,4 @@ def test_a_captured_step_touches_nobody():
     common = SimpleNamespace(num_reqs=5, block_table_tensor=torch.ones(5, 40, dtype=torch.int32))
     (now,) = builder.build_for_cudagraph_capture(common).device.rounds
     assert now.pieces[:, 4].tolist() == [0] * 5
-    assert now.tiles.tolist() == [[i, i, 1, 0] for i in range(5)]
+    assert now.tiles.tolist() == [[i, i, 1, i] for i in range(5)]

@@ -130,17 +130,11 @@ class DeviceTables:
 
     def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
-        pieces = _copy([rows for rows, _ in rounds], self._pieces)
-        tiles = _copy([tiles for _, tiles in rounds], self._tiles)
+        pieces = _copy([one.pieces for one in rounds], self._pieces)
+        tiles = _copy([one.tiles for one in rounds], self._tiles)
         return [
-            DeviceRound(
-                pieces=pieces_now,
-                tiles=tiles_now,
-                table=table,
-                longest=int(tiles_here[:, 2].max()),
-                several=len(tiles_here) > len(rows),
-            )
-            for (rows, tiles_here), pieces_now, tiles_now in zip(rounds, pieces, tiles, strict=True)
+            one.on(pieces_now, tiles_now, table)
+            for one, pieces_now, tiles_now in zip(rounds, pieces, tiles, strict=True)
         ]
 
 

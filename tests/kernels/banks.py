@@ -8,7 +8,7 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import DeviceRound, rounds_of, tables_of
+from pacellm_vllm.ops.kernels.batch import rounds_of, tables_of
 from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
@@ -57,9 +57,9 @@ class Pool:
     def rounds(self, pieces):
         found = []
         for some in rounds_of(pieces):
-            rows, tiles = (torch.from_numpy(table) for table in tables_of(some))
-            longest, several = int(tiles[:, 2].max()), len(tiles) > len(rows)
-            found.append(DeviceRound(rows, tiles, self.table, longest, several))
+            tables = tables_of(some)
+            on_device = map(torch.from_numpy, (tables.pieces, tables.tiles))
+            found.append(tables.on(*on_device, self.table))
         return found
 
     def run(self, a, pieces, reduce=None):

@@ -13,8 +13,10 @@ from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.snapshots import SnapshotGrid
 from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.ops.kernels import products
 from pacellm_vllm.ops.kernels.rank import CLOCK
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.update import Header
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LONG_LISTS = {"top_k": 8, "negative_k": 40, "theta_high": 0.5, "theta_low": 0.3}
@@ -54,6 +56,8 @@ def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_byte
         assert torch.equal(words[:3], true_words[:3])
         for begin in range(3, ints, r.bank_size):
             assert torch.equal(words[begin : begin + valid], true_words[begin : begin + valid])
+        squares, true_squares = map(Header.squares_of, (words, true_words))
+        torch.testing.assert_close(squares[:valid], true_squares[:valid], **near)
         for mine_rows, true_rows in zip(
             (pool.bank(i).read_keys(valid), pool.bank(i).read_values(valid)),
             (truth.read_keys(valid), truth.read_values(valid)),
@@ -89,11 +93,26 @@ def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
         pool = Pool(r, 62, dtype, 1)
         (out,) = pool.drive([stream], steps)
         bank = pool.bank(0)
-        words = bank.read_words()[: 3 + 3 * r.bank_size]
+        words = bank.read_words()
         rows = [bank.read_keys(int(words[0])), bank.read_values(int(words[0]))]
         results.append([part.contiguous().view(torch.uint8) for part in (out, words, *rows)])
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+def test_bits_do_not_depend_on_how_many_programs_share_d(monkeypatch):
+    """More splits than ``rank`` reads at once, beside tokens of another round."""
+    r = rules(bank_size=5, segment_size=9)
+    streams = [activations(n, 5000, n) for n in (13, 11)]
+    outputs, pools = [], []
+    for most in (products.MOST_BYTES, 0):
+        monkeypatch.setattr(products, "MOST_BYTES", most)
+        pools.append(Pool(r, 5000, torch.float32, 2, 1 << 15))
+        outputs.append(torch.cat(pools[-1].drive(streams, [[9, 4], [4, 7]])))
+    assert torch.equal(*outputs)
+    assert torch.equal(pools[0].bytes, pools[1].bytes)
+    truth, _ = drive(DenseStore(r, 5000), streams[1], r)
+    torch.testing.assert_close(outputs[0][13:], truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rounds", [0, 2**31 - 2, 2**32 - 2, 2**63 - 9])

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.book import Plans
+from pacellm_vllm.ops.kernels.book import KEEP, Plans
 from pacellm_vllm.ops.kernels.close import (
     BLOCK,
     TILE_A,
@@ -14,12 +14,13 @@ from pacellm_vllm.ops.kernels.close import (
     TOTAL_A,
     TOTAL_O,
     close,
-    close_block,
-    constants_of,
+    commit_slot,
+    keep_sums,
     load_sum,
+    means_of,
 )
 from pacellm_vllm.ops.kernels.rank import FACTS, MID, NO_KIND, SHARES, Findings
-from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # Longer lists of slots are walked in a loop instead of being unrolled.
 UNROLLED = 16
@@ -84,7 +85,7 @@ def apply_kernel(
 ):
     """Program (tile, block of D): the tile's tokens in order, and the piece's end if it is all.
 
-    A piece of several tiles leaves its sums in ``tile_sums``, for ``close_kernel`` to end it.
+    A piece of several tiles leaves its sums in ``tile_sums``, for ``close`` to end it.
     """
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -194,12 +195,21 @@ def apply_kernel(
         sum_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
         sum_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     keeps_tile = (not ends_tile) & (adds | (offset % TILE == 0))
-    close_block(
-        cells, words, table, plan_slots + piece * SIZE, plan_sizes + piece * 2,
-        total_a, total_o, sum_a, sum_o, ends_tile, keeps_tile, commits, grain,
-        SEGMENT, SLOTS, SUMS, STAGED, PAPER, MOMENTUM,
-        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE, GRAIN,
-    )  # fmt: skip
+    if commits:
+        sizes = plan_sizes + piece * 2
+        mean_a, mean_o = means_of(total_a + sum_a, total_o + sum_o, sizes, SEGMENT, PAPER)
+        for slot in range(tl.load(sizes)):
+            todo = tl.load(plan_slots + piece * SIZE + slot)
+            if todo != KEEP:
+                commit_slot(
+                    cells, table, slot, todo, mean_a, mean_o, grain,
+                    SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
+                )  # fmt: skip
+    else:
+        keep_sums(
+            words, table, total_a, total_o, sum_a, sum_o, ends_tile, keeps_tile, grain,
+            SUMS, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+        )  # fmt: skip
 
 
 def apply(
@@ -223,11 +233,11 @@ def apply(
     size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     tile_sums = torch.empty(
-        (len(now.tiles), 2, banks.width) if now.several else (1, 2, 1),
+        (now.tiles.shape[0], 2, banks.width) if now.closing else (1, 2, 1),
         dtype=torch.float32,
         device=a.device,
     )
-    apply_kernel[(len(now.tiles), triton.cdiv(banks.width, BLOCK))](
+    apply_kernel[(now.tiles.shape[0], cdiv(banks.width, BLOCK))](
         a,
         out,
         now.pieces,
@@ -242,12 +252,18 @@ def apply(
         plans.slots,
         plans.sizes,
         tile_sums,
-        **constants_of(banks, rules),
+        **banks.constants(rules),
+        SLOTS=banks.slots_start,
+        SUMS=banks.sums_word,
+        STAGED=banks.staged_start,
+        PAPER=rules.update is UpdateRule.PAPER,
+        MOMENTUM=rules.momentum,
+        BLOCK=BLOCK,
         TOP=top,
         BOTTOM=bottom,
         UNROLL=top + bottom <= UNROLLED,
         num_warps=4,
         **OPTIONS,
     )
-    if now.several:
+    if now.closing:
         close(banks, now, rules, plans, tile_sums)

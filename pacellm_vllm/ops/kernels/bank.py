@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from pacellm_vllm.ops.rules import MemoryRules
 
 # Of every launch. Left to Triton, whether products and sums fuse depends on its version.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+def cdiv(n: int, block: int) -> int:
+    """How many blocks hold ``n``. Triton's own, for kernels too, takes the host 5 us a call."""
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 from ``n`` on, see ``cdiv``."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,12 @@ class DeviceBanks:
         assert cells.shape[1] * itemsize == words.shape[1] * 4, (cells.shape, words.shape)
         assert self.width * itemsize % 4 == 0, "rows must be whole words"
 
-    @property
+    @cached_property
     def sums_word(self) -> int:
         """Where the fp32 sums begin, counted in words from a bank's first."""
         return self.sums_start * self.width * self.cells.element_size() // 4
 
-    @property
+    @cached_property
     def grain(self) -> int:
         """Columns, of cells and of sums, that never straddle pages: at most 16 bytes of cells."""
         divided = (self.width, self.cells.shape[1], self.words.shape[1], self.sums_word)
@@ -81,6 +92,12 @@ def word_at(table, word, mask, PAGE: tl.constexpr, STRIDE: tl.constexpr):
     """Offsets [n] of a bank's ``word`` [n] among all words."""
     block = tl.load(table + word // PAGE, mask=mask, other=0).to(tl.int64)
     return block * STRIDE + word % PAGE
+
+
+@triton.jit
+def squares_at(table, slot, mask, SIZE: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr):
+    """Offsets [n] of the squared norms that the header keeps of keys ``slot`` [n]."""
+    return word_at(table, 3 + 3 * SIZE + slot, mask, PAGE, STRIDE)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from pacellm_vllm.ops.sums import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
 # int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
-# tiles, an idle one, and the bits of fp32 alpha, noise, theta_high and theta_low. Idle columns keep
-# rows at multiples of 16 bytes, so that kernels are compiled once for any round.
+# tiles, and the bits of fp32 alpha, noise, theta_high and theta_low. Before those four, row i names
+# the i-th piece to close, if there is one. Rows stay at multiples of 16 bytes, for which idle
+# columns are kept, so that kernels are compiled once for any round.
 COLUMNS = tl.constexpr(12)
-# int32 columns of a tile: piece, begin, length, and an idle one.
+# int32 columns of a tile: piece, begin, length, and the tokens of the round before it.
 TILE_COLUMNS = tl.constexpr(4)
 
 
@@ -46,16 +47,19 @@ class DeviceRound:
     """Pieces that may run at once, no two of one request; tensors are int32.
 
     ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
-    block ids. ``longest`` is the most tokens of a tile and ``several`` whether some piece has more
-    than one tile. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
+    block ids. ``tokens`` counts all of the round, ``longest`` is the most of a tile. Of the pieces
+    of several tiles ``closing`` have sums to keep or merge, the first ``committing`` of those end
+    their segment. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
     the second's, if there are any.
     """
 
     pieces: torch.Tensor
     tiles: torch.Tensor
     table: torch.Tensor
+    tokens: int
     longest: int
-    several: bool
+    closing: int
+    committing: int
     copies: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +71,28 @@ class DeviceRound:
         assert self.table.stride(1) == 1, self.table.stride()
 
 
-Tables = tuple[np.ndarray, np.ndarray]
+class Tables(NamedTuple):
+    """``pieces`` and ``tiles`` of one round on the host, int32, and its numbers."""
+
+    pieces: np.ndarray
+    tiles: np.ndarray
+    closing: int = 0
+    committing: int = 0
+
+    def on(self, pieces: torch.Tensor, tiles: torch.Tensor, table: torch.Tensor) -> DeviceRound:
+        """The round whose tables' copies on a device are ``pieces`` and ``tiles``."""
+        lengths = self.tiles[:, 2]
+        return DeviceRound(
+            pieces,
+            tiles,
+            table,
+            tokens=int(lengths.sum()),
+            longest=int(lengths.max()),
+            closing=self.closing,
+            committing=self.committing,
+        )
+
+
 AnyPiece = TypeVar("AnyPiece", bound=PieceLike)
 
 
@@ -91,24 +116,32 @@ def numbers_of(rules: MemoryRules) -> np.ndarray:
 
 
 def tables_of(pieces: Sequence[PieceLike]) -> Tables:
-    """``pieces`` and ``tiles`` of one round, int32, on the host."""
-    rows = np.empty((len(pieces), COLUMNS.value), dtype=np.int32)
-    tiles: list[tuple[int, int, int, int]] = []
-    numbers: dict[MemoryRules, np.ndarray] = {}
-    for index, piece in enumerate(pieces):
-        offset = piece.position % piece.rules.segment_size
-        first, begin = len(tiles), piece.begin
-        while begin < piece.end:
-            n = min(piece.end - begin, _TILE - offset % _TILE)
-            tiles.append((index, begin, n, 0))
-            begin, offset = begin + n, offset + n
-        length = piece.end - piece.begin
-        rows[index, :5] = (piece.begin, length, piece.position, piece.request, piece.pages)
-        rows[index, 5:8] = (first, len(tiles) - first, 0)
-        if piece.rules not in numbers:
-            numbers[piece.rules] = numbers_of(piece.rules)
-        rows[index, 8:] = numbers[piece.rules]
-    return rows, np.array(tiles, dtype=np.int32).reshape(-1, TILE_COLUMNS.value)
+    """The tables of a round of at least one piece, of one segment size."""
+    count, size = len(pieces), pieces[0].rules.segment_size
+    rows = np.zeros((count, COLUMNS.value), dtype=np.int32)
+    rows[:, :5] = [(p.begin, p.end - p.begin, p.position, p.request, p.pages) for p in pieces]
+    numbers = {rules: numbers_of(rules) for rules in {piece.rules for piece in pieces}}
+    rows[:, 8:] = [numbers[piece.rules] for piece in pieces]
+
+    begin, length, position = rows[:, :3].T
+    offset = position % size
+    end = offset + length
+    num_tiles = (end - 1) // _TILE - offset // _TILE + 1
+    first_tile = num_tiles.cumsum() - num_tiles
+    rows[:, 5], rows[:, 6] = first_tile, num_tiles
+    closes = (position >= size) & (num_tiles > 1)
+    commits = closes & (end == size)
+    closing = np.concatenate([np.flatnonzero(commits), np.flatnonzero(closes & ~commits)])
+    rows[: len(closing), 7] = closing
+
+    piece = np.repeat(np.arange(count), num_tiles)
+    start = (offset // _TILE - first_tile)[piece] * _TILE + np.arange(len(piece)) * _TILE
+    stop = np.minimum(start + _TILE, end[piece])
+    start = np.maximum(start, offset[piece])
+    tiles = np.empty((len(piece), TILE_COLUMNS.value), dtype=np.int32)
+    tiles[:, 0], tiles[:, 1], tiles[:, 2] = piece, (begin - offset)[piece] + start, stop - start
+    tiles[:, 3] = tiles[:, 2].cumsum() - tiles[:, 2]
+    return Tables(rows, tiles, len(closing), int(commits.sum()))
 
 
 def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:
@@ -121,4 +154,5 @@ def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray)
     rows = np.empty((count, COLUMNS.value), dtype=np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
     rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, 0, numbers
-    return rows, np.stack([index, index, np.ones_like(index), np.zeros_like(index)], axis=1)
+    tiles = np.stack([index, index, np.ones_like(index), index], axis=1)
+    return Tables(rows, tiles)

@@ -6,8 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, word_at
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    counter_at,
+    is_bank,
+    next_power_of_2,
+    squares_at,
+    word_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.products import Products, sum_squares
 from pacellm_vllm.ops.kernels.rank import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
@@ -28,12 +37,14 @@ class Plans:
     sizes: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "groups"])
 def book_kernel(
     pieces,
     table,
     table_stride,
     words,
+    squares,
+    groups,
     facts,
     members,
     plan_slots,
@@ -73,6 +84,12 @@ def book_kernel(
     is_running = slot < tl.where(running, SIZE, 0)
     merge = tl.load(merge_at, mask=is_running, other=0)
     confirm = tl.load(confirm_at, mask=is_running, other=0)
+
+    if (offset == 0) & (valid > 0):
+        exists = slot < valid
+        kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
+        numbers = sum_squares(squares, piece, groups, slot, exists, SIZE)
+        tl.store(kept, numbers.to(tl.int32, bitcast=True), mask=exists)
 
     free = SIZE - valid
     room = free + tl.minimum(valid, INSERTIONS)
@@ -136,6 +153,7 @@ def book_kernel(
 
 
 def book(
+    found: Products,
     findings: Findings,
     banks: DeviceBanks,
     now: DeviceRound,
@@ -149,16 +167,19 @@ def book(
     size = rules.bank_size
     device = tally.device
     plans = Plans(
-        torch.empty(len(now.pieces), size, dtype=torch.int32, device=device),
-        torch.empty(len(now.pieces), 2, dtype=torch.int32, device=device),
+        torch.empty(now.pieces.shape[0], size, dtype=torch.int32, device=device),
+        torch.empty(now.pieces.shape[0], 2, dtype=torch.int32, device=device),
     )
     constants = banks.constants(rules)
-    at_once = triton.next_power_of_2(size)
-    book_kernel[(len(now.pieces),)](
+    at_once = next_power_of_2(size)
+    num_warps = 16 if now.longest > 1 else 4
+    book_kernel[(now.pieces.shape[0],)](
         now.pieces,
         now.table,
         now.table.stride(0),
         banks.words,
+        found.of_keys,
+        found.groups,
         findings.facts,
         findings.members,
         plans.slots,
@@ -171,8 +192,9 @@ def book(
         WORD_STRIDE=constants["WORD_STRIDE"],
         INSERTIONS=rules.max_insertions,
         PAPER=rules.update is UpdateRule.PAPER,
-        TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)),
-        num_warps=4,
+        # All are integers, so that this changes no bit.
+        TOKENS_AT_ONCE=max(4, min(64, 4096 // at_once)) * (num_warps // 4),
+        num_warps=num_warps,
         **OPTIONS,
     )
     return plans

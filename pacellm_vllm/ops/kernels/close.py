@@ -1,10 +1,10 @@
-"""The end of a piece, for a block of D: running sums kept, or the commit of keys and values."""
+"""The end of a piece: running sums kept, or the commit of keys and values."""
 
 import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, is_bank, row_at
+from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
 from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
@@ -53,11 +53,24 @@ def store_sum(
 
 
 @triton.jit
-def commit_block(
+def means_of(sum_a, sum_o, sizes, SEGMENT: tl.constexpr, PAPER: tl.constexpr):
+    """What a commit merges into slots, of the segment's sums [n]. In `paper` only a's exists."""
+    if PAPER:
+        mean_a = tl.div_rn(sum_a, tl.full(sum_a.shape, SEGMENT, tl.float32))
+        mean_o = mean_a
+    else:
+        mids = tl.maximum(tl.load(sizes + 1), 1).to(tl.float32)
+        mean_a = tl.div_rn(sum_a, tl.broadcast_to(mids, sum_a.shape))
+        mean_o = tl.div_rn(sum_o, tl.broadcast_to(mids, sum_o.shape))
+    return mean_a, mean_o
+
+
+@triton.jit
+def commit_slot(
     cells,
     table,
-    plan,
-    valid,
+    slot,
+    todo,
     mean_a,
     mean_o,
     grain,
@@ -69,124 +82,77 @@ def commit_block(
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
-    """Merge and replace slots by ``plan`` [valid], see ``book``."""
+    """Merge or replace ``slot``: ``todo`` is its entry in the plan (see ``book``), not KEEP."""
     inside = grain < WIDTH
     stored = cells.dtype.element_ty
-    for slot in range(valid):
-        todo = tl.load(plan + slot)
-        if todo != KEEP:
-            row = SLOTS + 2 * slot
-            source = tl.where(todo == MERGE, row, STAGED + 2 * todo)
-            at = cells + row_at(table, source * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-            key = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-            at = cells + row_at(table, source * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-            value = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-            if todo == MERGE:
-                key = tl.fma(mean_a, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), key * MOMENTUM)
-                value = tl.fma(
-                    mean_o, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), value * MOMENTUM
-                )
-            at = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-            tl.store(at, key.to(stored), mask=inside[:, None])
-            at = cells + row_at(table, row * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-            tl.store(at, value.to(stored), mask=inside[:, None])
+    row = SLOTS + 2 * slot
+    source = tl.where(todo == MERGE, row, STAGED + 2 * todo)
+    at = cells + row_at(table, source * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    key = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    at = cells + row_at(table, source * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    value = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if todo == MERGE:
+        key = tl.fma(mean_a, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), key * MOMENTUM)
+        value = tl.fma(mean_o, tl.full(key.shape, 1.0 - MOMENTUM, tl.float32), value * MOMENTUM)
+    at = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    tl.store(at, key.to(stored), mask=inside[:, None])
+    at = cells + row_at(table, row * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    tl.store(at, value.to(stored), mask=inside[:, None])
 
 
 @triton.jit
-def close_block(
-    cells,
+def keep_sums(
     words,
     table,
-    plan,
-    sizes,
     total_a,
     total_o,
     tile_a,
     tile_o,
     keeps_total,
     keeps_tile,
-    commits,
     grain,
-    SEGMENT: tl.constexpr,
-    SLOTS: tl.constexpr,
     SUMS: tl.constexpr,
-    STAGED: tl.constexpr,
     PAPER: tl.constexpr,
-    MOMENTUM: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
-    WORD_PAGE: tl.constexpr,
-    WORD_STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
-    """Commit if the piece ends its segment, else keep what the segment's next token needs.
-
-    ``total_*`` [n] are sums of finished tiles, ``tile_*`` of the unfinished one. In the `paper`
-    rule only sums of a exist.
+    """What the segment's next token needs: ``total_*`` [n] of finished tiles, ``tile_*`` of the
+    unfinished one. In the `paper` rule only sums of a exist.
     """
-    if commits:
-        sum_a, sum_o = total_a + tile_a, total_o + tile_o
-        if PAPER:
-            mean_a = tl.div_rn(sum_a, tl.full(sum_a.shape, SEGMENT, tl.float32))
-            mean_o = mean_a
-        else:
-            mids = tl.maximum(tl.load(sizes + 1), 1).to(tl.float32)
-            mean_a = tl.div_rn(sum_a, tl.broadcast_to(mids, sum_a.shape))
-            mean_o = tl.div_rn(sum_o, tl.broadcast_to(mids, sum_o.shape))
-        valid = tl.load(sizes)
-        commit_block(
-            cells, table, plan, valid, mean_a, mean_o, grain,
-            SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
-        )  # fmt: skip
-    else:
-        if keeps_total:
-            store_sum(
-                words, table, TOTAL_A, grain, total_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-            )
-            if not PAPER:
-                store_sum(
-                    words, table, TOTAL_O, grain, total_o,
-                    SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
-                )  # fmt: skip
-        if keeps_tile:
-            store_sum(
-                words, table, TILE_A, grain, tile_a, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-            )
-            if not PAPER:
-                store_sum(
-                    words, table, TILE_O, grain, tile_o, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-                )
+    if keeps_total:
+        store_sum(words, table, TOTAL_A, grain, total_a, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+        if not PAPER:
+            store_sum(words, table, TOTAL_O, grain, total_o, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+    if keeps_tile:
+        store_sum(words, table, TILE_A, grain, tile_a, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+        if not PAPER:
+            store_sum(words, table, TILE_O, grain, tile_o, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def close_kernel(
     pieces,
-    tiles,
     table,
     table_stride,
-    cells,
     words,
-    plan_slots,
     plan_sizes,
     tile_sums,
-    SIZE: tl.constexpr,
     SEGMENT: tl.constexpr,
     WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
-    STRIDE: tl.constexpr,
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
-    SLOTS: tl.constexpr,
     SUMS: tl.constexpr,
-    STAGED: tl.constexpr,
     PAPER: tl.constexpr,
-    MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (piece, block of D): the end of a piece of several tiles, from ``tile_sums``."""
-    piece = tl.program_id(0)
+    """Program (i, block of D): the sums of the i-th piece to close, from its ``tile_sums``.
+
+    Where the piece commits, the means take the place of its first tile's sums.
+    """
+    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
     at = pieces + piece * COLUMNS
     length, position, first_tile, num_tiles = (
         tl.load(at + 1),
@@ -195,7 +161,7 @@ def close_kernel(
         tl.load(at + 6),
     )
     table += tl.load(at + 3).to(tl.int64) * table_stride
-    if (num_tiles == 1) | (position < SEGMENT) | (not is_bank(table, tl.load(at + 4))):
+    if not is_bank(table, tl.load(at + 4)):
         return
     grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
     inside = (grain < WIDTH)[:, None]
@@ -210,8 +176,9 @@ def close_kernel(
             total_o = load_sum(
                 words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
             )
-    sums = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
-    sums = sums + grain[:, None] + tl.arange(0, GRAIN)[None, :]
+    first = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
+    first = first + grain[:, None] + tl.arange(0, GRAIN)[None, :]
+    sums = first
     finished = num_tiles
     if end % TILE != 0:
         finished = num_tiles - 1
@@ -222,25 +189,56 @@ def close_kernel(
     is_part = (grain < tl.where(end % TILE != 0, WIDTH, 0))[:, None]
     tile_a = tl.load(sums, mask=is_part, other=0.0)
     tile_o = tl.load(sums + WIDTH, mask=is_part, other=0.0)
-    close_block(
-        cells, words, table, plan_slots + piece * SIZE, plan_sizes + piece * 2,
-        total_a, total_o, tile_a, tile_o, True, end % TILE != 0, end == SEGMENT, grain,
-        SEGMENT, SLOTS, SUMS, STAGED, PAPER, MOMENTUM,
-        WIDTH, PAGE, STRIDE, WORD_PAGE, WORD_STRIDE, GRAIN,
+    if end == SEGMENT:
+        sizes = plan_sizes + piece * 2
+        mean_a, mean_o = means_of(total_a + tile_a, total_o + tile_o, sizes, SEGMENT, PAPER)
+        tl.store(first, mean_a, mask=inside)
+        tl.store(first + WIDTH, mean_o, mask=inside)
+    else:
+        keep_sums(
+            words, table, total_a, total_o, tile_a, tile_o, True, end % TILE != 0, grain,
+            SUMS, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def commit_kernel(
+    pieces,
+    table,
+    table_stride,
+    cells,
+    plan_slots,
+    plan_sizes,
+    tile_sums,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STAGED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, block of D, slot): what the i-th piece to close does to a slot, as it commits."""
+    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
+    slot = tl.program_id(2)
+    at = pieces + piece * COLUMNS
+    table += tl.load(at + 3).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + 4)):
+        return
+    todo = tl.load(plan_slots + piece * SIZE + slot)
+    if (slot >= tl.load(plan_sizes + piece * 2)) | (todo == KEEP):
+        return
+    grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
+    inside = (grain < tl.where(todo == MERGE, WIDTH, 0))[:, None]
+    means = tile_sums + tl.load(at + 5).to(tl.int64) * 2 * WIDTH
+    means = means + grain[:, None] + tl.arange(0, GRAIN)[None, :]
+    commit_slot(
+        cells, table, slot, todo,
+        tl.load(means, mask=inside, other=0.0), tl.load(means + WIDTH, mask=inside, other=0.0),
+        grain, SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
     )  # fmt: skip
-
-
-def constants_of(banks: DeviceBanks, rules: MemoryRules) -> dict[str, object]:
-    """What ``apply_kernel`` and ``close_kernel`` are compiled for."""
-    return {
-        **banks.constants(rules),
-        "SLOTS": banks.slots_start,
-        "SUMS": banks.sums_word,
-        "STAGED": banks.staged_start,
-        "PAPER": rules.update is UpdateRule.PAPER,
-        "MOMENTUM": rules.momentum,
-        "BLOCK": BLOCK,
-    }
 
 
 def close(
@@ -252,17 +250,40 @@ def close(
 ) -> None:
     """End the round's pieces of several tiles; ``tile_sums`` [tiles, 2, width] fp32."""
     assert tile_sums.is_contiguous(), tile_sums.stride()
-    close_kernel[(len(now.pieces), triton.cdiv(banks.width, BLOCK))](
+    constants = banks.constants(rules)
+    blocks = cdiv(banks.width, BLOCK)
+    close_kernel[(now.closing, blocks)](
         now.pieces,
-        now.tiles,
+        now.table,
+        now.table.stride(0),
+        banks.words,
+        plans.sizes,
+        tile_sums,
+        **{
+            name: constants[name]
+            for name in ("SEGMENT", "WIDTH", "WORD_PAGE", "WORD_STRIDE", "GRAIN")
+        },
+        SUMS=banks.sums_word,
+        PAPER=rules.update is UpdateRule.PAPER,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **OPTIONS,
+    )
+    if not now.committing:
+        return
+    commit_kernel[(now.committing, blocks, rules.bank_size)](
+        now.pieces,
         now.table,
         now.table.stride(0),
         banks.cells,
-        banks.words,
         plans.slots,
         plans.sizes,
         tile_sums,
-        **constants_of(banks, rules),
+        **{name: constants[name] for name in ("SIZE", "WIDTH", "PAGE", "STRIDE", "GRAIN")},
+        SLOTS=banks.slots_start,
+        STAGED=banks.staged_start,
+        MOMENTUM=rules.momentum,
+        BLOCK=BLOCK,
         num_warps=4,
         **OPTIONS,
     )

@@ -1,10 +1,18 @@
-"""Products of tokens with the keys of their banks, and the squared norms of both."""
+"""Products of tokens with the keys of their banks, and squared norms, of keys once a segment."""
 
 import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank, rows_at
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    cdiv,
+    counter_at,
+    is_bank,
+    next_power_of_2,
+    rows_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
@@ -12,9 +20,9 @@ from pacellm_vllm.ops.rules import MemoryRules
 # Columns of D that one sum runs over; sums of this many columns are then added in order. It must
 # not depend on the batch, or a token's bits would.
 SPLIT = 512
-# With up to this many tokens each split is a program of its own, to fill a device in decoding;
-# with more, a program takes all splits of its tile, and no partial sums are stored.
-SPLIT_TOKENS = 1024
+# Each split is a program of its own where a round's partial sums have up to this many bytes. Where
+# they would have more, its tiles alone fill a device, and a program takes all splits of its tile.
+MOST_BYTES = 1 << 26
 # Columns and keys that a program multiplies at once.
 BLOCK = 64
 KEYS = 64
@@ -47,9 +55,10 @@ def products_kernel(
 ):
     """Program (tile, group of splits, keys): sums over the group's splits, in order.
 
-    Writes products [tokens, groups, SIZE + 1], whose last column is the token's squared norm, and
-    for a piece's first tile squares [pieces, groups, SIZE]. Keys that are not valid are not read,
-    and nothing is written for them: where none are, as in a first segment, the norms are all.
+    Writes products [round's tokens, groups, SIZE + 1], whose last column is the token's squared
+    norm, and for a tile that begins a segment the keys' squares [pieces, groups, SIZE], which
+    ``book`` keeps until the next one. Keys that are not valid are not read, and nothing is written
+    for them: where none are, as in a first segment, the norms are all.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
@@ -72,15 +81,28 @@ def products_kernel(
     key = first_key + tl.arange(0, KEYS)
     tokens = (begin + i).to(tl.int64)
     is_token, is_key = i < length, key < valid
-    is_first = begin == piece_begin
+
+    # In a loop of its own, so that every other step has its registers.
+    if has_keys & (position % SEGMENT == 0) & (begin == piece_begin):
+        key_square = tl.zeros([KEYS], tl.float32)
+        for split in range(group * splits, group * splits + splits):
+            key_dots = tl.zeros([KEYS], tl.float32)
+            end = tl.minimum(split * SPLIT + SPLIT, WIDTH)
+            for start in range(split * SPLIT, end, BLOCK):
+                starts = (SLOTS + 2 * key) * WIDTH + start
+                found = is_key[:, None] & (start + grain < end)[None, :]
+                offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
+                keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
+                keys32 = tl.reshape(keys, (KEYS, BLOCK)).to(tl.float32)
+                key_dots += tl.sum(keys32 * keys32, axis=1)
+            key_square += key_dots
+        tl.store(squares + (piece * groups + group) * SIZE + key, key_square, mask=is_key)
 
     total = tl.zeros([TILE, KEYS], tl.float32)
     token_square = tl.zeros([TILE], tl.float32)
-    key_square = tl.zeros([KEYS], tl.float32)
     for split in range(group * splits, group * splits + splits):
         dots = tl.zeros([TILE, KEYS], tl.float32)
         token_dots = tl.zeros([TILE], tl.float32)
-        key_dots = tl.zeros([KEYS], tl.float32)
         end = tl.minimum(split * SPLIT + SPLIT, WIDTH)
         for start in range(split * SPLIT, end, BLOCK):
             inside = start + column < end
@@ -90,30 +112,35 @@ def products_kernel(
                 other=0.0,
             )
             x32 = x.to(tl.float32)
-            token_dots += tl.sum(x32 * x32, axis=1)
+            if first_key == 0:
+                token_dots += tl.sum(x32 * x32, axis=1)
             if has_keys:
                 starts = (SLOTS + 2 * key) * WIDTH + start
                 found = is_key[:, None] & (start + grain < end)[None, :]
                 offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
                 keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
                 keys = tl.reshape(keys, (KEYS, BLOCK))
-                keys32 = keys.to(tl.float32)
                 if x.dtype == keys.dtype:
                     dots = tl.dot(x, tl.trans(keys), dots, input_precision="ieee")
                 else:
-                    dots = tl.dot(x32, tl.trans(keys32), dots, input_precision="ieee")
-                if is_first:
-                    key_dots += tl.sum(keys32 * keys32, axis=1)
+                    dots = tl.dot(x32, tl.trans(keys.to(tl.float32)), dots, input_precision="ieee")
         total += dots
         token_square += token_dots
-        key_square += key_dots
 
-    row = products + (tokens * groups + group) * (SIZE + 1)
+    row = products + ((tl.load(tile + 3) + i).to(tl.int64) * groups + group) * (SIZE + 1)
     tl.store(row[:, None] + key[None, :], total, mask=is_token[:, None] & is_key[None, :])
     if first_key == 0:
         tl.store(row + SIZE, token_square, mask=is_token)
-    if is_first:
-        tl.store(squares + (piece * groups + group) * SIZE + key, key_square, mask=is_key)
+
+
+@triton.jit
+def sum_squares(squares, piece, groups, slot, exists, SIZE: tl.constexpr):
+    """Squared norms [n] of the keys ``slot`` [n] of a piece that begins a segment."""
+    total = tl.zeros(slot.shape, tl.float32)
+    for group in range(groups):
+        row = squares + (piece * groups + group).to(tl.int64) * SIZE
+        total += tl.load(row + slot, mask=exists, other=0.0)
+    return total
 
 
 @triton.jit(do_not_specialize=["count", "groups"])
@@ -131,7 +158,7 @@ def add_groups_kernel(parts, sums, count, groups, ROW: tl.constexpr, BLOCK: tl.c
 class Products:
     """What ``products_kernel`` writes: one buffer, so that one all-reduce sums it over ranks.
 
-    ``of_tokens`` [tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
+    ``of_tokens`` [round's tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
     """
 
     def __init__(
@@ -161,7 +188,7 @@ class Products:
             done = Products(tokens, pieces, 1, size, self.buffer)
             for parts, sums in ((self.of_tokens, done.of_tokens), (self.of_keys, done.of_keys)):
                 count, row = parts.shape[0], parts.shape[2]
-                grid = (triton.cdiv(count * row, 256),)
+                grid = (cdiv(count * row, 256),)
                 add_groups_kernel[grid](parts, sums, count, groups, ROW=row, BLOCK=256, **OPTIONS)
         done._use(reduce(done.buffer))
         return done
@@ -173,12 +200,12 @@ def products_of(
     """The round's tokens against the valid keys of their banks; ``a`` [tokens, width]."""
     assert a.is_contiguous(), a.stride()
     assert a.shape[1] == banks.width, (a.shape, banks.width)
-    splits = triton.cdiv(banks.width, SPLIT)
-    groups = splits if a.shape[0] <= SPLIT_TOKENS else 1
+    splits = cdiv(banks.width, SPLIT)
     size = rules.bank_size
-    found = Products(a.shape[0], len(now.pieces), groups, size, a)
-    keys = min(KEYS, max(16, triton.next_power_of_2(size)))
-    grid = (len(now.tiles), groups, triton.cdiv(size, keys))
+    groups = splits if now.tokens * splits * (size + 1) * 4 <= MOST_BYTES else 1
+    found = Products(now.tokens, now.pieces.shape[0], groups, size, a)
+    keys = min(KEYS, max(16, next_power_of_2(size)))
+    grid = (now.tiles.shape[0], groups, cdiv(size, keys))
     products_kernel[grid](
         a,
         now.pieces,

@@ -6,9 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, counter_at, is_bank
+from pacellm_vllm.ops.kernels.bank import (
+    OPTIONS,
+    DeviceBanks,
+    counter_at,
+    is_bank,
+    next_power_of_2,
+    squares_at,
+)
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.products import Products
+from pacellm_vllm.ops.kernels.products import Products, sum_squares
 from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -24,6 +31,9 @@ NO_KIND = tl.constexpr(-1)
 FACTS = tl.constexpr(4)
 # fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
 SHARES = tl.constexpr(3)
+
+# Parts of a token's products that are on their way at once.
+AHEAD = tl.constexpr(8)
 
 # int64 columns of a row of counts, which is a piece's: tokens by kind, commits, most slots valid
 # after a commit, slots valid after the last one, and that one's round. In the first row also a
@@ -44,6 +54,12 @@ class Findings:
     members: torch.Tensor
 
 
+@triton.jit
+def in_order(bits):
+    """Bits of fp32 numbers as integers that compare alike, and back."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
 @triton.jit(do_not_specialize=["table_stride", "groups"])
 def rank_kernel(
     pieces,
@@ -62,6 +78,7 @@ def rank_kernel(
     SIZE: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     SEGMENT: tl.constexpr,
+    WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
@@ -79,15 +96,26 @@ def rank_kernel(
     if not is_bank(table, tl.load(at + 4)):
         return
     token = (begin + tl.program_id(1)).to(tl.int64)
+    found = (tl.load(tile + 3) + tl.program_id(1)).to(tl.int64) * groups
     facts += token * FACTS
     shares += token * SHARES
     slots += token * (TOP + BOTTOM)
+    position = tl.load(at + 2)
     valid = 0
-    if tl.load(at + 2) >= SEGMENT:
+    if position >= SEGMENT:
         valid = tl.load(words + counter_at(table, WORD_STRIDE))
+    slot = tl.arange(0, SLOTS_AT_ONCE)
+    exists = slot < valid
+    dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
     token_square = 0.0
-    for group in range(groups):
-        token_square += tl.load(products + (token * groups + group) * (SIZE + 1) + SIZE)
+    for group in range(0, groups, AHEAD):
+        row = products + (found + group) * (SIZE + 1)
+        for j in tl.static_range(AHEAD):
+            is_group = group + j < groups
+            is_there = slot < tl.where(is_group, valid, 0)
+            dots += tl.load(row + slot, mask=is_there, other=0.0)
+            token_square += tl.load(row + SIZE, mask=is_group, other=0.0)
+            row += SIZE + 1
     sound = token_square <= MOST
     if (valid == 0) | (not sound):
         tl.store(facts, tl.where(sound, LOW, NO_KIND))
@@ -102,27 +130,25 @@ def rank_kernel(
     theta_high = tl.load(at + 10).to(tl.float32, bitcast=True)
     theta_low = tl.load(at + 11).to(tl.float32, bitcast=True)
 
-    slot = tl.arange(0, SLOTS_AT_ONCE)
-    exists = slot < valid
-    dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    key_squares = tl.zeros([SLOTS_AT_ONCE], tl.float32)
-    for group in range(groups):
-        row = products + (token * groups + group) * (SIZE + 1)
-        dots += tl.load(row + slot, mask=exists, other=0.0)
-        row = squares + (piece * groups + group).to(tl.int64) * SIZE
-        key_squares += tl.load(row + slot, mask=exists, other=0.0)
+    if position % SEGMENT == 0:
+        key_squares = sum_squares(squares, piece, groups, slot, exists, SIZE)
+    else:
+        kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
+        key_squares = tl.load(kept, mask=exists, other=0).to(tl.float32, bitcast=True)
     norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
-    cosines = tl.div_rn(dots, norms)
+    # As integers, of which a warp finds the largest with one instruction. Adding 0 turns -0 into 0.
+    order = in_order((tl.div_rn(dots, norms) + 0.0).to(tl.int32, bitcast=True))
 
     count = tl.minimum(valid, TOP)
-    best = tl.max(tl.where(exists, cosines, float("-inf")), axis=0)
-    total = 0.0
+    best, total = float("-inf"), 0.0
     left = exists
     for j in range(count):
-        nearest = tl.max(tl.where(left, cosines, float("-inf")), axis=0)
-        pick = tl.min(tl.where(left & (cosines == nearest), slot, SLOTS_AT_ONCE), axis=0)
+        nearest = tl.max(tl.where(left, order, -0x80000000), axis=0)
+        pick = tl.min(tl.where(left & (order == nearest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + j, pick)
-        total += nearest
+        cosine = in_order(nearest).to(tl.float32, bitcast=True)
+        best = tl.maximum(best, cosine)
+        total += cosine
         left = left & (slot != pick)
     tl.store(members + token * SIZE + slot, (exists & (left == 0)).to(tl.int8), mask=slot < SIZE)
     mean = tl.div_rn(total, count.to(tl.float32))
@@ -135,8 +161,8 @@ def rank_kernel(
         num_bottom = num_bottom * 0
     left = exists
     for j in range(num_bottom):
-        furthest = tl.min(tl.where(left, cosines, float("inf")), axis=0)
-        pick = tl.min(tl.where(left & (cosines == furthest), slot, SLOTS_AT_ONCE), axis=0)
+        furthest = tl.min(tl.where(left, order, 0x7FFFFFFF), axis=0)
+        pick = tl.min(tl.where(left & (order == furthest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + TOP + j, pick)
         left = left & (slot != pick)
 
@@ -151,17 +177,20 @@ def rank_kernel(
 
 
 def rank(
+    tokens: int,
     found: Products,
     banks: DeviceBanks,
     now: DeviceRound,
     rules: MemoryRules,
     tally: torch.Tensor,
 ) -> Findings:
-    """The round's tokens ranked, ``facts`` but for its last column, and the round counted."""
+    """The round's of a batch of ``tokens`` ranked, ``facts`` but for its last column, and the
+    round counted.
+    """
     assert tally.dtype == torch.int64, tally.dtype
     assert tally.is_contiguous(), tally.stride()
-    assert tally.shape[0] >= len(now.pieces), (tally.shape, len(now.pieces))
-    tokens, size = found.of_tokens.shape[0], rules.bank_size
+    assert tally.shape[0] >= now.pieces.shape[0], (tally.shape, now.pieces.shape[0])
+    size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     device = found.of_tokens.device
     findings = Findings(
@@ -171,7 +200,7 @@ def rank(
         torch.empty(tokens, size, dtype=torch.int8, device=device),
     )
     constants = banks.constants(rules)
-    rank_kernel[(len(now.tiles), now.longest)](
+    rank_kernel[(now.tiles.shape[0], now.longest)](
         now.pieces,
         now.tiles,
         now.table,
@@ -186,8 +215,9 @@ def rank(
         findings.members,
         tally,
         SIZE=size,
-        SLOTS_AT_ONCE=triton.next_power_of_2(size),
+        SLOTS_AT_ONCE=next_power_of_2(size),
         SEGMENT=rules.segment_size,
+        WORD_PAGE=constants["WORD_PAGE"],
         WORD_STRIDE=constants["WORD_STRIDE"],
         TOP=top,
         BOTTOM=bottom,

@@ -37,6 +37,6 @@ def advance_batch(
         found = products_of(a, banks, now, rules)
         if reduce is not None:
             found = found.reduced(reduce)
-        findings = rank(found, banks, now, rules, tally)
-        plans = book(findings, banks, now, rules, tally)
+        findings = rank(len(a), found, banks, now, rules, tally)
+        plans = book(found, findings, banks, now, rules, tally)
         apply(a, out, banks, now, rules, findings, plans)
