@@ -28,12 +28,13 @@ Site = Literal["auto", "activation", "output"]
 DEFAULT_PRESET: Preset = "gentle"
 
 # Values the presets disagree on. `official` is the published code, `paper` its text (Sec. 4.4 and
-# Algorithm 1). `gentle` is official without noise and with half of its alpha: real models lose
-# less than 0.01 nats a token of text by it (docs/results.md).
+# Algorithm 1). `gentle` is official without noise, with half of its alpha, and with slots never
+# longer than the tokens that read them: real models lose less than 0.01 nats a token of text by it
+# (docs/results.md).
 PRESETS: dict[str, dict[str, float]] = {
-    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
-    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1},
-    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1},
+    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0, "clip": True},
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1, "clip": False},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1, "clip": False},
 }
 
 # What was published remembers activations. Where a preset may also take outputs, models without
@@ -59,6 +60,7 @@ _ALLOWED = {
     "segment_size": "an integer from 1 to 1048576",
     "max_insertions": "an integer from 0 to bank_size",
     "momentum": "a number from 0 to 1",
+    "clip": "true or false",
     "bank_dtype": '"auto" (the model dtype) or "float32"',
     "session_tokens": "an integer from 0 to 1000000000",
     "experts": 'an object such as {"path": "DIR"} or {"num_experts": 64}',
@@ -101,6 +103,9 @@ class PaceConfig(BaseModel):
         ge=0, le=1024, strict=True, description="used slots replaced per segment, at most"
     )
     momentum: float = Field(0.5, ge=0, le=1, description="share of the old slot kept in a merge")
+    clip: bool = Field(
+        strict=True, description="no slot is longer, when blended in, than the token that reads it"
+    )
     bank_dtype: Literal["auto", "float32"] = Field("auto", description="dtype of stored slots")
     session_tokens: int = Field(
         0, ge=0, le=10**9, strict=True, description="text that sessions keep to be read again"
@@ -237,4 +242,5 @@ class PaceConfig(BaseModel):
             momentum=self.momentum,
             mid_self_weight=0.5 if paper else 0.0,
             update=UpdateRule.PAPER if paper else UpdateRule.OFFICIAL,
+            clip=self.clip,
         )

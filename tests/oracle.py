@@ -30,9 +30,9 @@ BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe", "shared_mlp")
 WITHOUT_CACHE = ("jamba",)
 
 PRESETS: dict[str, dict[str, float]] = {
-    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0},
-    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1},
-    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1},
+    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0, "clip": True},
+    "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1, "clip": False},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1, "clip": False},
 }
 # w_high, w_mid, w_self
 BLEND = {"gentle": (1.0, 0.5, 0.0), "official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
@@ -46,6 +46,7 @@ class MemoryRules:
     theta_low: float
     alpha: float
     noise: float
+    clip: bool
     preset: str = "gentle"
     layers: tuple[int, ...] = ()
     site: str = "activation"
@@ -145,8 +146,8 @@ class Bank:
                 categories.append("unsound")
                 continue
             x = a_t.float()
-            mu_pos = self._mean_value(self.top_slots(sim))
-            mu_neg = self._mean_value(self.bottom_slots(sim))
+            mu_pos = self._mean_value(self.top_slots(sim), x)
+            mu_neg = self._mean_value(self.bottom_slots(sim), x)
             category = self.category(sim.max().item())
             if category == "high":
                 r = w_high * mu_pos + noise * mu_neg
@@ -160,9 +161,16 @@ class Bank:
         self.counts["read"].update(categories)
         return torch.stack(outputs), categories
 
-    def _mean_value(self, slots: Tensor) -> Tensor:
+    def _mean_value(self, slots: Tensor, x: Tensor) -> Tensor:
+        """Of `slots` as x [D] reads them: [D]."""
+        total = torch.zeros_like(x)
+        for slot in slots.tolist():
+            value, length = self.values[slot].float(), self.keys[slot].float().norm()
+            if self.rules.clip and length > x.norm():
+                value = value * (x.norm() / length)
+            total += value
         # No slots (negative_k = 0) contribute nothing, where a mean would be NaN.
-        return self.values[slots].float().sum(dim=0) / max(len(slots), 1)
+        return total / max(len(slots), 1)
 
     def update(self, a: Tensor, o: Tensor) -> list[str]:
         """Commit a whole segment: a, o [S, D] in position order.

@@ -60,6 +60,25 @@ def paged_store(layout, dtype):
     return PagedStore(units, pages, layout)
 
 
+def test_no_slot_is_longer_than_the_token_that_reads_it():
+    """Three parallel slots and one across, with numbers that can be added up by hand."""
+    along, across = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    keys = torch.stack([8 * along, 2 * along, along / 2, 6 * across])
+    values = torch.stack([8 * along, 3 * along, along / 4, 6 * across])
+    settings = {"alpha": 0.5, "noise": 1.0, "negative_k": 1, "top_k": 3}
+    # Of length 2: a quarter of the first slot is left, all of the next two, a third of the last.
+    recalled = (2 + 3 + 0.25) / 3 * along + 2 * across
+    for clip, found in ((True, recalled), (False, 11.25 / 3 * along + 6 * across)):
+        a = (2 * along)[None]
+        output = look_up(a, keys, values, rules(**settings, clip=clip)).output[0]
+        torch.testing.assert_close(output, 0.5 * 2 * along + 0.5 * found)
+    # What is not compared reads nothing, however long.
+    for bad in (float("inf"), float("nan"), 1e20):
+        a = torch.tensor([[bad, 1.0]])
+        output = look_up(a, keys, values, rules(**settings, clip=True)).output
+        assert torch.equal(output.view(torch.int32), a.view(torch.int32))
+
+
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_all_regimes_occur_and_slots_are_replaced(preset):
     r = rules(preset=preset)

@@ -64,6 +64,7 @@ def assert_same_state(got, want, rules):
         (344, torch.float32, "official"),
         (62, torch.bfloat16, "official"),
         (8, torch.float16, "official"),
+        (62, torch.float32, "gentle"),
     ],
 )
 def test_batched_steps_equal_single_ones(width, dtype, preset, page_bytes):

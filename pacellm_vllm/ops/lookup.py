@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -77,16 +78,26 @@ def twins_of(squares: torch.Tensor) -> list[int] | None:
     return [first.setdefault(square, slot) for slot, square in enumerate(bits)]
 
 
-def similarities(
+class Compared(NamedTuple):
+    """Of n tokens and m slots: ``sims`` [n, m] fp32, their cosines, NaN for unsound tokens;
+    ``norms`` [n, 1] of tokens and ``key_norms`` [1, m] of keys, fp32; ``unsound`` [n, 1] bool.
+    """
+
+    sims: torch.Tensor
+    norms: torch.Tensor
+    key_norms: torch.Tensor
+    unsound: torch.Tensor
+
+
+def compare(
     a: torch.Tensor, keys: torch.Tensor, squares: torch.Tensor | None, reduce: Reduce | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine of every token with every slot, and which tokens are unsound.
+) -> Compared:
+    """Every token with every slot.
 
     ``a`` [n, D] any float dtype, ``keys`` [m, D] fp32, ``squares`` [m] their ``key_squares`` if
-    they are known; returns [n, m] fp32, NaN for unsound tokens, and [n, 1] bool. Under tensor
-    parallelism D is this rank's shard and
-    ``reduce`` sums over ranks: partial products and squared norms travel together, so every rank
-    sees the same similarities and decides alike.
+    they are known. Under tensor parallelism D is this rank's shard and ``reduce`` sums over ranks:
+    partial products and squared norms travel together, so every rank sees the same similarities
+    and decides alike.
     """
     n, m = a.shape[0], keys.shape[0]
     parts = keys.new_empty(n + 1, m + 1)
@@ -106,17 +117,17 @@ def similarities(
     a_norm = parts[:n, m:].sqrt().clamp_min(NORM_FLOOR)
     key_norm = parts[n:, :m].sqrt().clamp_min(NORM_FLOOR)
     sims = parts[:n, :m] / (a_norm * key_norm)
-    return sims.masked_fill_(unsound, float("nan")), unsound
+    return Compared(sims.masked_fill_(unsound, float("nan")), a_norm, key_norm, unsound)
 
 
 def nearest_slots(keys: torch.Tensor, reduce: Reduce | None) -> list[tuple[int, float]]:
     """Of each of m slots the one most like it, and their cosine; (-1, 0) for a single one.
 
-    ``keys`` [m, D] any float dtype; ``reduce`` as in ``similarities``.
+    ``keys`` [m, D] any float dtype; ``reduce`` as in ``compare``.
     """
     if len(keys) == 1:
         return [(-1, 0.0)]
-    sims, _ = similarities(keys, keys.float(), None, reduce)
+    sims = compare(keys, keys.float(), None, reduce).sims
     best = sims.fill_diagonal_(float("-inf")).max(dim=1)
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
@@ -139,7 +150,7 @@ def look_up(
     n, m = a.shape[0], keys.shape[0]
     if out is None:
         out = torch.empty_like(a)
-    sims, unsound = similarities(a, keys.float(), squares, reduce)
+    sims, norms, key_norms, unsound = compare(a, keys.float(), squares, reduce)
     if m == 0:
         nothing = torch.where(unsound[:, 0], float("nan"), float("-inf"))
         none = torch.empty(n, 0, dtype=torch.int64, device=a.device)
@@ -164,6 +175,9 @@ def look_up(
         bottom = largest(-sims, rules.negative_k)
         share = torch.where(high | mid, rules.alpha * rules.noise / bottom.shape[1], zero)
         weights.scatter_add_(1, bottom, share[:, None].expand_as(bottom))
+    if rules.clip:
+        # An unsound token reads nothing, whatever its norm.
+        weights *= (norms / key_norms).clamp_max_(1).masked_fill_(unsound, 0)
     # Exactly 1 for tokens that found nothing, so their activation passes through bit for bit.
     own = torch.where(high | mid, (1 - rules.alpha) + rules.alpha * self_weight, zero + 1.0)
     values = values.float()

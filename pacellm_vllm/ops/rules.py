@@ -16,7 +16,9 @@ class MemoryRules:
     """Sizes in slots or tokens, similarities as cosines, weights without unit.
 
     ``mid_self_weight`` is the share of the token's own activation in the mid regime: 0.5 in the
-    paper (Algorithm 1), 0 in the published code. The memory's share there is 0.5 in both.
+    paper (Algorithm 1), 0 in the published code. The memory's share there is 0.5 in both. With
+    ``clip`` a slot whose key is longer than the token is shortened to the token's length when it is
+    blended in.
     """
 
     bank_size: int
@@ -31,6 +33,7 @@ class MemoryRules:
     momentum: float
     mid_self_weight: float
     update: UpdateRule
+    clip: bool
 
     high_weight = 1.0
     mid_weight = 0.5

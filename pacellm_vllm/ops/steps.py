@@ -50,7 +50,8 @@ def advance_steps(
 
 @dataclass
 class _Found:
-    """What a token found: ``row`` its similarities to the valid slots, ``top`` the best slots.
+    """What a token found: ``row`` its similarities to the valid slots, ``top`` the best slots,
+    ``norm`` its own and ``norms`` the slots' keys'.
 
     An unsound token finds nothing, and its ``mean_top`` is NaN, which makes it of no kind.
     """
@@ -58,6 +59,8 @@ class _Found:
     row: list[float]
     top: list[int]
     mean_top: float
+    norm: float
+    norms: list[float]
 
 
 def _find(
@@ -88,7 +91,7 @@ def _find(
     parts[:, size:].sqrt_().clamp_min_(NORM_FLOOR)
     for numbers, count, own, kept in zip(parts.tolist(), valid, rules, sound, strict=True):
         if not kept:
-            found.append(_Found([], [], float("nan")))
+            found.append(_Found([], [], float("nan"), 0.0, []))
             continue
         norm = numbers[-1]
         norms = numbers[size : size + count]
@@ -96,7 +99,7 @@ def _find(
         # Both keep the lower slot first among equals, as sorted() would.
         top = nlargest(own.top_k, range(count), key=row.__getitem__)
         mean = sum(row[slot] for slot in top) / len(top) if top else float("-inf")
-        found.append(_Found(row, top, mean))
+        found.append(_Found(row, top, mean, norm, norms))
     return found
 
 
@@ -165,6 +168,7 @@ def _enhance(
             weights[slot] = weights.get(slot, 0.0) + rules.alpha * rules.noise / len(bottom)
     total = torch.mul(a, own, out=out) if a.dtype is torch.float32 else a.float().mul_(own)
     for slot, weight in weights.items():
-        store.add_value(slot, weight, total)
+        limit = min(found.norm / found.norms[slot], 1.0) if rules.clip else 1.0
+        store.add_value(slot, weight * limit, total)
     if total is not out:
         out.copy_(total)

@@ -40,7 +40,7 @@ def true_outputs(a: torch.Tensor, rules: MemoryRules, stored: torch.dtype) -> Tr
             ranked, order = sims.sort(dim=1, descending=True, stable=True)
             top = order[:, : rules.top_k]
             mean = ranked[:, : rules.top_k].mean(dim=1)
-            o = _blend(x, values, sims, ranked[:, 0], top, rules)
+            o = _blend(x, keys, values, sims, ranked[:, 0], top, rules)
             o[~sound] = x[~sound]
             gaps.append(_gaps(ranked, mean, rules))
         else:
@@ -84,17 +84,26 @@ def true_outputs(a: torch.Tensor, rules: MemoryRules, stored: torch.dtype) -> Tr
 
 def _blend(
     x: torch.Tensor,
+    keys: torch.Tensor,
     values: torch.Tensor,
     sims: torch.Tensor,
     best: torch.Tensor,
     top: torch.Tensor,
     rules: MemoryRules,
 ) -> torch.Tensor:
-    recalled = values[top].mean(dim=1)
+    limits = torch.ones_like(sims)
+    if rules.clip:
+        lengths = keys.norm(dim=1).clamp_min(_FLOOR)
+        limits = (x.norm(dim=1).clamp_min(_FLOOR)[:, None] / lengths).clamp_max(1)
+
+    def mean_of(slots: torch.Tensor) -> torch.Tensor:
+        return (limits.gather(1, slots)[..., None] * values[slots]).mean(dim=1)
+
+    recalled = mean_of(top)
     noise = torch.zeros_like(x)
     if rules.negative_k and rules.noise:
         bottom = sims.sort(dim=1, stable=True).indices[:, : rules.negative_k]
-        noise = rules.noise * values[bottom].mean(dim=1)
+        noise = rules.noise * mean_of(bottom)
     high = rules.high_weight * recalled + noise
     mid = rules.mid_weight * recalled + rules.mid_self_weight * x + noise
     found = torch.where((best > rules.theta_high)[:, None], high, mid)

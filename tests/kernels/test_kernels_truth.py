@@ -33,6 +33,8 @@ STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
         (604, torch.bfloat16, torch.float32, "paper", 1812, {}),
         (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
         (72, torch.float16, None, "paper", 1500, LONG_LISTS),
+        (62, torch.float32, None, "gentle", 2048, {"noise": 0.5}),
+        (72, torch.bfloat16, None, "gentle", 1500, LONG_LISTS),
     ],
 )
 def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_bytes, settings):
@@ -77,7 +79,11 @@ def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_byte
 
 @pytest.mark.parametrize(
     ("dtype", "preset", "tokens"),
-    [(torch.bfloat16, "official", 72), (torch.float32, "paper", 70)],
+    [
+        (torch.bfloat16, "official", 72),
+        (torch.float32, "paper", 70),
+        (torch.float32, "gentle", 72),
+    ],
 )
 def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
     """Whole, cut oddly, and token by token from the second segment on."""

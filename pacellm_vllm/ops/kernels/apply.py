@@ -32,6 +32,7 @@ def add_value(
     cells,
     table,
     at,
+    limit,
     is_read,
     share,
     grain,
@@ -40,8 +41,14 @@ def add_value(
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
+    CLIP: tl.constexpr,
 ):
-    """``acc`` + ``share`` x the value of the slot named at ``at``, if ``is_read``."""
+    """``acc`` + ``share`` x the value of the slot named at ``at``, if ``is_read``.
+
+    With CLIP of ``share`` as much as is written at ``limit``.
+    """
+    if CLIP:
+        share *= tl.load(limit, mask=is_read, other=0.0)
     row = SLOTS + 2 * tl.load(at, mask=is_read, other=0) + 1
     inside = grain < tl.where(is_read, WIDTH, 0)
     where = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
@@ -62,6 +69,7 @@ def apply_kernel(
     facts,
     shares,
     lists,
+    limits,
     plan_slots,
     plan_sizes,
     tile_sums,
@@ -82,6 +90,7 @@ def apply_kernel(
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
     UNROLL: tl.constexpr,
+    CLIP: tl.constexpr,
 ):
     """Program (tile, block of D): the tile's tokens in order, and the piece's end if it is all.
 
@@ -131,28 +140,29 @@ def apply_kernel(
         share = shares + token * SHARES
         top_share, bottom_share = tl.load(share + 1), tl.load(share + 2)
         slots = lists + token * (TOP + BOTTOM)
+        limit = limits + token * (TOP + BOTTOM)
         acc = own.to(tl.float32) * tl.load(share)
         if UNROLL:
             for j in tl.static_range(TOP):
                 acc = add_value(
-                    acc, cells, table, slots + j, num_top > j, top_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                    acc, cells, table, slots + j, limit + j, num_top > j, top_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
                 )  # fmt: skip
             for j in tl.static_range(BOTTOM):
                 acc = add_value(
-                    acc, cells, table, slots + TOP + j, num_bottom > j, bottom_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                    acc, cells, table, slots + TOP + j, limit + TOP + j, num_bottom > j,
+                    bottom_share, grain, SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
                 )  # fmt: skip
         else:
             for j in range(num_top):
                 acc = add_value(
-                    acc, cells, table, slots + j, num_top > j, top_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                    acc, cells, table, slots + j, limit + j, num_top > j, top_share, grain,
+                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
                 )  # fmt: skip
             for j in range(num_bottom):
                 acc = add_value(
-                    acc, cells, table, slots + TOP + j, num_bottom > j, bottom_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN,
+                    acc, cells, table, slots + TOP + j, limit + TOP + j, num_bottom > j,
+                    bottom_share, grain, SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
                 )  # fmt: skip
         o = acc.to(out.dtype.element_ty)
         tl.store(out + row, o, mask=inside)
@@ -249,6 +259,7 @@ def apply(
         findings.facts,
         findings.shares,
         findings.slots,
+        findings.limits,
         plans.slots,
         plans.sizes,
         tile_sums,
@@ -262,6 +273,7 @@ def apply(
         TOP=top,
         BOTTOM=bottom,
         UNROLL=top + bottom <= UNROLLED,
+        CLIP=rules.clip,
         num_warps=4,
         **OPTIONS,
     )

@@ -45,12 +45,14 @@ TALLY, CLOCK = tl.constexpr(8), tl.constexpr(7)
 class Findings:
     """Of each token: ``facts`` [tokens, FACTS] int32, ``shares`` [tokens, SHARES] fp32,
     ``slots`` [tokens, k + k'] int32, its most similar slots first, then its least similar ones,
-    and ``members`` [tokens, M] int8, 1 for its most similar slots. What is not listed is undefined.
+    ``limits`` likewise fp32, what is left of each slot's length where slots are clipped, and
+    ``members`` [tokens, M] int8, 1 for its most similar slots. What is not listed is undefined.
     """
 
     facts: torch.Tensor
     shares: torch.Tensor
     slots: torch.Tensor
+    limits: torch.Tensor
     members: torch.Tensor
 
 
@@ -73,6 +75,7 @@ def rank_kernel(
     facts,
     shares,
     slots,
+    limits,
     members,
     tally,
     SIZE: tl.constexpr,
@@ -83,6 +86,7 @@ def rank_kernel(
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
     MID_SELF: tl.constexpr,
+    CLIP: tl.constexpr,
 ):
     """Program (tile, i): token i of the tile. Ties go to the lower slot. The first ticks."""
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
@@ -100,6 +104,7 @@ def rank_kernel(
     facts += token * FACTS
     shares += token * SHARES
     slots += token * (TOP + BOTTOM)
+    limits += token * (TOP + BOTTOM)
     position = tl.load(at + 2)
     valid = 0
     if position >= SEGMENT:
@@ -135,7 +140,9 @@ def rank_kernel(
     else:
         kept = words + squares_at(table, slot, exists, SIZE, WORD_PAGE, WORD_STRIDE)
         key_squares = tl.load(kept, mask=exists, other=0).to(tl.float32, bitcast=True)
-    norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR) * tl.maximum(tl.sqrt_rn(token_square), FLOOR)
+    token_norm = tl.maximum(tl.sqrt_rn(token_square), FLOOR)
+    key_norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR)
+    norms = key_norms * token_norm
     # As integers, of which a warp finds the largest with one instruction. Adding 0 turns -0 into 0.
     order = in_order((tl.div_rn(dots, norms) + 0.0).to(tl.int32, bitcast=True))
 
@@ -146,6 +153,9 @@ def rank_kernel(
         nearest = tl.max(tl.where(left, order, -0x80000000), axis=0)
         pick = tl.min(tl.where(left & (order == nearest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + j, pick)
+        if CLIP:
+            key_norm = tl.sum(tl.where(slot == pick, key_norms, 0.0), axis=0)
+            tl.store(limits + j, tl.minimum(tl.div_rn(token_norm, key_norm), 1.0))
         cosine = in_order(nearest).to(tl.float32, bitcast=True)
         best = tl.maximum(best, cosine)
         total += cosine
@@ -164,6 +174,9 @@ def rank_kernel(
         furthest = tl.min(tl.where(left, order, 0x7FFFFFFF), axis=0)
         pick = tl.min(tl.where(left & (order == furthest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + TOP + j, pick)
+        if CLIP:
+            key_norm = tl.sum(tl.where(slot == pick, key_norms, 0.0), axis=0)
+            tl.store(limits + TOP + j, tl.minimum(tl.div_rn(token_norm, key_norm), 1.0))
         left = left & (slot != pick)
 
     tl.store(facts, kind)
@@ -197,6 +210,7 @@ def rank(
         torch.empty(tokens, FACTS.value, dtype=torch.int32, device=device),
         torch.empty(tokens, SHARES.value, dtype=torch.float32, device=device),
         torch.empty(tokens, top + bottom, dtype=torch.int32, device=device),
+        torch.empty(tokens if rules.clip else 0, top + bottom, dtype=torch.float32, device=device),
         torch.empty(tokens, size, dtype=torch.int8, device=device),
     )
     constants = banks.constants(rules)
@@ -212,6 +226,7 @@ def rank(
         findings.facts,
         findings.shares,
         findings.slots,
+        findings.limits,
         findings.members,
         tally,
         SIZE=size,
@@ -222,6 +237,7 @@ def rank(
         TOP=top,
         BOTTOM=bottom,
         MID_SELF=rules.mid_self_weight,
+        CLIP=rules.clip,
         num_warps=1,
         **OPTIONS,
     )
