@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from bench_ops import activations
@@ -27,7 +28,6 @@ from bench_ops import activations
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.device import DeviceTables, counts_of, new_tally
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.update import advance
 
@@ -58,10 +58,9 @@ class Case:
         self.out = torch.empty_like(self.a)
         # A segment's first token also sums the keys' squared norms.
         self.position = size + (tokens == 1)
-        starts = [i * tokens for i in range(batch + 1)]
-        lengths = [self.position + tokens] * batch
-        pieces = cut_pieces(starts, lengths, self.layout, self.rules)
-        self.step = self.tables.of_pieces(self.table, pieces)
+        starts = np.arange(batch + 1) * tokens
+        lengths = np.full(batch, self.position + tokens)
+        self.step = self.tables.of_batch(self.table, starts, lengths, {})
         self.before = self.pool.clone()
 
     def run(self) -> None:
