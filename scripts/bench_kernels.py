@@ -10,26 +10,37 @@ that of the memory's contribution), whether repeated runs from one state leave t
 outputs and pages, and the time against reading what the case has to read (keys, activations in and
 out, blended values) at the bandwidth measured in the same run. ``--device cpu`` with
 TRITON_INTERPRET=1 and small sizes tries the script out; its times mean nothing.
+
+    python scripts/bench_kernels.py --host
+
+measures what the host does, on tensors without memory and with launches left out: metadata of a
+step, once for all layers, and the rounds of a step in one layer.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from bench_ops import activations
+from triton.runtime.jit import JITFunction
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory.backend import BankMetadataBuilder
 from pacellm_vllm.memory.device import DeviceTables, counts_of, new_tally
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.update import advance
+from pacellm_vllm.request import RequestSettings
 
 
 class Case:
@@ -58,10 +69,9 @@ class Case:
         self.out = torch.empty_like(self.a)
         # A segment's first token also sums the keys' squared norms.
         self.position = size + (tokens == 1)
-        starts = [i * tokens for i in range(batch + 1)]
-        lengths = [self.position + tokens] * batch
-        pieces = cut_pieces(starts, lengths, self.layout, self.rules)
-        self.step = self.tables.of_pieces(self.table, pieces)
+        starts = np.arange(batch + 1) * tokens
+        lengths = np.full(batch, self.position + tokens)
+        self.step = self.tables.of_batch(self.table, starts, lengths, {})
         self.before = self.pool.clone()
 
     def run(self) -> None:
@@ -123,6 +133,56 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def measure_host(args: argparse.Namespace) -> None:
+    JITFunction.run = lambda self, *given, **options: None
+    meta, dtype = torch.device("meta"), getattr(torch, args.dtype)
+    rules = PaceConfig.from_sources(
+        {"segment_size": args.segment, "bank_size": args.slots, "preset": args.preset}
+    ).rules()
+    layout = BankLayout.plan(rules, args.width, dtype, args.page_kib * 1024)
+    builder = object.__new__(BankMetadataBuilder)
+    builder._rules, builder._applied = rules, {}
+    builder._tables = DeviceTables(layout, rules, 256, 8192, meta)
+    builder.kv_cache_spec = SimpleNamespace(layout=layout, grid=None)
+    own = {row: RequestSettings(alpha=0.5) for row in range(256)}
+    pool = torch.empty(400, 1, 1, args.page_kib * 1024, dtype=torch.uint8, device=meta)
+    tally = new_tally(256, meta)
+    print("| step | metadata | with 256 own settings | rounds | a layer |")
+    print("|---|---|---|---|---|")
+    for name, counts, length in (
+        ("decode 1", [1], 2000),
+        ("decode 256", [1] * 256, 2000),
+        ("decode 255, prompt 512", [1] * 255 + [512], 2000),
+        ("prompt 8192", [8192], 8192),
+    ):
+        starts, requests = np.append(0, np.cumsum(counts)), len(counts)
+        common = CommonAttentionMetadata(
+            query_start_loc=torch.empty(requests + 1, dtype=torch.int32, device=meta),
+            query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.empty(requests, dtype=torch.int32, device=meta),
+            num_reqs=requests,
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(counts),
+            max_seq_len=length,
+            block_table_tensor=torch.empty(requests, 40, dtype=torch.int32, device=meta),
+            slot_mapping=torch.empty(int(starts[-1]), dtype=torch.int64, device=meta),
+            seq_lens_cpu_upper_bound=torch.full((requests,), length, dtype=torch.int32),
+        )
+        build = functools.partial(builder.build, 0, common)
+        seconds = []
+        for settings in (own, {}):
+            builder._settings = settings
+            seconds.append(timed(build, args.repeats, "cpu"))
+        step = build().device
+        a = torch.empty(int(starts[-1]), args.width, dtype=dtype, device=meta)
+        given = pool, layout, dtype, rules, a, torch.empty_like(a), tally, None
+        layer = timed(lambda step=step, given=given: step.run(*given), args.repeats, "cpu")
+        print(
+            f"| {name} | {1e6 * seconds[1]:.0f} us | {1e6 * seconds[0]:.0f} us | "
+            f"{len(step.rounds)} | {1e6 * layer:.0f} us |"
+        )
+
+
 def measure(name: str, batch: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     case = Case(batch, tokens, args)
     first = case.from_the_start()
@@ -165,7 +225,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--host", action="store_true")
     args = parser.parse_args()
+    if args.host:
+        measure_host(args)
+        return
     big = torch.ones(1 << (28 if args.device == "cuda" else 20), device=args.device)
     bandwidth = big.numel() * 4 / timed(lambda: big.sum(), args.repeats, args.device)
     results = [

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,10 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.memory.pieces import Piece
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import tables_of
+from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
 from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
 
@@ -75,8 +75,10 @@ def launch_all(dtype: torch.dtype, bank_dtype: torch.dtype, settings: Any, args:
     table = torch.zeros(1, layout.num_pages + 3, dtype=torch.int32)
     tally = torch.zeros(1, TALLY.value, dtype=torch.int64)
     for tokens, reduce in ((1, None), (rules.segment_size, lambda buffer: buffer)):
-        piece = Piece(0, 0, tokens, rules.segment_size, layout.num_pages, rules)
-        tables = tables_of([piece])
+        begin, pages = np.zeros(1), np.array([layout.num_pages])
+        position = np.array([rules.segment_size])
+        rows = rows_of(begin, tokens, position, begin, pages, numbers_of([rules]))
+        tables = tables_of(rows, rules.segment_size)
         now = tables.on(*map(torch.from_numpy, (tables.pieces, tables.tiles)), table)
         a = torch.empty(tokens, args.width, dtype=dtype)
         advance_batch(a, torch.empty_like(a), banks, [now], rules, tally, reduce)

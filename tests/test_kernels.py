@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from kernels.banks import rows_of_pieces
 
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
@@ -76,6 +78,7 @@ def test_the_host_waits_for_nothing(batch, monkeypatch):
     builder = object.__new__(BankMetadataBuilder)
     builder._rules = rules
     builder._settings = {0: RequestSettings(alpha=0.5)}
+    builder._applied = {}
     builder._tables = DeviceTables(layout, rules, 8, 256, meta)
     builder.kv_cache_spec = SimpleNamespace(layout=layout, grid=None)
     starts, lengths = BATCHES[batch]
@@ -123,12 +126,10 @@ def test_decode_tables_are_those_of_any_other_step():
     own = PaceConfig.from_sources({"segment_size": 48, "bank_size": 60, "alpha": 0.9}).rules()
     layout = BankLayout.plan(rules, 64, torch.float32, 2048)
     lengths = [1, 20, 47, 48, 49, 97, 1000]
-    starts = list(range(len(lengths) + 1))
     table = torch.zeros(len(lengths) + 1, 90, dtype=torch.int32)
-    pieces = cut_pieces(starts, lengths, layout, rules)
-    pieces[2] = type(pieces[2])(**{**vars(pieces[2]), "rules": own})
     tables = [DeviceTables(layout, rules, 8, 64, torch.device("cpu")) for _ in range(2)]
-    want = tables[0].of_pieces(table, pieces).rounds[0]
+    starts = np.arange(len(lengths) + 1)
+    want = tables[0].of_batch(table, starts, np.array(lengths), {2: own}).rounds[0]
     padded = np.array([*lengths, 0])
     got = tables[1].of_singles(table, padded, {2: own}).rounds[0]
     assert torch.equal(got.pieces[:-1], want.pieces)
@@ -142,6 +143,35 @@ def test_decode_tables_are_those_of_any_other_step():
     assert again.tiles.data_ptr() == got.tiles.data_ptr()
 
 
+def test_a_batch_is_cut_for_the_device_as_for_the_plain_ops():
+    from pacellm_vllm.config import PaceConfig
+    from pacellm_vllm.memory.device import DeviceTables
+
+    rules = PaceConfig.from_sources({"segment_size": 48, "bank_size": 60}).rules()
+    own = PaceConfig.from_sources({"segment_size": 48, "bank_size": 60, "alpha": 0.9}).rules()
+    layout = BankLayout.plan(rules, 64, torch.float32, 2048)
+    tables = DeviceTables(layout, rules, 8, 900, torch.device("cpu"))
+    table = torch.zeros(6, 90, dtype=torch.int32)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = rng.choice([0, 1, 1, 7, 48, 130], 6)
+        lengths = counts + rng.choice([0, 0, 1, 47, 48, 200], 6)
+        starts = np.append(0, counts.cumsum())
+        step = tables.of_batch(table, starts, lengths, {4: own})
+        pieces = cut_pieces(starts.tolist(), lengths.tolist(), layout, rules)
+        want = rows_of_pieces(
+            [replace(piece, rules=own) if piece.request == 4 else piece for piece in pieces]
+        )
+        got = np.concatenate([np.zeros((0, 12), np.int32), *(now.pieces for now in step.rounds)])
+        # By request, as they are cut; within one round there is one of each.
+        got = got[np.argsort(got[:, 0])]
+        assert (np.delete(got, (5, 6, 7), 1) == np.delete(want, (5, 6, 7), 1)).all()
+        for now in step.rounds:
+            assert (now.pieces[:, 3].diff() > 0).all()
+            assert now.tokens == now.pieces[:, 1].sum()
+        assert step.num_tokens == starts[-1]
+
+
 def test_a_round_names_the_pieces_to_close_and_first_those_that_commit():
     from pacellm_vllm.config import PaceConfig
     from pacellm_vllm.ops.kernels.batch import tables_of
@@ -152,7 +182,7 @@ def test_a_round_names_the_pieces_to_close_and_first_those_that_commit():
     first, counts = [133, 0, 130, 100, 196], [5, 100, 10, 100, 4]
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
     lengths = [position + n for position, n in zip(first, counts, strict=True)]
-    tables = tables_of(cut_pieces(starts, lengths, layout, rules))
+    tables = tables_of(rows_of_pieces(cut_pieces(starts, lengths, layout, rules)), 100)
     assert (tables.closing, tables.committing) == (2, 1)
     assert tables.pieces[:2, 7].tolist() == [3, 2]
     assert tables.pieces[:, 5:7].tolist() == [[0, 1], [1, 4], [5, 2], [7, 4], [11, 1]]

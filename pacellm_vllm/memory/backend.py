@@ -1,5 +1,6 @@
 """What the memory layers of one step share: whose tokens they are and in which segments."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.spec import PagedBankSpec
 from pacellm_vllm.ops.rules import MemoryRules
+from pacellm_vllm.request import RequestSettings
 
 if TYPE_CHECKING:
     # It imports Triton, which a machine without a GPU need not have.
@@ -52,6 +54,8 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         self._settings = BatchSettings.of_engine(self.vllm_config)
         layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
         self._rules: MemoryRules = layers[self.layer_names[0]].rules
+        # By row of ``BatchSettings``.
+        self._applied: dict[int, tuple[RequestSettings, MemoryRules]] = {}
         self._tables = self._new_tables() if takes_kernels(self.device.type) else None
 
     def _new_tables(self) -> "DeviceTables":
@@ -90,17 +94,14 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         # the batch itself is the table.
         rows = range(requests) if common.req_idx is None else common.req_idx.tolist()
         settings = [self._settings.get(row) for row in rows]
-        tables = self._tables
-        if (
-            tables is not None
-            and common.max_query_len == 1
-            and requests == common.num_actual_tokens
-        ):
-            counts = starts.diff().numpy()
-            own = {row: mine.applied_to(self._rules) for row, mine in enumerate(settings) if mine}
-            step = tables.of_singles(
-                common.block_table_tensor, lengths[:requests].numpy() * counts, own
-            )
+        if self._tables is not None:
+            own = self._own_rules(rows, settings)
+            table, begins, ends = common.block_table_tensor, starts.numpy(), lengths.numpy()
+            ends = ends[:requests]
+            if common.max_query_len == 1 and requests == common.num_actual_tokens:
+                step = self._tables.of_singles(table, ends * np.diff(begins), own)
+            else:
+                step = self._tables.of_batch(table, begins, ends, own, self.kv_cache_spec.grid)
             return BankMetadata(device=step)
         layout = self.kv_cache_spec.layout
         prefilling: list[bool] = []
@@ -116,11 +117,24 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
             prefilling,
             self.kv_cache_spec.grid,
         )
-        if tables is not None:
-            return BankMetadata(device=tables.of_pieces(common.block_table_tensor, pieces))
         asked = {i: key for i, row in enumerate(rows) if (key := self._settings.asked(row))}
         plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0, asked)
         return BankMetadata(plain=plain, journal=self._settings.journal if asked else None)
+
+    def _own_rules(
+        self, rows: Iterable[int], settings: Sequence[RequestSettings | None]
+    ) -> dict[int, MemoryRules]:
+        """Of the batch's requests that have set something; worked out once for each."""
+        own = {}
+        for request, (row, mine) in enumerate(zip(rows, settings, strict=True)):
+            if mine is None:
+                continue
+            known, rules = self._applied.get(row, (None, self._rules))
+            if known is not mine:
+                rules = mine.applied_to(self._rules)
+                self._applied[row] = mine, rules
+            own[request] = rules
+        return own
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

@@ -11,7 +11,7 @@ import torch
 
 from pacellm_vllm.memory.counts import MemoryCounts
 from pacellm_vllm.memory.layout import BankLayout
-from pacellm_vllm.memory.pieces import Piece
+from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import (
@@ -21,7 +21,7 @@ from pacellm_vllm.ops.kernels.batch import (
     DeviceRound,
     Tables,
     numbers_of,
-    rounds_of,
+    rows_of,
     single_tables,
     tables_of,
 )
@@ -92,7 +92,7 @@ class DeviceTables:
         self._tiles = torch.zeros(tiles, TILE_COLUMNS.value, dtype=torch.int32, device=device)
         self._layout = layout
         self._rules = rules
-        self._numbers = numbers_of(rules)
+        self._numbers = numbers_of([rules])
         self._pages = np.array(
             [layout.pages_for(n) for n in range(min(layout.bank_size, layout.segment_size) + 1)]
         )
@@ -104,29 +104,62 @@ class DeviceTables:
 
         Rows of length 0 are padding. ``own`` holds the rules of rows that have some of their own.
         """
-        layout = self._layout
-        few = np.minimum(lengths, len(self._pages) - 1)
-        pages = np.where(lengths > layout.segment_size, layout.num_pages, self._pages[few])
-        pages = np.where(lengths > 0, pages, 0)
-        numbers = np.broadcast_to(self._numbers, (len(lengths), len(self._numbers)))
-        if own:
-            numbers = numbers.copy()
-            for row, rules in own.items():
-                numbers[row] = numbers_of(rules)
         positions = np.maximum(lengths - 1, 0)
-        tables = single_tables(positions, pages, numbers)
+        pages = np.where(lengths > 0, self._pages_for(lengths), 0)
+        tables = single_tables(positions, pages, self._numbers_for(len(lengths), own))
         return DeviceStep(self._copied([tables], table), len(lengths))
 
-    def of_pieces(self, table: torch.Tensor, pieces: Sequence[Piece]) -> DeviceStep:
-        """Any step; ``table`` [requests, >= pages] int32 block ids of the pieces' requests."""
-        turns = rounds_of(pieces)
-        rounds = self._copied([tables_of(some) for some in turns], table)
-        num_tokens = max((piece.end for piece in pieces), default=0)
-        rounds = [
-            replace(one, copies=_copies(some, table))
-            for one, some in zip(rounds, turns, strict=True)
-        ]
-        return DeviceStep(rounds, num_tokens)
+    def of_batch(
+        self,
+        table: torch.Tensor,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        own: Mapping[int, MemoryRules],
+        grid: SnapshotGrid | None = None,
+    ) -> DeviceStep:
+        """Any step, cut as ``cut_pieces`` does; ``table`` [requests, >= pages] int32 block ids.
+
+        ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] with its tokens
+        counted, ``grid`` where banks are copied, if anywhere.
+        """
+        size = self._layout.segment_size
+        counts = np.diff(starts)
+        first = lengths - counts
+        segment = first // size
+        turns = np.where(counts > 0, (lengths - 1) // size - segment + 1, 0)
+        request = np.repeat(np.arange(len(counts)), turns)
+        turn = np.arange(len(request)) - (turns.cumsum() - turns)[request]
+        begin = np.maximum(first[request], (segment[request] + turn) * size)
+        end = np.minimum(lengths[request], (segment[request] + turn + 1) * size)
+        rows = rows_of(
+            begin + (starts[:-1] - first)[request],
+            end - begin,
+            begin,
+            request,
+            self._pages_for(end),
+            self._numbers_for(len(counts), own)[request],
+        )
+        # A segment ends before the next one of its request begins.
+        some = [rows[turn == i] for i in range(turns.max(initial=0))]
+        rounds = self._copied([tables_of(pieces, size) for pieces in some], table)
+        if grid is not None:
+            rounds = [
+                replace(one, copies=_copies(pieces, counts, grid, table))
+                for one, pieces in zip(rounds, some, strict=True)
+            ]
+        return DeviceStep(rounds, int(starts[-1]))
+
+    def _pages_for(self, lengths: np.ndarray) -> np.ndarray:
+        """``BankLayout.pages_for`` of each."""
+        few = self._pages[np.minimum(lengths, len(self._pages) - 1)]
+        return np.where(lengths > self._layout.segment_size, self._layout.num_pages, few)
+
+    def _numbers_for(self, requests: int, own: Mapping[int, MemoryRules]) -> np.ndarray:
+        """``numbers_of`` each request's rules."""
+        numbers = np.repeat(self._numbers, requests, axis=0)
+        if own:
+            numbers[list(own)] = numbers_of(own.values())
+        return numbers
 
     def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
@@ -138,15 +171,18 @@ class DeviceTables:
         ]
 
 
-def _copies(pieces: Sequence[Piece], table: torch.Tensor) -> torch.Tensor | None:
+def _copies(
+    pieces: np.ndarray, counts: np.ndarray, grid: SnapshotGrid, table: torch.Tensor
+) -> torch.Tensor | None:
     """Blocks [2, n] int64 that hold banks, and those that take a copy, on the device.
 
     Where there is no bank, or no copy of it is wanted, a block is copied to itself.
     """
     where = [
-        (piece.request, source, target)
-        for piece in pieces
-        for source, target in enumerate(piece.copy)
+        (request, source, target)
+        for position, request in pieces[pieces[:, 2] % grid.interval == 0, 2:4].tolist()
+        if takes_copies(counts[request])
+        for source, target in enumerate(grid.columns(position))
     ]
     if not where:
         return None

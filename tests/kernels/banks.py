@@ -2,15 +2,22 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import rounds_of, tables_of
+from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
 from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
+
+
+def rows_of_pieces(pieces):
+    """What the device is told of ``pieces``, but for their tiles."""
+    columns = [(p.begin, p.end - p.begin, p.position, p.request, p.pages) for p in pieces]
+    return rows_of(*np.array(columns).T, numbers_of(piece.rules for piece in pieces))
 
 
 class Pool:
@@ -55,9 +62,14 @@ class Pool:
         return [replace(p, rules=mine[p.request]) for p in pieces] if mine else pieces
 
     def rounds(self, pieces):
+        """The j-th pieces of all requests, for each j."""
+        turns = [
+            sum(other.request == p.request for other in pieces[:i]) for i, p in enumerate(pieces)
+        ]
         found = []
-        for some in rounds_of(pieces):
-            tables = tables_of(some)
+        for turn in range(max(turns, default=-1) + 1):
+            some = [piece for piece, its in zip(pieces, turns, strict=True) if its == turn]
+            tables = tables_of(rows_of_pieces(some), self.rules.segment_size)
             on_device = map(torch.from_numpy, (tables.pieces, tables.tiles))
             found.append(tables.on(*on_device, self.table))
         return found

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from banks import Pool
@@ -190,7 +191,9 @@ def test_copies_are_the_bank_at_the_boundary_and_touch_nothing_else():
     want, copied = alone.bank(0), PagedStore(pool.units, copies, layout)
     valid = int(want.read_words()[0])
     assert valid == 7
-    step = DeviceTables(layout, r, 3, len(a), torch.device("cpu")).of_pieces(table, pieces)
+    step = DeviceTables(layout, r, 3, len(a), torch.device("cpu")).of_batch(
+        table, np.array(starts), np.array(lengths), {}, grid
+    )
     advance_batch(a, torch.empty_like(a), pool.banks, step.rounds, r, pool.tally)
     for tolerance in (0, 1e-5):
         assert torch.equal(copied.read_words()[: 3 + 7], want.read_words()[: 3 + 7])

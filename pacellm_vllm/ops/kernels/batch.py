@@ -1,8 +1,8 @@
 """A step as the device sees it: rounds of pieces, their tiles, and each piece's own settings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +19,6 @@ TILE = tl.constexpr(_TILE)
 COLUMNS = tl.constexpr(12)
 # int32 columns of a tile: piece, begin, length, and the tokens of the round before it.
 TILE_COLUMNS = tl.constexpr(4)
-
-
-class PieceLike(Protocol):
-    """Tokens ``begin`` .. ``end - 1`` of a batch: one request's, in one segment.
-
-    ``position`` is the first one's place in its request, ``request`` the row of the block table,
-    ``pages`` how many of its pages the piece can reach: with 0 it passes through.
-    """
-
-    @property
-    def request(self) -> int: ...
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def position(self) -> int: ...
-    @property
-    def pages(self) -> int: ...
-    @property
-    def rules(self) -> MemoryRules: ...
 
 
 @dataclass(frozen=True)
@@ -93,36 +72,35 @@ class Tables(NamedTuple):
         )
 
 
-AnyPiece = TypeVar("AnyPiece", bound=PieceLike)
-
-
-def rounds_of(pieces: Iterable[AnyPiece]) -> list[list[AnyPiece]]:
-    """The j-th pieces of all requests, for each j: a segment ends before the next one begins."""
-    seen: dict[int, int] = {}
-    rounds: list[list[AnyPiece]] = []
-    for piece in pieces:
-        turn = seen.get(piece.request, 0)
-        seen[piece.request] = turn + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(piece)
-    return rounds
-
-
-def numbers_of(rules: MemoryRules) -> np.ndarray:
-    """The last columns of a piece under ``rules``: int32, the bits of fp32 numbers."""
-    numbers = (rules.alpha, rules.noise, rules.theta_high, rules.theta_low)
+def numbers_of(rules: Iterable[MemoryRules]) -> np.ndarray:
+    """The last columns of pieces under each of ``rules``: int32, the bits of fp32 numbers."""
+    numbers = [(one.alpha, one.noise, one.theta_high, one.theta_low) for one in rules]
     return np.array(numbers, dtype=np.float32).view(np.int32)
 
 
-def tables_of(pieces: Sequence[PieceLike]) -> Tables:
-    """The tables of a round of at least one piece, of one segment size."""
-    count, size = len(pieces), pieces[0].rules.segment_size
-    rows = np.zeros((count, COLUMNS.value), dtype=np.int32)
-    rows[:, :5] = [(p.begin, p.end - p.begin, p.position, p.request, p.pages) for p in pieces]
-    numbers = {rules: numbers_of(rules) for rules in {piece.rules for piece in pieces}}
-    rows[:, 8:] = [numbers[piece.rules] for piece in pieces]
+def rows_of(
+    begin: np.ndarray,
+    length: np.ndarray | int,
+    position: np.ndarray,
+    request: np.ndarray,
+    pages: np.ndarray,
+    numbers: np.ndarray,
+) -> np.ndarray:
+    """A table of pieces [P, COLUMNS], without what ``tables_of`` fills in; ``numbers`` [P, 4].
 
+    A piece is tokens of one request, in one segment: ``length`` of the batch's from ``begin`` on,
+    the first at ``position`` of its request. ``request`` is a row of the block table, ``pages`` how
+    many of its pages the piece can reach: with 0 it passes through.
+    """
+    rows = np.zeros((len(begin), COLUMNS.value), dtype=np.int32)
+    for column, values in enumerate((begin, length, position, request, pages)):
+        rows[:, column] = values
+    rows[:, 8:] = numbers
+    return rows
+
+
+def tables_of(rows: np.ndarray, size: int) -> Tables:
+    """The tables of one round, of pieces ``rows`` (see ``rows_of``) and segments of ``size``."""
     begin, length, position = rows[:, :3].T
     offset = position % size
     end = offset + length
@@ -134,7 +112,7 @@ def tables_of(pieces: Sequence[PieceLike]) -> Tables:
     closing = np.concatenate([np.flatnonzero(commits), np.flatnonzero(closes & ~commits)])
     rows[: len(closing), 7] = closing
 
-    piece = np.repeat(np.arange(count), num_tiles)
+    piece = np.repeat(np.arange(len(rows)), num_tiles)
     start = (offset // _TILE - first_tile)[piece] * _TILE + np.arange(len(piece)) * _TILE
     stop = np.minimum(start + _TILE, end[piece])
     start = np.maximum(start, offset[piece])
@@ -145,14 +123,9 @@ def tables_of(pieces: Sequence[PieceLike]) -> Tables:
 
 
 def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:
-    """``tables_of`` for a decode step: token i is request i's only one.
-
-    ``positions`` and ``pages`` [R], ``numbers`` [4] or [R, 4] as of ``numbers_of``.
-    """
-    count = len(positions)
-    index = np.arange(count, dtype=np.int32)
-    rows = np.empty((count, COLUMNS.value), dtype=np.int32)
-    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = index, 1, positions, index, pages
-    rows[:, 5], rows[:, 6], rows[:, 7], rows[:, 8:] = index, 1, 0, numbers
+    """``tables_of`` for a decode step: token i is request i's only one; see ``rows_of``."""
+    index = np.arange(len(positions), dtype=np.int32)
+    rows = rows_of(index, 1, positions, index, pages, numbers)
+    rows[:, 5], rows[:, 6] = index, 1
     tiles = np.stack([index, index, np.ones_like(index), index], axis=1)
     return Tables(rows, tiles)
