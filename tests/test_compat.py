@@ -61,6 +61,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
+from pacellm_vllm.compat.layers import packing
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 from pacellm_vllm.platform import CPU_WORKER
@@ -443,13 +444,13 @@ def test_a_turn_is_still_hashed_before_it_has_its_parameters():
 def test_vllms_cpu_attention_still_keeps_layers_apart():
     """The reason for ``pack_cpu_attention``; what it makes differs in nothing but the layouts."""
     assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
-    packed = compat._packing(CPUAttentionBackend)
+    packed = packing(CPUAttentionBackend)
     assert packed.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
     assert packed.get_impl_cls() is CPUAttentionBackend.get_impl_cls()
     assert packed.get_builder_cls() is CPUAttentionBackend.get_builder_cls()
-    assert compat._packing(CPUAttentionBackend) is packed
-    assert compat._packing(packed) is packed
-    assert compat._packing(SimpleNamespace) is SimpleNamespace
+    assert packing(CPUAttentionBackend) is packed
+    assert packing(packed) is packed
+    assert packing(SimpleNamespace) is SimpleNamespace
 
 
 def test_vllms_cpu_runner_still_zeroes_plain_groups_alone():
