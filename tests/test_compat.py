@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
-from vllm.config import CompilationConfig
+from prometheus_client import REGISTRY
+from test_manager import BANK, make_manager
+from vllm import LLM, platforms
+from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
 from vllm.config.mamba import MambaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
@@ -20,13 +23,14 @@ from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.forward_context import ForwardContext
+from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -34,6 +38,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
@@ -62,9 +67,19 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 import pacellm_vllm
 from pacellm_vllm import compat
 from pacellm_vllm.compat.layers import packing
+from pacellm_vllm.memory.spec import PagedBankManager
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 from pacellm_vllm.platform import CPU_WORKER
+from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
+
+
+def test_every_lean_says_what_for_and_until_when():
+    for name, lean in vars(compat).items():
+        if inspect.isfunction(lean):
+            said = lean.__doc__
+            assert "Symptom: " in said or "Symptom and end: " in said, name
+            assert "an go when" in said or "and end: " in said, name
 
 
 def test_the_tested_vllm_is_installed():
@@ -269,6 +284,28 @@ def test_utility_calls_still_reach_methods_of_the_engine_core():
     assert "engine_ranks_managed" in inspect.getsource(MPClient.__init__)
 
 
+def test_how_many_api_servers_there_are_is_still_a_private_field():
+    """``api_processes``."""
+    config = VllmConfig(parallel_config=ParallelConfig(_api_process_count=3, _api_process_rank=1))
+    assert compat.api_processes(config) == 3
+    assert not hasattr(config.parallel_config, "api_process_count")
+
+
+def test_the_platform_of_vllms_own_cpu_build_is_told_from_ours(monkeypatch):
+    """``is_vllms_cpu_build``; ``is_cpu`` is true of both."""
+    for platform, vllms in ((CpuPlatform(), True), (TorchCpuPlatform(), False)):
+        monkeypatch.setattr(platforms, "_current_platform", platform)
+        assert platform.is_cpu()
+        assert compat.is_vllms_cpu_build() == vllms
+
+
+def test_vllms_own_metrics_are_in_the_registry_that_its_metrics_route_shows(monkeypatch):
+    """``metrics_registry``: those of all processes where there are several."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert compat.metrics_registry() is REGISTRY
+    assert not hasattr(LLM, "close")
+
+
 def test_beam_search_still_drops_extra_arguments():
     assert "extra_args" not in BeamSearchParams.__struct_fields__
 
@@ -308,11 +345,35 @@ def test_extra_arguments_over_http_are_still_typed_without_booleans():
         assert imported in inspect.getsource(function)
 
 
-def test_blocks_are_still_cached_and_copied_through_private_names():
-    parameters = inspect.signature(BlockPool._insert_block_hash).parameters
-    assert list(parameters)[2] == "block"
-    assert "num_tokens" in parameters
-    assert "_pending_cow_copies" in inspect.getsource(SingleTypeKVCacheManager)
+def test_a_block_is_found_under_a_hash_of_ours_and_counted_while_nobody_holds_it():
+    """``publish_block``, ``evictable_blocks``; vLLM itself caches blocks of requests' tokens."""
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=16)
+    [block] = pool.get_new_blocks(1)
+    page = BlockHash(b"a page of a bank")
+    compat.publish_block(pool, block, make_block_hash_with_group_id(page, 1), 64)
+    assert pool.get_cached_block(page, [1]) == [block]
+    assert pool.get_cached_block(page, [0]) is None
+    assert compat.evictable_blocks([block, pool.null_block]) == 0
+    pool.free_blocks([block])
+    free = pool.get_num_free_blocks()
+    assert compat.evictable_blocks([block, pool.null_block]) == 1
+    pool.touch([block])
+    assert pool.get_num_free_blocks() == free - 1
+    pool.evict_blocks({block.block_id})
+    assert pool.get_cached_block(page, [1]) is None
+
+
+def test_copies_that_a_manager_asks_for_reach_the_workers():
+    """``copy_blocks_before_forward``; and ``managers_of``, which says whom to ask."""
+    whole = make_manager(64, caching=True)
+    core = SimpleNamespace(scheduler=SimpleNamespace(kv_cache_manager=whole))
+    ours = compat.managers_of(core)[BANK]
+    assert isinstance(ours, PagedBankManager)
+    source, target = whole.block_pool.get_new_blocks(2)
+    compat.copy_blocks_before_forward(ours, [(source, target)])
+    copies, retained = whole.take_kv_cache_block_copies()
+    assert copies == [(source.block_id, target.block_id)]
+    assert retained == [source, target]
 
 
 def test_the_grouped_product_is_still_private_and_takes_what_we_give():
@@ -334,6 +395,17 @@ def test_padding_is_still_minus_one_in_slot_mappings():
     assert "slot_mapping[num_tokens_unpadded:num_tokens_padded].fill_(-1)" in source
     assert PAD_SLOT_ID == -1
     assert "num_tokens" not in ForwardContext.__dataclass_fields__
+
+
+def test_an_operator_finds_its_layer_and_its_metadata_in_a_step_of_vllms():
+    """``layers_by_name``, ``layer_in_step``, ``metadata_of_step``."""
+    config = VllmConfig()
+    compat.layers_by_name(config)["a.memory"] = "a layer"
+    with set_forward_context({"a.memory": "metadata"}, config):
+        assert compat.layer_in_step("a.memory") == "a layer"
+        assert compat.metadata_of_step() == {"a.memory": "metadata"}
+    with set_forward_context(None, config):
+        assert compat.metadata_of_step() is None
 
 
 def test_rows_of_requests_leaves_padding_out(monkeypatch):
@@ -395,6 +467,14 @@ def engine_request(request_id, params):
         cache_salt=None,
         data_parallel_rank=None,
     )
+
+
+def test_a_request_on_the_front_end_has_its_clients_id_and_what_was_cached():
+    """What ``hold_spans`` hands on of a request."""
+    states = OutputProcessor(None, log_stats=False)
+    states.add_request(engine_request("one", SamplingParams(detokenize=False)), None)
+    state = states.request_states["one"]
+    assert (state.external_req_id, state.num_cached_tokens) == ("one", 0)
 
 
 def test_spans_are_still_written_in_one_call_without_a_place_for_more():

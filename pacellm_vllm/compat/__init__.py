@@ -12,6 +12,7 @@ By what it is about:
 ``requests``   a request on its way in
 ``answers``    a request on its way out
 ``server``     a server, and what it asks of the engines behind it
+``offline``    an engine in this process that is not for good
 ``logs``       where this plugin's lines are printed
 ``patching``   the list of what is patched, and how it is
 
@@ -19,18 +20,26 @@ By what it is about:
 all of this in every process, so files import at their top only what vLLM has imported by then.
 """
 
-from pacellm_vllm.compat.answers import WriteSpan, follow_answers, hold_spans
+from pacellm_vllm.compat.answers import HoldSpan, WriteSpan, follow_answers, hold_spans
 from pacellm_vllm.compat.engine import (
     ConfigHook,
     add_config_hook,
     add_logits_processor,
     add_worker_extension,
+    api_processes,
+    is_vllms_cpu_build,
     set_cpu_worker,
     with_final_blocks,
 )
-from pacellm_vllm.compat.layers import pack_cpu_attention, place_shared_layers, start_state_updates
+from pacellm_vllm.compat.layers import (
+    layers_by_name,
+    pack_cpu_attention,
+    place_shared_layers,
+    start_state_updates,
+)
 from pacellm_vllm.compat.logs import plugin_logger
 from pacellm_vllm.compat.models import generation_models
+from pacellm_vllm.compat.offline import close, config_of
 from pacellm_vllm.compat.ops import (
     add_splitting_op,
     eager_in_graphs,
@@ -42,6 +51,7 @@ from pacellm_vllm.compat.patching import PATCHED
 from pacellm_vllm.compat.pool import (
     add_block_hash_key,
     copy_blocks_before_forward,
+    evictable_blocks,
     keep_out_of_events,
     key_hashes_of,
     publish_block,
@@ -57,6 +67,7 @@ from pacellm_vllm.compat.scheduler import (
     count_cached_tokens_without,
     groups_in_hand,
     hash_turns_by_their_own,
+    managers_of,
     request_in_hand,
     watch_requests,
 )
@@ -66,5 +77,6 @@ from pacellm_vllm.compat.server import (
     ask_all_cores,
     ask_all_engines,
     engine_ranks,
+    metrics_registry,
 )
-from pacellm_vllm.compat.step import rows_of_requests
+from pacellm_vllm.compat.step import layer_in_step, metadata_of_step, rows_of_requests

@@ -62,11 +62,15 @@ WriteSpan = Callable[[dict[str, Any]], None]
 _hold: ContextVar[Callable[[WriteSpan], None] | None] = ContextVar("hold", default=None)
 
 
-def hold_spans(holder: Callable[[Any], Callable[[RequestState, WriteSpan], None] | None]) -> None:
+# Given a request's id as clients know it, how many of its tokens were cached, and its span.
+HoldSpan = Callable[[str, int, WriteSpan], None]
+
+
+def hold_spans(holder: Callable[[Any], HoldSpan | None]) -> None:
     """Give spans of finished requests to what ``holder(engine)`` returns, if anything.
 
-    It is called where vLLM would have written the span, with the request's state and what writes
-    the span later, with the same end.
+    It is called where vLLM would have written the span, with what writes the span later, with the
+    same end.
     Symptom: vLLM writes a request's span in one call, with attributes of its own.
     Can go when a plugin can add some, and may ask its engine first.
     """
@@ -80,7 +84,8 @@ def hold_spans(holder: Callable[[Any], Callable[[RequestState, WriteSpan], None]
         trace = processor.do_tracing
 
         def do_tracing(output: Any, state: RequestState, stats: Any) -> None:
-            token = _hold.set(functools.partial(hold, state))
+            about = state.external_req_id, state.num_cached_tokens
+            token = _hold.set(functools.partial(hold, *about))
             try:
                 trace(output, state, stats)
             finally:

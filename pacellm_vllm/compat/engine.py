@@ -37,6 +37,26 @@ def add_config_hook(architecture: str, hook: ConfigHook, base: str | None = None
     MODELS_CONFIG_MAP[architecture] = HookedConfig
 
 
+def api_processes(vllm_config: VllmConfig) -> int:
+    """How many API servers stand before the engine.
+
+    Symptom: the number that ``--api-server-count`` has come to is in a private field, and what one
+    server knows of requests, the others do not. Can go when the field is public.
+    """
+    return vllm_config.parallel_config._api_process_count
+
+
+def is_vllms_cpu_build() -> bool:
+    """Whether engines run on vLLM's own CPU build, and not on another platform for CPUs.
+
+    Symptom: ``is_cpu()`` is true of both, and this one's kernels for latent attention want each
+    layer's cache apart. Can go when they take blocks that layers share.
+    """
+    from vllm.platforms import current_platform
+
+    return type(current_platform).__module__ == "vllm.platforms.cpu"
+
+
 def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:
     """Give every worker the methods of class ``name``, unless the user named an extension.
 

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+def layers_by_name(vllm_config: VllmConfig) -> dict[str, Any]:
+    """All layers of an engine's model, on this rank, that vLLM plans a KV cache for or calls by
+    name; those that are added are planned for.
+
+    Symptom: they are in what compiled graphs read, and nowhere else. Can go when a model's layers
+    can be listed, and added to, in a public place.
+    """
+    return vllm_config.compilation_config.static_forward_context
+
+
 def pack_cpu_attention(vllm_config: VllmConfig) -> None:
     """Let the attention layers of vLLM's own CPU builds share blocks with banks.
 
@@ -25,7 +35,7 @@ def pack_cpu_attention(vllm_config: VllmConfig) -> None:
 
     if not current_platform.is_cpu():
         return
-    for layer in vllm_config.compilation_config.static_forward_context.values():
+    for layer in layers_by_name(vllm_config).values():
         if isinstance(layer, Attention):
             layer.attn_backend = packing(layer.attn_backend)
 
@@ -58,7 +68,7 @@ def start_state_updates(vllm_config: VllmConfig) -> None:
     from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    layers = layers_by_name(vllm_config).values()
     kinds = {layer.mamba_type for layer in layers if isinstance(layer, MambaBase)}
     specs = [MambaSpec(block_size=1, shapes=(), dtypes=(), mamba_type=kind) for kind in kinds]
     groups: Any = SimpleNamespace(

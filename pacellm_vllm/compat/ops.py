@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def register_custom_op(name: str, function: Callable[..., None], mutates: list[str]) -> None:
-    """Register ``torch.ops.vllm.<name>``, which returns nothing and writes to ``mutates``."""
+    """Register ``torch.ops.vllm.<name>``, which returns nothing and writes to ``mutates``.
+
+    Symptom: graphs are split at operators of vLLM's own library only, which it shows nobody but in
+    its utilities. Can go when ``torch.library.custom_op`` costs as little in every step.
+    """
     from vllm.utils.torch_utils import direct_register_custom_op
 
     def fake(*args: Any, **kwargs: Any) -> None:
@@ -37,7 +41,7 @@ def add_splitting_op(vllm_config: VllmConfig, op_name: str) -> None:
 def eager_in_graphs(function: Callable[..., None]) -> Callable[..., None]:
     """Run the body of a custom op eagerly during breakable CUDA graph capture.
 
-    Symptom: as for ``add_splitting_op``, under VLLM_USE_BREAKABLE_CUDAGRAPH=1.
+    Symptom and end: those of :func:`add_splitting_op`, under VLLM_USE_BREAKABLE_CUDAGRAPH=1.
     """
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from pacellm_vllm.compat.patching import patch
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 _in_hand: ContextVar[tuple[KVCacheManager, Request] | None] = ContextVar("in_hand", default=None)
 
@@ -40,7 +42,10 @@ def watch_requests() -> None:
 
 
 def request_in_hand() -> Request | None:
-    """The request of the call in progress; None outside of :func:`watch_requests`'s."""
+    """The request of the call in progress; None outside of :func:`watch_requests`'s.
+
+    Symptom and end: those of :func:`watch_requests`.
+    """
     held = _in_hand.get()
     return held[1] if held else None
 
@@ -51,7 +56,20 @@ def groups_in_hand() -> int:
     Symptom and end: those of :func:`watch_requests`. 2, attention's and ours, outside of its calls.
     """
     held = _in_hand.get()
-    return len(held[0].coordinator.single_type_managers) if held else 2
+    return len(_managers(held[0])) if held else 2
+
+
+def managers_of(core: EngineCore) -> Sequence[SingleTypeKVCacheManager]:
+    """Of all KV cache groups of an engine, one each.
+
+    Symptom: vLLM makes managers itself and gives nobody a way to the ones it has made.
+    Can go when a method of :func:`add_engine_method` is handed them.
+    """
+    return _managers(core.scheduler.kv_cache_manager)  # type: ignore[attr-defined]
+
+
+def _managers(manager: KVCacheManager) -> Sequence[SingleTypeKVCacheManager]:
+    return manager.coordinator.single_type_managers
 
 
 def hash_turns_by_their_own() -> None:
