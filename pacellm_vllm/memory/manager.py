@@ -182,11 +182,11 @@ class PagedBankManager(CircularBufferManager):
         layout: BankLayout = kv_cache_spec.layout
         if _needs_no_bank(request_in_hand(), layout):
             return tuple([] for _ in kv_cache_group_ids), max_length
-        unit = block_pool.hash_block_size
+        hashed = block_pool.hash_block_size
         step = math.lcm(layout.segment_size, alignment_tokens)
-        known = min(max_length, len(block_hashes) * unit)
+        known = min(max_length, len(block_hashes) * hashed)
         for length in range(known // step * step, 0, -step):
-            prefix = block_hashes[length // unit - 1]
+            prefix = block_hashes[length // hashed - 1]
             pages = []
             for i in range(layout.committed_pages(length)):
                 page = block_pool.get_cached_block(_page_hash(prefix, i), kv_cache_group_ids)
