@@ -13,6 +13,7 @@ import torch
 import vllm
 from prometheus_client import REGISTRY
 from test_manager import BANK, make_manager
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm import LLM, platforms
 from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
 from vllm.config.mamba import MambaConfig
@@ -136,6 +137,16 @@ def test_config_hooks_run_after_the_architectures_own_and_once():
     finally:
         del MODELS_CONFIG_MAP["PacellmTestModel"]
     assert calls == ["own", "ours"]
+
+
+def test_a_checkpoint_is_read_as_vllm_reads_it(tmp_path):
+    """``checkpoint_config``; transformers alone does not know this one."""
+    (tmp_path / "config.json").write_text('{"model_type": "RefinedWeb", "n_layer": 3}')
+    config = compat.checkpoint_config(str(tmp_path))
+    assert config.num_hidden_layers == 3
+    assert "RefinedWeb" not in CONFIG_MAPPING_NAMES
+    with pytest.raises((OSError, ValueError)):
+        compat.checkpoint_config(str(tmp_path / "nothing"))
 
 
 def test_every_architecture_stands_on_what_vllm_registers():

@@ -3,7 +3,7 @@
 By what it is about:
 
 ``engine``     what an engine is configured with before it is made
-``models``     the architectures that vLLM knows
+``models``     the architectures that vLLM knows, and checkpoints as it reads them
 ``layers``     a model's layers beside banks: attention, recurrent states, shared caches
 ``ops``        custom operators, and the one of vLLM's that is borrowed
 ``step``       what a layer can know of the step that it runs in
@@ -38,7 +38,7 @@ from pacellm_vllm.compat.layers import (
     start_state_updates,
 )
 from pacellm_vllm.compat.logs import plugin_logger
-from pacellm_vllm.compat.models import generation_models
+from pacellm_vllm.compat.models import checkpoint_config, generation_models
 from pacellm_vllm.compat.offline import close, config_of
 from pacellm_vllm.compat.ops import (
     add_splitting_op,

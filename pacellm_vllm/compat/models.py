@@ -1,4 +1,24 @@
-"""The architectures that vLLM knows."""
+"""The architectures that vLLM knows, and checkpoints as it reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def checkpoint_config(
+    model: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PretrainedConfig:
+    """The configuration of a checkpoint; ``OSError`` or ``ValueError`` where there is none.
+
+    Symptom: transformers does not know all architectures that vLLM has configurations for, and
+    what reads those is no public function. Can go when it is.
+    """
+    from vllm.transformers_utils.config import get_config
+
+    return get_config(model, trust_remote_code, revision=revision)
 
 
 def generation_models() -> list[tuple[str, str, str]]:

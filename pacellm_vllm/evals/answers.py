@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pacellm_vllm.compat import close, config_of
+from pacellm_vllm.compat import checkpoint_config, close, config_of
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
@@ -161,24 +161,20 @@ def offline_engine(
 
 def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str | None]:
     """A checkpoint's architecture without memory, and with it (None if it has none)."""
-    from vllm.transformers_utils.config import get_config
-
     from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
 
-    [named] = get_config(model, trust_remote_code).architectures or [""]
+    [named] = checkpoint_config(model, trust_remote_code).architectures or [""]
     base = ARCHITECTURES[named].architecture if named in ARCHITECTURES else named
     return base, pace_architecture(named)
 
 
 def expected_config(model: str, memory: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What an engine of ``model`` with ``{"pacellm": memory}`` says its configuration is."""
-    from vllm.transformers_utils.config import get_config
-
     from pacellm_vllm.models.settings import as_json, beside_checkpoint
 
     if memory is None:
         return None
-    config = get_config(model, False)
+    config = checkpoint_config(model)
     stored = beside_checkpoint(getattr(config, CONFIG_KEY, None), model)
     layers = config.get_text_config().num_hidden_layers
     return as_json(PaceConfig.from_sources(stored, memory), layers)
