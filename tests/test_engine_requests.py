@@ -212,20 +212,18 @@ def test_an_engine_with_experts_alone_refuses_settings():
         NoSettings.validate_params(SamplingParams(extra_args={"pacellm-alpha": 0.5}))
 
 
-def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint):
+def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint, running):
     prompt = make_prompt(3, 100)
     cases = [(prompt, extra) for extra in (None, {"pacellm_alpha": 0.9}, {"pacellm_alpha": 3})]
-    with engine(checkpoint(), PACE) as running:
-        ask(running, cases[:2])
-    with engine(checkpoint()) as running:
-        outputs = [ask(running, [case])[0] for case in cases]
+    ask(running, cases[:2])
+    with engine(checkpoint()) as plain:
+        outputs = [ask(plain, [case])[0] for case in cases]
     assert len({tuple(tokens) for tokens in said(outputs)}) == 1
     assert [output.num_cached_tokens for output in outputs] == [0, 96, 96]
 
 
-def test_what_an_engine_with_memory_patches_is_what_the_table_says(checkpoint):
-    with engine(checkpoint(), PACE):
-        pass
+@pytest.mark.usefixtures("shared")
+def test_what_an_engine_with_memory_patches_is_what_the_table_says():
     # Those of sessions are looked at in tests/sessions.
     left_out = {"follow_answers", "answers_made"}
     if "pacellm_vllm.serving.tracing" not in sys.modules:
