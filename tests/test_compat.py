@@ -314,7 +314,11 @@ def test_vllms_own_metrics_are_in_the_registry_that_its_metrics_route_shows(monk
     """``metrics_registry``: those of all processes where there are several."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     assert compat.metrics_registry() is REGISTRY
-    assert not hasattr(LLM, "close")
+
+
+def test_an_engine_in_this_process_still_shows_little_and_cannot_be_closed():
+    """``config_of``, ``close``; ``test_evals_engine.py`` makes several engines with them."""
+    assert not {"vllm_config", "close", "shutdown"} & {*dir(LLM)}
 
 
 def test_beam_search_still_drops_extra_arguments():
