@@ -12,7 +12,7 @@ import pytest
 import torch
 import vllm
 from prometheus_client import REGISTRY
-from test_manager import BANK, make_manager
+from test_manager import BANK, make_manager, make_request, place
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm import LLM, platforms
 from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
@@ -53,7 +53,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.executor import multiproc_executor, uniproc_executor
-from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
@@ -68,6 +68,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 import pacellm_vllm
 from pacellm_vllm import compat
 from pacellm_vllm.compat.layers import packing
+from pacellm_vllm.memory.batch import NoSettings
 from pacellm_vllm.memory.spec import PagedBankManager
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
@@ -107,6 +108,7 @@ print(FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST)
 
 def test_registering_ours_keeps_the_built_in_ones():
     program = """
+from pacellm_vllm.memory.batch import NoSettings
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as registered
@@ -267,13 +269,20 @@ def test_both_runners_still_tell_logits_processors_of_requests():
 
 
 def test_drafts_still_forbid_logits_processors():
-    """The reason for ``load_with_drafts``."""
-    build = inspect.unwrap(logits_processor.build_logitsprocs)
-    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in inspect.getsource(build)
-    parameters = list(inspect.signature(build).parameters)
-    assert parameters[0] == "vllm_config"
-    assert parameters[-1] == "custom_logitsprocs"
-    assert logits_processor.LogitsProcessors().argmax_invariant == []
+    """The reason for ``load_with_drafts``, and what it does."""
+    drafting = SimpleNamespace(
+        speculative_config="some",
+        scheduler_config=SimpleNamespace(max_num_seqs=1),
+        compilation_config=None,
+    )
+    given = (drafting, torch.device("cpu"), False, False)
+    with pytest.raises(ValueError, match="speculative"):
+        inspect.unwrap(logits_processor.build_logitsprocs)(*given, (NoSettings,))
+    # Importing it has called ``load_with_drafts``.
+    built = logits_processor.build_logitsprocs(*given, (NoSettings,))
+    assert isinstance(built.argmax_invariant[-1], NoSettings)
+    with pytest.raises(ValueError, match="speculative"):
+        logits_processor.build_logitsprocs(*given, (NoSettings, LogitsProcessorV1))
 
 
 def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
@@ -511,20 +520,32 @@ def test_a_turns_last_token_is_still_taken_back_under_asynchronous_scheduling():
     assert "request.num_computed_tokens - request.num_output_placeholders" in source
 
 
-def test_pools_still_tell_events_through_the_two_methods_that_are_replaced():
-    parameters = list(inspect.signature(BlockPool.emit_cached_block_events).parameters)
-    assert parameters[1:] == ["request", "num_cached_blocks", "block_size", "kv_cache_group_id"]
-    assert list(inspect.signature(BlockPool._emit_block_removed_events).parameters)[1:] == [
-        "block_hashes"
-    ]
+def test_pools_tell_nothing_of_a_group_that_is_kept_out_of_events():
+    """``keep_out_of_events``; vLLM would look for each block's hash among its request's."""
+    pool = BlockPool(
+        num_gpu_blocks=4, enable_caching=True, hash_block_size=16, enable_kv_cache_events=True
+    )
+    gone = []
+    compat.keep_out_of_events(pool, 1, gone.extend)
+    hashes = [make_block_hash_with_group_id(BlockHash(b"a page"), group) for group in (0, 1)]
+    blocks = pool.get_new_blocks(2)
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        compat.publish_block(pool, block, block_hash, 16)
+    pool.emit_cached_block_events(None, 0, 16, 1)
+    assert pool.take_events() == []
+    pool.evict_blocks({block.block_id for block in blocks})
+    assert gone == hashes[1:]
+    [event] = pool.take_events()
+    assert event.group_idx == 0
 
 
 def test_cached_tokens_are_still_the_least_of_all_groups():
-    """The reason for ``count_cached_tokens_without``, and what its view must have."""
-    source = inspect.getsource(inspect.unwrap(KVCacheManager.estimate_cached_tokens))
-    assert "self.kv_cache_config.kv_cache_groups" in source
-    assert "self.get_blocks(request.request_id).blocks" in source
-    assert "min(cached_tokens, group_cached_tokens)" in source
+    """The reason for ``count_cached_tokens_without``, and what it does."""
+    manager = make_manager(64, caching=True)
+    request = make_request("one", [1] * 100, caching=True)
+    assert place(manager, request, 100) == 0
+    original = inspect.unwrap(KVCacheManager.estimate_cached_tokens)
+    assert (original(manager, request), manager.estimate_cached_tokens(request)) == (0, 96)
 
 
 def test_a_turn_is_still_hashed_before_it_has_its_parameters():
@@ -548,10 +569,21 @@ def test_vllms_cpu_attention_still_keeps_layers_apart():
     assert packing(SimpleNamespace) is SimpleNamespace
 
 
-def test_vllms_cpu_runner_still_zeroes_plain_groups_alone():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_vllms_cpu_runner_still_zeroes_plain_groups_alone(wrapped):
     """The reason for ``set_cpu_worker``."""
-    source = inspect.getsource(CPUModelRunner._zero_block_ids)
-    assert "not isinstance(group.kv_cache_spec, FullAttentionSpec)" in source
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = UniformTypeKVCacheSpecs.from_specs({"layer": spec}) if wrapped else spec
+    cache = torch.ones(2, 4)
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+    runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[group]),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layer": SimpleNamespace(kv_cache=cache)}
+        ),
+    )
+    CPUModelRunner._zero_block_ids(runner, [1])
+    assert bool(cache[1].any()) == wrapped
 
 
 @pytest.mark.parametrize("named", ["auto", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER])
