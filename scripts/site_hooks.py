@@ -20,7 +20,8 @@ def parts() -> list[str]:
 
 def on_config(config: Any) -> None:
     """Each part has its own place in the navigation."""
-    pages = [{f"pacellm_vllm.{name}": f"api/{name}.md"} for name in parts()]
+    pages: list[Any] = [{"pacellm_vllm": "api/index.md"}]
+    pages += [{f"pacellm_vllm.{name}": f"api/{name}.md"} for name in parts()]
     [inside] = [entry["Inside"] for entry in config.nav if "Inside" in entry]
     inside[-1] = {"API": pages}
 
@@ -28,6 +29,8 @@ def on_config(config: Any) -> None:
 def on_files(files: Any, config: Any) -> None:
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
+    whole = "::: pacellm_vllm\n    options:\n      show_submodules: false\n"
+    files.append(File.generated(config, "api/index.md", content=whole))
     for name in parts():
         content = f"::: pacellm_vllm.{name}\n"
         files.append(File.generated(config, f"api/{name}.md", content=content))
