@@ -1,13 +1,18 @@
 """PaceLLM for vLLM: a per-request activation memory for the FFN layers of decoder LLMs.
 
-``config``    PaceConfig, the one configuration object, and its presets
+``cli``       ``pacellm serve | cluster | inspect | eval | verify``
+``config``    PaceConfig, the one configuration object, and its presets; ``flags`` of it
 ``request``   what one request may set for itself
+``sentences`` what is said about a setting that is not allowed
 ``plugin``    what vLLM's entry points call
 ``ops``       the memory's arithmetic on plain tensors; knows nothing of vLLM
 ``memory``    where a bank lives: page layout, KV cache spec and manager, the vLLM layer
 ``experts``   balanced clusters of FFN neurons, and checkpoints rewritten in their order
 ``models``    ``pacify`` and the registered ``Pace*ForCausalLM`` architectures
-``serving``   the server command, HTTP routes and counters
+``sessions``  text of earlier requests, found by its words and read again before scheduling
+``serving``   the server command, the page, HTTP routes and metrics
+``evals``     needles, benchmarks, questions, sweeps, intervals and pictures
+``verify``    an installation held to the plain truth
 ``platform``  a pure-PyTorch CPU platform for machines without a GPU
 ``compat``    everything that leans on vLLM internals
 """

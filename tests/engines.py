@@ -104,6 +104,12 @@ class Engine:
     def all_blocks_are_back(self) -> bool:
         return self.pool.get_num_free_blocks() == self.free_at_start
 
+    def as_new(self) -> "Engine":
+        """With an empty prefix cache, for the next test that shares it."""
+        assert self.all_blocks_are_back()
+        assert self.llm.reset_prefix_cache()
+        return self
+
 
 def prompt_logprobs(output: Any) -> list[float]:
     """Log-probability of each prompt token after the first; needs ``prompt_logprobs=0``."""

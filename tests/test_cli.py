@@ -102,13 +102,13 @@ def test_the_model_comes_before_the_flags(words, capsys):
 
 
 def test_the_revision_to_be_served_is_the_one_read(monkeypatch, checkpoint):
-    asked, real = [], command.get_config
+    asked, real = [], command.checkpoint_config
 
-    def get_config(model, trust_remote_code, revision=None):
+    def checkpoint_config(model, trust_remote_code, revision=None):
         asked.append((trust_remote_code, revision))
         return real(model, trust_remote_code)
 
-    monkeypatch.setattr(command, "get_config", get_config)
+    monkeypatch.setattr(command, "checkpoint_config", checkpoint_config)
     args = parsed(checkpoint(), {}, ["--revision=v2", "--trust-remote-code"])
     assert (args.trust_remote_code, args.revision) == (True, "v2")
     assert asked == [(True, "v2")]

@@ -11,7 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
-from vllm.config import CompilationConfig
+from prometheus_client import REGISTRY
+from test_manager import BANK, make_manager, make_request, place
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from vllm import LLM, platforms
+from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
 from vllm.config.mamba import MambaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
@@ -20,13 +24,14 @@ from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.forward_context import ForwardContext
+from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -34,6 +39,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
@@ -47,7 +53,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.executor import multiproc_executor, uniproc_executor
-from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 from vllm.v1.sample import logits_processor
@@ -61,9 +67,21 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
+from pacellm_vllm.compat.layers import packing
+from pacellm_vllm.memory.batch import NoSettings
+from pacellm_vllm.memory.spec import PagedBankManager
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 from pacellm_vllm.platform import CPU_WORKER
+from pacellm_vllm.platform.torch_cpu import TorchCpuPlatform
+
+
+def test_every_lean_says_what_for_and_until_when():
+    for name, lean in vars(compat).items():
+        if inspect.isfunction(lean):
+            said = lean.__doc__
+            assert "Symptom: " in said or "Symptom and end: " in said, name
+            assert "an go when" in said or "and end: " in said, name
 
 
 def test_the_tested_vllm_is_installed():
@@ -90,6 +108,7 @@ print(FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST)
 
 def test_registering_ours_keeps_the_built_in_ones():
     program = """
+from pacellm_vllm.memory.batch import NoSettings
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as registered
@@ -120,6 +139,16 @@ def test_config_hooks_run_after_the_architectures_own_and_once():
     finally:
         del MODELS_CONFIG_MAP["PacellmTestModel"]
     assert calls == ["own", "ours"]
+
+
+def test_a_checkpoint_is_read_as_vllm_reads_it(tmp_path):
+    """``checkpoint_config``; transformers alone does not know this one."""
+    (tmp_path / "config.json").write_text('{"model_type": "RefinedWeb", "n_layer": 3}')
+    config = compat.checkpoint_config(str(tmp_path))
+    assert config.num_hidden_layers == 3
+    assert "RefinedWeb" not in CONFIG_MAPPING_NAMES
+    with pytest.raises((OSError, ValueError)):
+        compat.checkpoint_config(str(tmp_path / "nothing"))
 
 
 def test_every_architecture_stands_on_what_vllm_registers():
@@ -240,13 +269,20 @@ def test_both_runners_still_tell_logits_processors_of_requests():
 
 
 def test_drafts_still_forbid_logits_processors():
-    """The reason for ``load_with_drafts``."""
-    build = inspect.unwrap(logits_processor.build_logitsprocs)
-    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in inspect.getsource(build)
-    parameters = list(inspect.signature(build).parameters)
-    assert parameters[0] == "vllm_config"
-    assert parameters[-1] == "custom_logitsprocs"
-    assert logits_processor.LogitsProcessors().argmax_invariant == []
+    """The reason for ``load_with_drafts``, and what it does."""
+    drafting = SimpleNamespace(
+        speculative_config="some",
+        scheduler_config=SimpleNamespace(max_num_seqs=1),
+        compilation_config=None,
+    )
+    given = (drafting, torch.device("cpu"), False, False)
+    with pytest.raises(ValueError, match="speculative"):
+        inspect.unwrap(logits_processor.build_logitsprocs)(*given, (NoSettings,))
+    # Importing it has called ``load_with_drafts``.
+    built = logits_processor.build_logitsprocs(*given, (NoSettings,))
+    assert isinstance(built.argmax_invariant[-1], NoSettings)
+    with pytest.raises(ValueError, match="speculative"):
+        logits_processor.build_logitsprocs(*given, (NoSettings, LogitsProcessorV1))
 
 
 def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
@@ -266,6 +302,32 @@ def test_utility_calls_still_reach_methods_of_the_engine_core():
     """The reason for ``add_engine_method``: by name, and nothing else of the core can be asked."""
     assert "getattr(self, method_name)" in inspect.getsource(EngineCoreProc._handle_client_request)
     assert "engine_ranks_managed" in inspect.getsource(MPClient.__init__)
+
+
+def test_how_many_api_servers_there_are_is_still_a_private_field():
+    """``api_processes``."""
+    config = VllmConfig(parallel_config=ParallelConfig(_api_process_count=3, _api_process_rank=1))
+    assert compat.api_processes(config) == 3
+    assert not hasattr(config.parallel_config, "api_process_count")
+
+
+def test_the_platform_of_vllms_own_cpu_build_is_told_from_ours(monkeypatch):
+    """``is_vllms_cpu_build``; ``is_cpu`` is true of both."""
+    for platform, vllms in ((CpuPlatform(), True), (TorchCpuPlatform(), False)):
+        monkeypatch.setattr(platforms, "_current_platform", platform)
+        assert platform.is_cpu()
+        assert compat.is_vllms_cpu_build() == vllms
+
+
+def test_vllms_own_metrics_are_in_the_registry_that_its_metrics_route_shows(monkeypatch):
+    """``metrics_registry``: those of all processes where there are several."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert compat.metrics_registry() is REGISTRY
+
+
+def test_an_engine_in_this_process_still_shows_little_and_cannot_be_closed():
+    """``config_of``, ``close``; ``test_evals_engine.py`` makes several engines with them."""
+    assert not {"vllm_config", "close", "shutdown"} & {*dir(LLM)}
 
 
 def test_beam_search_still_drops_extra_arguments():
@@ -307,11 +369,35 @@ def test_extra_arguments_over_http_are_still_typed_without_booleans():
         assert imported in inspect.getsource(function)
 
 
-def test_blocks_are_still_cached_and_copied_through_private_names():
-    parameters = inspect.signature(BlockPool._insert_block_hash).parameters
-    assert list(parameters)[2] == "block"
-    assert "num_tokens" in parameters
-    assert "_pending_cow_copies" in inspect.getsource(SingleTypeKVCacheManager)
+def test_a_block_is_found_under_a_hash_of_ours_and_counted_while_nobody_holds_it():
+    """``publish_block``, ``evictable_blocks``; vLLM itself caches blocks of requests' tokens."""
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=16)
+    [block] = pool.get_new_blocks(1)
+    page = BlockHash(b"a page of a bank")
+    compat.publish_block(pool, block, make_block_hash_with_group_id(page, 1), 64)
+    assert pool.get_cached_block(page, [1]) == [block]
+    assert pool.get_cached_block(page, [0]) is None
+    assert compat.evictable_blocks([block, pool.null_block]) == 0
+    pool.free_blocks([block])
+    free = pool.get_num_free_blocks()
+    assert compat.evictable_blocks([block, pool.null_block]) == 1
+    pool.touch([block])
+    assert pool.get_num_free_blocks() == free - 1
+    pool.evict_blocks({block.block_id})
+    assert pool.get_cached_block(page, [1]) is None
+
+
+def test_copies_that_a_manager_asks_for_reach_the_workers():
+    """``copy_blocks_before_forward``; and ``managers_of``, which says whom to ask."""
+    whole = make_manager(64, caching=True)
+    core = SimpleNamespace(scheduler=SimpleNamespace(kv_cache_manager=whole))
+    ours = compat.managers_of(core)[BANK]
+    assert isinstance(ours, PagedBankManager)
+    source, target = whole.block_pool.get_new_blocks(2)
+    compat.copy_blocks_before_forward(ours, [(source, target)])
+    copies, retained = whole.take_kv_cache_block_copies()
+    assert copies == [(source.block_id, target.block_id)]
+    assert retained == [source, target]
 
 
 def test_the_grouped_product_is_still_private_and_takes_what_we_give():
@@ -333,6 +419,17 @@ def test_padding_is_still_minus_one_in_slot_mappings():
     assert "slot_mapping[num_tokens_unpadded:num_tokens_padded].fill_(-1)" in source
     assert PAD_SLOT_ID == -1
     assert "num_tokens" not in ForwardContext.__dataclass_fields__
+
+
+def test_an_operator_finds_its_layer_and_its_metadata_in_a_step_of_vllms():
+    """``layers_by_name``, ``layer_in_step``, ``metadata_of_step``."""
+    config = VllmConfig()
+    compat.layers_by_name(config)["a.memory"] = "a layer"
+    with set_forward_context({"a.memory": "metadata"}, config):
+        assert compat.layer_in_step("a.memory") == "a layer"
+        assert compat.metadata_of_step() == {"a.memory": "metadata"}
+    with set_forward_context(None, config):
+        assert compat.metadata_of_step() is None
 
 
 def test_rows_of_requests_leaves_padding_out(monkeypatch):
@@ -396,6 +493,14 @@ def engine_request(request_id, params):
     )
 
 
+def test_a_request_on_the_front_end_has_its_clients_id_and_what_was_cached():
+    """What ``hold_spans`` hands on of a request."""
+    states = OutputProcessor(None, log_stats=False)
+    states.add_request(engine_request("one", SamplingParams(detokenize=False)), None)
+    state = states.request_states["one"]
+    assert (state.external_req_id, state.num_cached_tokens) == ("one", 0)
+
+
 def test_spans_are_still_written_in_one_call_without_a_place_for_more():
     """``hold_spans``: front ends have the processor, which makes the span's attributes itself."""
     for front_end in (AsyncLLM, LLMEngine):
@@ -415,20 +520,32 @@ def test_a_turns_last_token_is_still_taken_back_under_asynchronous_scheduling():
     assert "request.num_computed_tokens - request.num_output_placeholders" in source
 
 
-def test_pools_still_tell_events_through_the_two_methods_that_are_replaced():
-    parameters = list(inspect.signature(BlockPool.emit_cached_block_events).parameters)
-    assert parameters[1:] == ["request", "num_cached_blocks", "block_size", "kv_cache_group_id"]
-    assert list(inspect.signature(BlockPool._emit_block_removed_events).parameters)[1:] == [
-        "block_hashes"
-    ]
+def test_pools_tell_nothing_of_a_group_that_is_kept_out_of_events():
+    """``keep_out_of_events``; vLLM would look for each block's hash among its request's."""
+    pool = BlockPool(
+        num_gpu_blocks=4, enable_caching=True, hash_block_size=16, enable_kv_cache_events=True
+    )
+    gone = []
+    compat.keep_out_of_events(pool, 1, gone.extend)
+    hashes = [make_block_hash_with_group_id(BlockHash(b"a page"), group) for group in (0, 1)]
+    blocks = pool.get_new_blocks(2)
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        compat.publish_block(pool, block, block_hash, 16)
+    pool.emit_cached_block_events(None, 0, 16, 1)
+    assert pool.take_events() == []
+    pool.evict_blocks({block.block_id for block in blocks})
+    assert gone == hashes[1:]
+    [event] = pool.take_events()
+    assert event.group_idx == 0
 
 
 def test_cached_tokens_are_still_the_least_of_all_groups():
-    """The reason for ``count_cached_tokens_without``, and what its view must have."""
-    source = inspect.getsource(inspect.unwrap(KVCacheManager.estimate_cached_tokens))
-    assert "self.kv_cache_config.kv_cache_groups" in source
-    assert "self.get_blocks(request.request_id).blocks" in source
-    assert "min(cached_tokens, group_cached_tokens)" in source
+    """The reason for ``count_cached_tokens_without``, and what it does."""
+    manager = make_manager(64, caching=True)
+    request = make_request("one", [1] * 100, caching=True)
+    assert place(manager, request, 100) == 0
+    original = inspect.unwrap(KVCacheManager.estimate_cached_tokens)
+    assert (original(manager, request), manager.estimate_cached_tokens(request)) == (0, 96)
 
 
 def test_a_turn_is_still_hashed_before_it_has_its_parameters():
@@ -443,19 +560,30 @@ def test_a_turn_is_still_hashed_before_it_has_its_parameters():
 def test_vllms_cpu_attention_still_keeps_layers_apart():
     """The reason for ``pack_cpu_attention``; what it makes differs in nothing but the layouts."""
     assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
-    packed = compat._packing(CPUAttentionBackend)
+    packed = packing(CPUAttentionBackend)
     assert packed.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
     assert packed.get_impl_cls() is CPUAttentionBackend.get_impl_cls()
     assert packed.get_builder_cls() is CPUAttentionBackend.get_builder_cls()
-    assert compat._packing(CPUAttentionBackend) is packed
-    assert compat._packing(packed) is packed
-    assert compat._packing(SimpleNamespace) is SimpleNamespace
+    assert packing(CPUAttentionBackend) is packed
+    assert packing(packed) is packed
+    assert packing(SimpleNamespace) is SimpleNamespace
 
 
-def test_vllms_cpu_runner_still_zeroes_plain_groups_alone():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_vllms_cpu_runner_still_zeroes_plain_groups_alone(wrapped):
     """The reason for ``set_cpu_worker``."""
-    source = inspect.getsource(CPUModelRunner._zero_block_ids)
-    assert "not isinstance(group.kv_cache_spec, FullAttentionSpec)" in source
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = UniformTypeKVCacheSpecs.from_specs({"layer": spec}) if wrapped else spec
+    cache = torch.ones(2, 4)
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+    runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[group]),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layer": SimpleNamespace(kv_cache=cache)}
+        ),
+    )
+    CPUModelRunner._zero_block_ids(runner, [1])
+    assert bool(cache[1].any()) == wrapped
 
 
 @pytest.mark.parametrize("named", ["auto", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER])

@@ -45,10 +45,22 @@ def family(checkpoint):
     return cases
 
 
-def test_a_warm_run_equals_a_cold_one_and_hits(checkpoint):
+@pytest.fixture(scope="module")
+def shared(checkpoint):
+    with engine(checkpoint(), **SETTINGS) as running:
+        yield running
+
+
+@pytest.fixture
+def running(shared):
+    """An engine for each test, or as good as one."""
+    return shared.as_new()
+
+
+def test_a_warm_run_equals_a_cold_one_and_hits(checkpoint, running):
     cases = clear_cases(checkpoint(), PACE, [33, 90, 150, 260, 390], MAX_TOKENS)
     prompts, truth = [case[0] for case in cases], [case[1] for case in cases]
-    with engine(checkpoint(), **SETTINGS) as running, poisoned_pages(running):
+    with poisoned_pages(running):
         cold = running.generate(prompts, MAX_TOKENS)
         assert tokens_of(cold) == truth
         for _ in range(2):
@@ -61,24 +73,23 @@ def test_a_warm_run_equals_a_cold_one_and_hits(checkpoint):
         assert running.all_blocks_are_back()
 
 
-def test_a_conversation_goes_on_from_what_it_said(checkpoint):
+def test_a_conversation_goes_on_from_what_it_said(checkpoint, running):
     oracle = OracleModel(checkpoint(), PACE)
-    with engine(checkpoint(), **SETTINGS) as running:
-        history = make_prompt(5, 120)
-        for turn in range(4):
-            want, _ = oracle.generate(history, MAX_TOKENS)
-            [output] = running.generate([history], MAX_TOKENS)
-            clear = min(bank.closest_call for bank in oracle.banks.values()) > GAP
-            assert not clear or tokens_of([output]) == [want]
-            # All of the previous turn, what it generated included, up to a segment's end.
-            computed = 0 if turn == 0 else len(history) - 20 - 1
-            assert output.num_cached_tokens == computed // 32 * 32
-            history = history + tokens_of([output])[0] + make_prompt(50 + turn, 20)
+    history = make_prompt(5, 120)
+    for turn in range(4):
+        want, _ = oracle.generate(history, MAX_TOKENS)
+        [output] = running.generate([history], MAX_TOKENS)
+        clear = min(bank.closest_call for bank in oracle.banks.values()) > GAP
+        assert not clear or tokens_of([output]) == [want]
+        # All of the previous turn, what it generated included, up to a segment's end.
+        computed = 0 if turn == 0 else len(history) - 20 - 1
+        assert output.num_cached_tokens == computed // 32 * 32
+        history = history + tokens_of([output])[0] + make_prompt(50 + turn, 20)
 
 
-def test_partially_shared_prefixes_hit_up_to_where_they_part(checkpoint, family):
+def test_partially_shared_prefixes_hit_up_to_where_they_part(family, running):
     prompts, truth = [case[0] for case in family], [case[1] for case in family]
-    with engine(checkpoint(), **SETTINGS) as running, poisoned_pages(running):
+    with poisoned_pages(running):
         alone = [running.generate([prompt], MAX_TOKENS)[0] for prompt in prompts]
         assert tokens_of(alone) == truth
         # Copies are there for every 96 tokens of a prompt.
@@ -86,6 +97,22 @@ def test_partially_shared_prefixes_hit_up_to_where_they_part(checkpoint, family)
         together = running.generate(prompts, MAX_TOKENS)
         assert tokens_of(together) == truth
         assert running.all_blocks_are_back()
+
+
+def test_a_salt_keeps_requests_apart(running):
+    prompt = make_prompt(3, 260)
+
+    def ask(salt):
+        [output] = running.llm.generate(
+            [{"prompt_token_ids": prompt, "cache_salt": salt}],
+            SamplingParams(temperature=0, max_tokens=8, detokenize=False),
+            use_tqdm=False,
+        )
+        return output.num_cached_tokens
+
+    assert ask("a") == 0
+    assert ask("b") == 0
+    assert ask("a") == ask("b") == 256
 
 
 def test_live_requests_share_a_prefix(checkpoint, family):
@@ -118,23 +145,6 @@ def test_evicted_snapshots_are_recomputed(checkpoint):
         again = running.generate(prompts, MAX_TOKENS)
         assert tokens_of(again) == truth
         assert cached(again) == [0, 0]
-
-
-def test_a_salt_keeps_requests_apart(checkpoint):
-    prompt = make_prompt(3, 260)
-    with engine(checkpoint(), **SETTINGS) as running:
-
-        def ask(salt):
-            [output] = running.llm.generate(
-                [{"prompt_token_ids": prompt, "cache_salt": salt}],
-                SamplingParams(temperature=0, max_tokens=8, detokenize=False),
-                use_tqdm=False,
-            )
-            return output.num_cached_tokens
-
-        assert ask("a") == 0
-        assert ask("b") == 0
-        assert ask("a") == ask("b") == 256
 
 
 def test_segments_must_end_where_blocks_do(checkpoint):

@@ -41,12 +41,16 @@ def under_both(checkpoint, ask, **settings):
     return answers
 
 
-def test_penalties(checkpoint):
+def test_penalties_and_allowed_tokens(checkpoint):
+    choice = [5, 6, 7]
+
     def ask(running):
-        return running.tokens(PROMPTS, 20, repetition_penalty=1.3, presence_penalty=0.5)
+        penalised = running.tokens(PROMPTS, 20, repetition_penalty=1.3, presence_penalty=0.5)
+        return penalised, running.tokens(PROMPTS, 40, allowed_token_ids=choice)
 
     first, second = under_both(checkpoint, ask)
     assert first == second
+    assert {token for tokens in first[1] for token in tokens} <= set(choice)
 
 
 def test_prompts_given_as_embeddings(checkpoint):
@@ -118,16 +122,6 @@ def test_lora(checkpoint, tmp_path):
     assert plain == again != adapted
     with engine(checkpoint(), pace=PACE) as running:
         assert running.tokens(PROMPTS, 20) == plain
-
-
-@pytest.mark.parametrize("choice", [[5, 6, 7]])
-def test_allowed_tokens(choice, checkpoint):
-    def ask(running):
-        return running.tokens(PROMPTS, 40, allowed_token_ids=choice)
-
-    first, second = under_both(checkpoint, ask)
-    assert first == second
-    assert {token for tokens in first for token in tokens} <= set(choice)
 
 
 class Extension:

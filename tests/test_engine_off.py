@@ -9,6 +9,8 @@ from pathlib import Path
 from checkpoints import make_prompt
 from servers import python_path
 
+from pacellm_vllm import compat
+
 # Requests carry what only engines with memory look at, and would not allow.
 RUN = """
 import json, sys
@@ -35,6 +37,7 @@ with engine(sys.argv[1], max_num_batched_tokens=64) as running:
 LIGHT = {
     "pacellm_vllm.plugin",
     "pacellm_vllm.compat",
+    *(f"pacellm_vllm.compat.{path.stem}" for path in Path(compat.__file__).parent.glob("[!_]*.py")),
     "pacellm_vllm.models",
     "pacellm_vllm.models.table",
     "pacellm_vllm.sentences",

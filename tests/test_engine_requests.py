@@ -105,6 +105,24 @@ def test_each_request_is_answered_by_its_own_settings(name, cases, checkpoint):
         assert running.all_blocks_are_back()
 
 
+@pytest.fixture(scope="module")
+def shared(checkpoint):
+    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
+        yield running
+
+
+@pytest.fixture
+def running(shared):
+    """An engine for each test, or as good as one."""
+    return shared.as_new()
+
+
+@pytest.fixture(scope="module")
+def uncached(checkpoint):
+    with engine(checkpoint(), pace=PACE, enable_prefix_caching=False) as running:
+        yield running
+
+
 def used_blocks(running):
     return running.free_at_start - running.pool.get_num_free_blocks()
 
@@ -119,42 +137,42 @@ def used_blocks(running):
         (20, 14, None, True),
     ],
 )
-def test_who_cannot_use_memory_pays_nothing(length, max_tokens, extra, pays, checkpoint):
-    with engine(checkpoint(), pace=PACE, enable_prefix_caching=False) as running:
-        core = running.llm.llm_engine
-        params = SamplingParams(max_tokens=max_tokens, detokenize=False, extra_args=extra)
-        core.add_request("it", {"prompt_token_ids": make_prompt(3, length)}, params)
-        core.step()
-        pages = running.memories()[1].spec.layout.pages_for(length)
-        assert used_blocks(running) == blocks(length) + (pages if pays else 0)
+def test_who_cannot_use_memory_pays_nothing(length, max_tokens, extra, pays, uncached):
+    core = uncached.llm.llm_engine
+    params = SamplingParams(max_tokens=max_tokens, detokenize=False, extra_args=extra)
+    core.add_request("it", {"prompt_token_ids": make_prompt(3, length)}, params)
+    core.step()
+    used = used_blocks(uncached)
+    core.abort_request(["it"], internal=False)
+    core.step()
+    pages = uncached.memories()[1].spec.layout.pages_for(length)
+    assert used == blocks(length) + (pages if pays else 0)
 
 
-def test_who_cannot_use_memory_hits_the_cache_as_without_it(checkpoint):
+def test_who_cannot_use_memory_hits_the_cache_as_without_it(running):
     prompt = make_prompt(3, 120)
     off = {"pacellm_enabled": False}
-    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
-        for cases, length in (([(prompt, off)], 119), ([(prompt[:31], None)], 30)):
-            first, second = (ask(running, cases, max_tokens=2)[0] for _ in range(2))
-            cached = length // BLOCK_SIZE * BLOCK_SIZE
-            assert (first.num_cached_tokens, second.num_cached_tokens) == (0, cached)
-        # Neither leaves behind what a request with memory could take for a bank's.
-        assert ask(running, [(prompt, None)])[0].num_cached_tokens == 0
+    for cases, length in (([(prompt, off)], 119), ([(prompt[:31], None)], 30)):
+        first, second = (ask(running, cases, max_tokens=2)[0] for _ in range(2))
+        cached = length // BLOCK_SIZE * BLOCK_SIZE
+        assert (first.num_cached_tokens, second.num_cached_tokens) == (0, cached)
+    # Neither leaves behind what a request with memory could take for a bank's.
+    assert ask(running, [(prompt, None)])[0].num_cached_tokens == 0
 
 
-def test_the_cache_is_shared_by_what_comes_to_the_same(checkpoint):
+def test_the_cache_is_shared_by_what_comes_to_the_same(running):
     prompt = make_prompt(3, 120)
     asks = [
         [None, {"pacellm_alpha": 0.2}, {"pacellm": '{"noise": 1e-1}'}, {"pacellm_enabled": True}],
         [{"pacellm_alpha": 0.5}, {"pacellm": {"alpha": "5e-1"}, "pacellm_noise": 0.1}],
         [{"pacellm_enabled": False}, {"pacellm_alpha": 0}],
     ]
-    with engine(checkpoint(), pace=PACE, enable_prefix_caching=True) as running:
-        for same in asks:
-            first, *rest = [ask(running, [(prompt, extra)], max_tokens=2)[0] for extra in same]
-            assert first.num_cached_tokens == 0
-            for output in rest:
-                assert output.num_cached_tokens >= 96
-                assert said([output]) == said([first])
+    for same in asks:
+        first, *rest = [ask(running, [(prompt, extra)], max_tokens=2)[0] for extra in same]
+        assert first.num_cached_tokens == 0
+        for output in rest:
+            assert output.num_cached_tokens >= 96
+            assert said([output]) == said([first])
 
 
 @pytest.mark.parametrize(
@@ -174,20 +192,14 @@ def test_the_cache_is_shared_by_what_comes_to_the_same(checkpoint):
         ({"pacellm_noise": float("nan")}, "noise = nan is not allowed"),
     ],
 )
-def test_bad_settings_fail_the_request_alone(extra, sentence, shared_engine):
+def test_bad_settings_fail_the_request_alone(extra, sentence, running):
     prompt = make_prompt(1, 40)
     with pytest.raises(VLLMValidationError, match=r"^pacellm: ") as refusal:
-        ask(shared_engine, [(prompt, extra)])
+        ask(running, [(prompt, extra)])
     assert sentence in str(refusal.value)
     # One of a list of prompts, so which.
     assert re.search(r"[^.] \(request '\d+'\)\.$", str(refusal.value))
-    assert len(ask(shared_engine, [(prompt, None)])[0].outputs[0].token_ids) == MAX_TOKENS
-
-
-@pytest.fixture(scope="module")
-def shared_engine(checkpoint):
-    with engine(checkpoint(), pace=PACE) as running:
-        yield running
+    assert len(ask(running, [(prompt, None)])[0].outputs[0].token_ids) == MAX_TOKENS
 
 
 def test_an_engine_with_experts_alone_refuses_settings():
@@ -200,20 +212,18 @@ def test_an_engine_with_experts_alone_refuses_settings():
         NoSettings.validate_params(SamplingParams(extra_args={"pacellm-alpha": 0.5}))
 
 
-def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint):
+def test_a_plain_engine_in_the_same_process_ignores_them(checkpoint, running):
     prompt = make_prompt(3, 100)
     cases = [(prompt, extra) for extra in (None, {"pacellm_alpha": 0.9}, {"pacellm_alpha": 3})]
-    with engine(checkpoint(), PACE) as running:
-        ask(running, cases[:2])
-    with engine(checkpoint()) as running:
-        outputs = [ask(running, [case])[0] for case in cases]
+    ask(running, cases[:2])
+    with engine(checkpoint()) as plain:
+        outputs = [ask(plain, [case])[0] for case in cases]
     assert len({tuple(tokens) for tokens in said(outputs)}) == 1
     assert [output.num_cached_tokens for output in outputs] == [0, 96, 96]
 
 
-def test_what_an_engine_with_memory_patches_is_what_the_table_says(checkpoint):
-    with engine(checkpoint(), PACE):
-        pass
+@pytest.mark.usefixtures("shared")
+def test_what_an_engine_with_memory_patches_is_what_the_table_says():
     # Those of sessions are looked at in tests/sessions.
     left_out = {"follow_answers", "answers_made"}
     if "pacellm_vllm.serving.tracing" not in sys.modules:

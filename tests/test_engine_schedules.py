@@ -40,26 +40,69 @@ def test_any_chunk_size_gives_the_same_tokens(chunk, checkpoint, prompts, truth)
         assert running.all_blocks_are_back()
 
 
-def test_alone_and_in_a_batch_give_the_same_tokens(checkpoint, prompts, truth):
+@pytest.fixture(scope="module")
+def shared(checkpoint):
     with engine(checkpoint(), pace=PACE) as running:
-        assert [running.tokens([prompt], MAX_TOKENS)[0] for prompt in prompts] == truth
-        assert running.tokens(prompts[::-1], MAX_TOKENS) == truth[::-1]
+        yield running
 
 
-def test_preempted_requests_give_the_same_tokens(checkpoint, prompts, truth):
+@pytest.fixture
+def running(shared):
+    """An engine for each test, or as good as one."""
+    return shared.as_new()
+
+
+def test_alone_and_in_a_batch_give_the_same_tokens(running, prompts, truth):
+    assert [running.tokens([prompt], MAX_TOKENS)[0] for prompt in prompts] == truth
+    assert running.tokens(prompts[::-1], MAX_TOKENS) == truth[::-1]
+
+
+def test_siblings_do_not_share_a_bank_after_they_part(running, prompts):
+    sampled = running.generate(prompts[:1], MAX_TOKENS, n=2, temperature=1, seed=7, logprobs=0)
+    first, second = sampled[0].outputs
+    assert first.token_ids != second.token_ids
+    # Each says what it would have said alone: its tokens, read back as a prompt, are as likely.
+    for sibling in (first, second):
+        said = list(sibling.token_ids)
+        alone = running.generate([prompts[0] + said], 1, prompt_logprobs=0)[0]
+        want = prompt_logprobs(alone)[-len(said) :]
+        got = [entry[token].logprob for entry, token in zip(sibling.logprobs, said, strict=True)]
+        assert max(abs(a - b) for a, b in zip(want, got, strict=True)) < 1e-3
+    assert running.all_blocks_are_back()
+
+
+def test_new_attention_blocks_hold_nothing_of_the_bank_that_had_them(running, monkeypatch):
+    """L2: vLLM's own CPU runner zeroes no block beside banks; NaN is what a bank may look like."""
+    runner = running.core.model_executor.driver_worker.worker.model_runner
+    zeroed, zero = [], runner._zero_block_ids
+    monkeypatch.setattr(runner, "_zero_block_ids", lambda ids: (zeroed.extend(ids), zero(ids)))
+    for cache in runner.kv_caches:
+        cache.view(torch.uint8).fill_(0xFF)
+    running.tokens([make_prompt(1, 70)], 4)
+    assert len(zeroed) == blocks(73)
+    layers = running.core.vllm_config.compilation_config.static_forward_context
+    attention = [layer for name, layer in layers.items() if name.endswith(".attn")]
+    assert len(attention) == 4
+    assert all(torch.isfinite(layer.kv_cache[zeroed]).all() for layer in attention)
+
+
+@pytest.fixture(scope="module")
+def crowded(checkpoint):
+    """An engine whose pool is too small for all prompts at once."""
     with engine(checkpoint(), pace=PACE, **TIGHT) as running:
-        assert running.tokens(prompts, MAX_TOKENS) == truth
-        assert running.metric("vllm:num_preemptions") > 0
-        assert running.all_blocks_are_back()
+        yield running
 
 
-def test_freed_pages_are_never_read(checkpoint, prompts, truth):
-    with (
-        engine(checkpoint(), pace=PACE, **TIGHT) as running,
-        poisoned_pages(running) as poisoned,
-    ):
+def test_preempted_requests_give_the_same_tokens(crowded, prompts, truth):
+    assert crowded.tokens(prompts, MAX_TOKENS) == truth
+    assert crowded.metric("vllm:num_preemptions") > 0
+    assert crowded.all_blocks_are_back()
+
+
+def test_freed_pages_are_never_read(crowded, prompts, truth):
+    with poisoned_pages(crowded.as_new()) as poisoned:
         for _ in range(2):
-            assert running.tokens(prompts, MAX_TOKENS) == truth
+            assert crowded.tokens(prompts, MAX_TOKENS) == truth
         assert len(set(poisoned)) > 0.75 * blocks(1024)
 
 
@@ -74,23 +117,6 @@ def test_an_aborted_prefill_leaves_nothing_behind(checkpoint, prompts, truth):
         step()
         assert running.all_blocks_are_back()
         assert running.tokens(prompts[:3], MAX_TOKENS) == truth[:3]
-
-
-def test_siblings_do_not_share_a_bank_after_they_part(checkpoint, prompts):
-    with engine(checkpoint(), pace=PACE) as running:
-        sampled = running.generate(prompts[:1], MAX_TOKENS, n=2, temperature=1, seed=7, logprobs=0)
-        first, second = sampled[0].outputs
-        assert first.token_ids != second.token_ids
-        # Each says what it would have said alone: its tokens, read back as a prompt, are as likely.
-        for sibling in (first, second):
-            said = list(sibling.token_ids)
-            alone = running.generate([prompts[0] + said], 1, prompt_logprobs=0)[0]
-            want = prompt_logprobs(alone)[-len(said) :]
-            got = [
-                entry[token].logprob for entry, token in zip(sibling.logprobs, said, strict=True)
-            ]
-            assert max(abs(a - b) for a, b in zip(want, got, strict=True)) < 1e-3
-        assert running.all_blocks_are_back()
 
 
 def test_pages_are_claimed_as_tokens_need_them(checkpoint):
@@ -110,19 +136,3 @@ def test_pages_are_claimed_as_tokens_need_them(checkpoint):
             held.append(used - blocks(16 * (len(held) + 1)))
         assert held == [layout.pages_for(tokens) for tokens in (16, 32, 48, 64, 80)]
         assert held[0] < held[2] == layout.num_pages
-
-
-def test_new_attention_blocks_hold_nothing_of_the_bank_that_had_them(checkpoint):
-    """L2: vLLM's own CPU runner zeroes no block beside banks; NaN is what a bank may look like."""
-    with engine(checkpoint(), pace=PACE) as running:
-        runner = running.core.model_executor.driver_worker.worker.model_runner
-        zeroed, zero = [], runner._zero_block_ids
-        runner._zero_block_ids = lambda ids: (zeroed.extend(ids), zero(ids))
-        for cache in runner.kv_caches:
-            cache.view(torch.uint8).fill_(0xFF)
-        running.tokens([make_prompt(1, 70)], 4)
-        assert len(zeroed) == blocks(73)
-        layers = running.core.vllm_config.compilation_config.static_forward_context
-        attention = [layer for name, layer in layers.items() if name.endswith(".attn")]
-        assert len(attention) == 4
-        assert all(torch.isfinite(layer.kv_cache[zeroed]).all() for layer in attention)

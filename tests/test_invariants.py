@@ -1,10 +1,10 @@
-"""The table of invariants in docs/architecture.md names tests that exist."""
+"""The table of invariants in docs/testing.md names tests that exist."""
 
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-TEXT = (TESTS.parent / "docs" / "architecture.md").read_text()
+TEXT = (TESTS.parent / "docs" / "testing.md").read_text()
 ROWS = re.findall(r"^\| (I\d+) \| (.+?) \| (.+?) \|$", TEXT, re.MULTILINE)
 
 

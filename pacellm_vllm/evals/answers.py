@@ -1,12 +1,12 @@
 """Who answers the prompts: an engine in this process, or a server that is running already."""
 
 import contextlib
-import gc
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pacellm_vllm.compat import checkpoint_config, close, config_of
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
@@ -56,7 +56,7 @@ class Offline:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
-        self.max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
+        self.max_model_len = config_of(llm).model_config.max_model_len
 
     def answer(
         self,
@@ -99,7 +99,7 @@ class Offline:
     def describe(self) -> dict[str, Any]:
         from pacellm_vllm.serving.report import describe_engine
 
-        return describe_engine(self.llm.llm_engine.vllm_config)
+        return describe_engine(config_of(self.llm))
 
     def _run(self, prompts: Sequence[Any], max_tokens: int, stop: list[str], **more: Any) -> Any:
         from vllm import SamplingParams
@@ -140,7 +140,6 @@ def offline_engine(
     ``arguments`` are its other arguments. It is taken down at the end, so the next can start.
     """
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     given = dict(arguments)
     base, pace = architectures(model, bool(given.get("trust_remote_code", False)))
@@ -157,32 +156,25 @@ def offline_engine(
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        close(llm)
 
 
 def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str | None]:
     """A checkpoint's architecture without memory, and with it (None if it has none)."""
-    from vllm.transformers_utils.config import get_config
-
     from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
 
-    [named] = get_config(model, trust_remote_code).architectures or [""]
+    [named] = checkpoint_config(model, trust_remote_code).architectures or [""]
     base = ARCHITECTURES[named].architecture if named in ARCHITECTURES else named
     return base, pace_architecture(named)
 
 
 def expected_config(model: str, memory: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What an engine of ``model`` with ``{"pacellm": memory}`` says its configuration is."""
-    from vllm.transformers_utils.config import get_config
-
     from pacellm_vllm.models.settings import as_json, beside_checkpoint
 
     if memory is None:
         return None
-    config = get_config(model, False)
+    config = checkpoint_config(model)
     stored = beside_checkpoint(getattr(config, CONFIG_KEY, None), model)
     layers = config.get_text_config().num_hidden_layers
     return as_json(PaceConfig.from_sources(stored, memory), layers)

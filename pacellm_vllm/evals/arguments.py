@@ -143,11 +143,12 @@ def read_model(args: argparse.Namespace) -> tuple[Any, PaceConfig]:
     ``EvalError`` where either cannot be read.
     """
     from transformers import AutoTokenizer
-    from vllm.transformers_utils.config import get_config
+
+    from pacellm_vllm.compat import checkpoint_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        hf_config = get_config(args.model, trust_remote_code=False)
+        hf_config = checkpoint_config(args.model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvalError(

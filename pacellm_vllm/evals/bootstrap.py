@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import bootstrap
 
 RESAMPLES = 10_000
 
@@ -73,10 +74,12 @@ def grouped_difference(
 
 def _resampled_means(differences: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     n = len(differences)
-    means = np.empty(RESAMPLES)
-    # A few rows at a time: all at once would be RESAMPLES x n numbers.
-    rows = max(1, 1_000_000 // n)
-    for begin in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - begin)
-        means[begin : begin + count] = differences[rng.integers(0, n, (count, n))].mean(axis=1)
-    return means
+    # Of one item scipy makes no distribution.
+    if n == 1:
+        return np.full(RESAMPLES, differences[0])
+    # A few resamples at a time: all at once would be RESAMPLES x n numbers.
+    batch = max(1, 1_000_000 // n)
+    found = bootstrap(
+        (differences,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=rng
+    )
+    return found.bootstrap_distribution

@@ -1,10 +1,9 @@
 """A running server that answers, and whether it runs the configuration it is asked for."""
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import requests
 
 from pacellm_vllm.evals.answers import STOP, Answer, Prompt
 from pacellm_vllm.evals.records import EvalError
@@ -22,7 +21,7 @@ class Server:
     def __init__(self, url: str, model: str, api_key: str) -> None:
         from openai import OpenAI
 
-        self._url, self._model, self._key = url.rstrip("/"), model, api_key
+        self._url, self._model = url.rstrip("/"), model
         self._client = OpenAI(base_url=url, api_key=api_key, timeout=3600)
         served = {entry["id"]: entry for entry in self._get(f"{self._url}/models")["data"]}
         if model not in served:
@@ -107,14 +106,15 @@ class Server:
 
     def _get(self, url: str, missing: Sequence[int] = ()) -> Any:
         """The JSON at ``url``; None for a status in ``missing``."""
+        from openai import APIStatusError, OpenAIError
+
         try:
-            reply = requests.get(url, headers={"Authorization": f"Bearer {self._key}"}, timeout=600)
-            if reply.status_code in missing:
+            client = self._client.with_options(max_retries=0, timeout=600)
+            return json.loads(client.get(url, cast_to=str))
+        except OpenAIError as error:
+            if isinstance(error, APIStatusError) and error.status_code in missing:
                 return None
-            reply.raise_for_status()
-        except requests.RequestException as error:
             raise EvalError(f"pacellm: the server at {self._url} did not answer: {error}") from None
-        return reply.json()
 
 
 def _first_difference(

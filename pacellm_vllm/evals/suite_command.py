@@ -165,10 +165,11 @@ def _refuse_choices(loaded: Any) -> None:
 
 def _positions(model: str, engine: dict[str, Any]) -> int | None:
     """Positions that the model has, as its configuration or the engine's arguments say."""
-    from vllm.transformers_utils.config import get_config
+    from pacellm_vllm.compat import checkpoint_config
 
     name = "max_position_embeddings"
     overrides = engine.get("hf_overrides") or {}
-    config = get_config(model, bool(engine.get("trust_remote_code", False))).get_text_config()
+    trusted = bool(engine.get("trust_remote_code", False))
+    config = checkpoint_config(model, trusted).get_text_config()
     found = overrides.get(name, getattr(config, name, None))
     return None if found is None else int(found)

@@ -35,7 +35,8 @@ class ExpertRouter(nn.Module):
         top_k: choose so many experts.
         mass: choose the fewest experts with at least this share of the predicted activation.
         gated: whether ``act`` takes gate and up.
-        dtype, device: of the weights.
+        dtype: of the weights.
+        device: theirs.
     """
 
     centres: torch.Tensor

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from pacellm_vllm.compat import layers_by_name
 from pacellm_vllm.memory.batch import BatchSettings
 from pacellm_vllm.memory.journal import Journal
 from pacellm_vllm.memory.pieces import cut_pieces
@@ -52,8 +53,8 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BatchSettings.of_engine(self.vllm_config)
-        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
-        self._rules: MemoryRules = layers[self.layer_names[0]].rules
+        first = layers_by_name(self.vllm_config)[self.layer_names[0]]
+        self._rules: MemoryRules = first.rules
         # By row of ``BatchSettings``.
         self._applied: dict[int, tuple[RequestSettings, MemoryRules]] = {}
         self._tables = self._new_tables() if takes_kernels(self.device.type) else None

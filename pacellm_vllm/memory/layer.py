@@ -9,12 +9,18 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from pacellm_vllm.compat import add_splitting_op, eager_in_graphs, register_custom_op
+from pacellm_vllm.compat import (
+    add_splitting_op,
+    eager_in_graphs,
+    layer_in_step,
+    layers_by_name,
+    metadata_of_step,
+    register_custom_op,
+)
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import (
     BankBackend,
@@ -46,7 +52,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
     ) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
-        layers = vllm_config.compilation_config.static_forward_context
+        layers = layers_by_name(vllm_config)
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
         layers[prefix] = self
@@ -157,13 +163,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 
 def memory_layers(vllm_config: VllmConfig) -> list[PaceMemory]:
     """The memory layers of an engine, on this rank."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    return [layer for layer in layers if isinstance(layer, PaceMemory)]
+    return [
+        layer for layer in layers_by_name(vllm_config).values() if isinstance(layer, PaceMemory)
+    ]
 
 
 def note_experts(layer: int, chosen: torch.Tensor) -> None:
     """Into the ``Journal``: the experts [tokens, K] bool that this step's tokens computed."""
-    metadata = get_forward_context().attn_metadata
+    metadata = metadata_of_step()
     steps = metadata.values() if isinstance(metadata, dict) else ()
     mine = next((one for one in steps if isinstance(one, BankMetadata)), None)
     if mine is None or mine.journal is None or mine.plain is None:
@@ -174,15 +181,14 @@ def note_experts(layer: int, chosen: torch.Tensor) -> None:
 
 @eager_in_graphs
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
-    context = get_forward_context()
-    # None is all a profiling run has: no pages exist yet.
-    layer = context.no_compile_layers[layer_name]
+    layer, metadata = layer_in_step(layer_name), metadata_of_step()
     layer.was_called = True
     layer.check_whole(a)
-    if context.attn_metadata is None:
+    # None is all a profiling run has: no pages exist yet.
+    if metadata is None:
         out.copy_(a)
         return
-    layer.run(a, out, _metadata_of(layer_name, context.attn_metadata))
+    layer.run(a, out, _metadata_of(layer_name, metadata))
 
 
 def _metadata_of(layer_name: str, metadata: Any) -> BankMetadata:

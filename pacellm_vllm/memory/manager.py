@@ -23,9 +23,11 @@ from pacellm_vllm.compat import (
     add_engine_method,
     copy_blocks_before_forward,
     count_cached_tokens_without,
+    evictable_blocks,
     groups_in_hand,
     hash_turns_by_their_own,
     keep_out_of_events,
+    managers_of,
     plugin_logger,
     publish_block,
     request_in_hand,
@@ -180,11 +182,11 @@ class PagedBankManager(CircularBufferManager):
         layout: BankLayout = kv_cache_spec.layout
         if _needs_no_bank(request_in_hand(), layout):
             return tuple([] for _ in kv_cache_group_ids), max_length
-        unit = block_pool.hash_block_size
+        hashed = block_pool.hash_block_size
         step = math.lcm(layout.segment_size, alignment_tokens)
-        known = min(max_length, len(block_hashes) * unit)
+        known = min(max_length, len(block_hashes) * hashed)
         for length in range(known // step * step, 0, -step):
-            prefix = block_hashes[length // unit - 1]
+            prefix = block_hashes[length // hashed - 1]
             pages = []
             for i in range(layout.committed_pages(length)):
                 page = block_pool.get_cached_block(_page_hash(prefix, i), kv_cache_group_ids)
@@ -212,7 +214,7 @@ class PagedBankManager(CircularBufferManager):
             # More than there are: the request waits for the next step.
             return self.block_pool.num_gpu_blocks + 1
         own = self._missing(request_id, num_tokens)
-        need = own + self._get_num_evictable_blocks(new_computed_blocks)
+        need = own + evictable_blocks(new_computed_blocks)
         # All that this request may need now, in every group.
         at_most = need + (groups_in_hand() - 1) * cdiv(num_tokens, self.block_size)
         free = self.block_pool.get_num_free_blocks()
@@ -409,8 +411,8 @@ class PagedBankManager(CircularBufferManager):
         return hashes[0] in self._copying_hashes or self._are_cached(hashes)
 
     def _are_cached(self, hashes: Iterable[BlockHashWithGroupId]) -> bool:
-        cached = self.block_pool.cached_block_hash_to_block
-        return all(cached.get_one_block(page_hash) is not None for page_hash in hashes)
+        find, groups = self.block_pool.get_cached_block, [self.kv_cache_group_id]
+        return all(find(get_block_hash(page_hash), groups) is not None for page_hash in hashes)
 
 
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
@@ -425,8 +427,7 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
 
 def _pool_report(core: Any) -> dict[str, int]:
     """``PagedBankManager.counts`` of an ``EngineCore`` with memory."""
-    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
-    [manager] = [one for one in managers if isinstance(one, PagedBankManager)]
+    [manager] = [one for one in managers_of(core) if isinstance(one, PagedBankManager)]
     return manager.counts().as_dict()
 
 

@@ -17,11 +17,11 @@ from pacellm_vllm.ops.update import Progress, advance
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Tokens of one request; ``pages`` its block ids as far as they reach.
+class PlacedPiece:
+    """A ``Piece`` and where its request's bank lies: ``pages`` are block ids, as far as it reaches.
 
     ``copy`` are pages that take what the first as many of ``pages`` hold before the tokens change
-    it; vLLM's null block where there is no copy. ``asked`` is the request's key in the ``Journal``.
+    it, none where there is no copy. ``asked`` is the request's key in the ``Journal``.
     """
 
     tokens: slice
@@ -56,14 +56,14 @@ class PlainStep:
     ``asked`` has for tokens of requests in the ``Journal`` its key and the first one's position,
     ``asked_idle`` how many of them have no bank.
 
-    ``chunks`` lie in one segment each. With speculative decoding, ``settled`` has every request's
+    ``pieces`` lie in one segment each. With speculative decoding, ``settled`` has every request's
     first token, before which its bank catches up with what was accepted, and ``guesses`` the
     tokens that may be rejected.
     """
 
-    settled: list[Chunk] = field(default_factory=list)
-    guesses: list[Chunk] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
+    settled: list[PlacedPiece] = field(default_factory=list)
+    guesses: list[PlacedPiece] = field(default_factory=list)
+    pieces: list[PlacedPiece] = field(default_factory=list)
     singles: Singles | None = None
     idle: list[slice] = field(default_factory=list)
     asked_idle: list[tuple[str, int, int]] = field(default_factory=list)
@@ -98,7 +98,7 @@ class PlainStep:
             pages, copy = row[: piece.pages], row[piece.copy.start : piece.copy.stop]
             key = asked.get(piece.request)
             copy = copy if all(copy) else []
-            chunk = Chunk(tokens, piece.position, pages, piece.rules, copy, key)
+            placed = PlacedPiece(tokens, piece.position, pages, piece.rules, copy, key)
             if key:
                 step.asked.append((key, piece.position, tokens))
             # Warm-up, padding and requests without memory hold vLLM's null block, nobody's bank.
@@ -109,14 +109,14 @@ class PlainStep:
                 continue
             if speculative and piece.request not in seen:
                 seen.add(piece.request)
-                step.settled.append(chunk)
+                step.settled.append(placed)
             if not piece.certain:
-                step.guesses.append(chunk)
-            # One token of many requests is a decode step; a piece of a longer chunk has its turn.
+                step.guesses.append(placed)
+            # One token of many requests is a decode step; other pieces have their turn.
             elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
                 singles.append((piece, pages))
             else:
-                step.chunks.append(chunk)
+                step.pieces.append(placed)
         if singles:
             rows = [piece.begin for piece, _ in singles]
             tokens = slice(rows[0], rows[-1] + 1)
@@ -146,22 +146,22 @@ class PlainStep:
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
             out[tokens] = a[tokens]
-        for chunk in self.settled:
-            store = PagedStore(units, chunk.pages, layout)
-            for progress in settle(store, chunk.position, chunk.rules, reduce):
-                yield None, chunk.position, chunk.rules, progress, store
-        for chunk in self.chunks:
-            if chunk.copy:
-                units[chunk.copy] = units[chunk.pages[: len(chunk.copy)]]
-            store = PagedStore(units, chunk.pages, layout)
-            tokens = chunk.tokens
-            at, rules = chunk.position, chunk.rules
+        for piece in self.settled:
+            store = PagedStore(units, piece.pages, layout)
+            for progress in settle(store, piece.position, piece.rules, reduce):
+                yield None, piece.position, piece.rules, progress, store
+        for piece in self.pieces:
+            if piece.copy:
+                units[piece.copy] = units[piece.pages[: len(piece.copy)]]
+            store = PagedStore(units, piece.pages, layout)
+            tokens = piece.tokens
+            at, rules = piece.position, piece.rules
             _, progress = advance(store, a[tokens], at, rules, reduce, out[tokens])
-            yield chunk.asked, at, rules, progress, store
-        for chunk in self.guesses:
-            store = PagedStore(units, chunk.pages, layout)
-            tokens = chunk.tokens
-            guess(store, a[tokens], chunk.position, chunk.rules, reduce, out[tokens])
+            yield piece.asked, at, rules, progress, store
+        for piece in self.guesses:
+            store = PagedStore(units, piece.pages, layout)
+            tokens = piece.tokens
+            guess(store, a[tokens], piece.position, piece.rules, reduce, out[tokens])
         if self.singles is None:
             return
         singles = self.singles

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
+from pacellm_vllm.compat import layers_by_name
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend, takes_kernels
 from pacellm_vllm.memory.layout import BankLayout
@@ -166,7 +167,7 @@ def bank_spec(
 
 
 def _attention_layers(vllm_config: VllmConfig) -> list[AttentionLayerBase]:
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    layers = layers_by_name(vllm_config).values()
     return [
         layer
         for layer in layers
@@ -178,7 +179,7 @@ def _attention_layers(vllm_config: VllmConfig) -> list[AttentionLayerBase]:
 
 def _state_specs(vllm_config: VllmConfig) -> list[KVCacheSpec]:
     """One spec for each layer of this rank that keeps a recurrent state."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    layers = layers_by_name(vllm_config).values()
     specs = [
         layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, MambaBase)
     ]

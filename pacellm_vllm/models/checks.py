@@ -14,6 +14,7 @@ from pacellm_vllm.compat import (
     add_worker_extension,
     check_http_requests,
     follow_answers,
+    is_vllms_cpu_build,
     keep_booleans,
     plugin_logger,
     prepare_requests,
@@ -207,7 +208,7 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "operators wait for the host; serve it without pacellm",
         ),
         "latent attention (MLA) on vLLM's own CPU build": (
-            type(current_platform).__module__ == "vllm.platforms.cpu" and bool(model.use_mla),
+            is_vllms_cpu_build() and bool(model.use_mla),
             "its kernels want each layer's cache apart, and banks share blocks; serve it without "
             "pacellm, or on a GPU",
         ),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from vllm.transformers_utils.config import get_config
 
+from pacellm_vllm.compat import checkpoint_config
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 
@@ -90,7 +90,7 @@ def _read_checkpoint(model: str, rest: Sequence[str]) -> Any:
     flags.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
     try:
         known, _ = flags.parse_known_args(list(rest))
-        return get_config(model, known.trust_remote_code, revision=known.revision)
+        return checkpoint_config(model, known.trust_remote_code, known.revision)
     except (OSError, ValueError, argparse.ArgumentError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise PaceConfigError(

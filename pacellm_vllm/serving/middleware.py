@@ -7,7 +7,8 @@ from urllib.parse import parse_qs
 from prometheus_client import CollectorRegistry, make_asgi_app
 from prometheus_client.core import Metric
 from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from pacellm_vllm.compat import metrics_registry
 
 if TYPE_CHECKING:
     from pacellm_vllm.serving.metrics import Scrapes
@@ -36,7 +37,7 @@ class MetricsMiddleware:
         # Where names are asked for, a registry must know which collector has which.
         named = "name[]" in parse_qs(scope["query_string"].decode("latin-1"))
         registry = CollectorRegistry(auto_describe=named)
-        registry.register(get_prometheus_registry())
+        registry.register(metrics_registry())
         registry.register(_Found(ours))
         await make_asgi_app(registry)(scope, receive, send)
 

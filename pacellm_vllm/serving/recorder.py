@@ -111,7 +111,7 @@ class BankRecorder:
         step, size = metadata.plain, self.layer.rules.segment_size
         assert step is not None, "not recorded where kernels run"
         pieces: list[tuple[Any, int, list[int]]] = [
-            (chunk.tokens, chunk.position, chunk.pages) for chunk in step.chunks
+            (piece.tokens, piece.position, piece.pages) for piece in step.pieces
         ]
         if step.singles is not None:
             one = step.singles

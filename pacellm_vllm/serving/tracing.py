@@ -4,12 +4,21 @@ import asyncio
 import json
 from typing import Any
 
-from pacellm_vllm.compat import WriteSpan, ask_all_engines, hold_spans, plugin_logger
+from pacellm_vllm.compat import (
+    HoldSpan,
+    WriteSpan,
+    ask_all_engines,
+    hold_spans,
+    plugin_logger,
+)
 from pacellm_vllm.memory.journal import KINDS
 from pacellm_vllm.models.checks import REPORT_EXTENSION, carries_memory, is_traced
 from pacellm_vllm.serving.report import SUMMARIES_METHOD, merge_reports
 
 logger = plugin_logger()
+
+# What ``HoldSpan`` is called with.
+Span = tuple[str, int, WriteSpan]
 
 
 def hold_request_spans() -> None:
@@ -17,7 +26,7 @@ def hold_request_spans() -> None:
     hold_spans(_holder)
 
 
-def _holder(engine: Any) -> Any:
+def _holder(engine: Any) -> HoldSpan | None:
     config = engine.vllm_config
     ours = carries_memory(config) and is_traced(config)
     if not ours or config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
@@ -35,25 +44,25 @@ class RequestSpans:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._waits = asyncio.iscoroutinefunction(engine.collective_rpc)
-        self._held: list[tuple[Any, WriteSpan]] = []
+        self._held: list[Span] = []
         self._writing: asyncio.Task[None] | None = None
         self._failed = False
 
-    def hold(self, state: Any, write: WriteSpan) -> None:
-        """The span of a request with this ``RequestState``."""
+    def hold(self, request_id: str, cached_tokens: int, write: WriteSpan) -> None:
+        """The span of a request."""
+        span = (request_id, cached_tokens, write)
         if not self._waits:
-            request_ids = [state.external_req_id]
-            workers = self._engine.collective_rpc(SUMMARIES_METHOD, args=(request_ids,))
-            _write([(state, write)], [workers])
+            workers = self._engine.collective_rpc(SUMMARIES_METHOD, args=([request_id],))
+            _write([span], [workers])
             return
-        self._held.append((state, write))
+        self._held.append(span)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_held())
 
     async def _write_held(self) -> None:
         while self._held:
             some, self._held = self._held, []
-            request_ids = [state.external_req_id for state, _ in some]
+            request_ids = [request_id for request_id, _, _ in some]
             engines: list[list[dict[str, Any]]] = []
             try:
                 engines = await ask_all_engines(self._engine, SUMMARIES_METHOD, request_ids)
@@ -69,12 +78,11 @@ class RequestSpans:
                 _write(some, engines)
 
 
-def _write(spans: list[tuple[Any, WriteSpan]], engines: list[list[dict[str, Any]]]) -> None:
+def _write(spans: list[Span], engines: list[list[dict[str, Any]]]) -> None:
     """``engines`` have for each worker the summaries by request."""
-    for state, write in spans:
-        name = state.external_req_id
+    for name, cached_tokens, write in spans:
         parts = [worker[name] for workers in engines for worker in workers if name in worker]
-        write(attributes(merge_reports(parts), state.num_cached_tokens))
+        write(attributes(merge_reports(parts), cached_tokens))
 
 
 def attributes(layers: dict[str, dict[str, Any]], cached_tokens: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from pacellm_vllm.compat import api_processes
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.request import RequestSettings, keep_reading, reading_of
 
@@ -39,7 +40,7 @@ def check_sessions(vllm_config: VllmConfig) -> None:
     """Raise ``PaceConfigError`` where an engine cannot keep sessions."""
     refusals = {
         "several API servers": (
-            vllm_config.parallel_config._api_process_count > 1,
+            api_processes(vllm_config) > 1,
             "each would know its own requests only; pass --api-server-count 1",
         ),
         "no tokenizer": (

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 from vllm.platforms import current_platform
 
+from pacellm_vllm.compat import config_of
 from pacellm_vllm.evals.answers import offline_engine
 from pacellm_vllm.memory.layer import memory_layers
 from pacellm_vllm.verify.replay import recording
@@ -162,7 +163,7 @@ class Verification:
     def _note_about(self, llm: Any) -> None:
         from pacellm_vllm.serving.report import describe_engine
 
-        config = llm.llm_engine.vllm_config
+        config = config_of(llm)
         layer = memory_layers(config)[0]
         self._block, self._layout = config.cache_config.block_size, layer.spec.layout
         self.about = {

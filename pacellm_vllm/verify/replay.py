@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pacellm_vllm.compat import config_of
 from pacellm_vllm.memory.backend import BankMetadata
 from pacellm_vllm.memory.layer import PaceMemory, memory_layers
 from pacellm_vllm.verify.truth import Truth, true_outputs
@@ -69,7 +70,7 @@ class Recording:
 @contextlib.contextmanager
 def recording(llm: Any) -> Iterator[list[Recording]]:
     """Record the next request, which must run alone, in every layer with memory."""
-    recordings = [Recording(layer) for layer in memory_layers(llm.llm_engine.vllm_config)]
+    recordings = [Recording(layer) for layer in memory_layers(config_of(llm))]
     for one in recordings:
         one.layer.run = one.run  # type: ignore[method-assign]
     try:

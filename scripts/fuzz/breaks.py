@@ -91,7 +91,7 @@ def snapshot_not_copied() -> None:
     run = plain.PlainStep.run
 
     def shorter(step: Any, *args: Any) -> Any:
-        step.chunks = [replace(chunk, copy=chunk.copy[:-1]) for chunk in step.chunks]
+        step.pieces = [replace(piece, copy=piece.copy[:-1]) for piece in step.pieces]
         return run(step, *args)
 
     plain.PlainStep.run = shorter  # type: ignore[method-assign]

@@ -1,0 +1,86 @@
+"""What is patched in vLLM, and how: each function once, by the name of what patches it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+# By the function of ``compat`` that does it. Nothing else is patched, and nothing at all where no
+# engine of ours runs.
+PATCHED = {
+    "load_with_drafts": (
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+    ),
+    "check_http_requests": (
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
+        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+    ),
+    "refuse_in_beam_search": (
+        "vllm.entrypoints.openai.chat_completion.protocol:"
+        "ChatCompletionRequest.to_beam_search_params",
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
+    ),
+    "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "follow_answers": ("vllm.v1.engine.output_processor:OutputProcessor.add_request",),
+    "answers_made": ("vllm.v1.engine.output_processor:RequestState.make_request_output",),
+    # Where vLLM's tracing is on, and nowhere else.
+    "hold_spans": (
+        "vllm.v1.engine.async_llm:AsyncLLM.__init__",
+        "vllm.v1.engine.llm_engine:LLMEngine.__init__",
+    ),
+    "write_spans": ("vllm.v1.engine.output_processor:instrument_manual",),
+    "watch_requests": (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    ),
+    "add_block_hash_key": (
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+    ),
+    "hash_turns_by_their_own": (
+        "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
+    ),
+    "count_cached_tokens_without": (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",
+    ),
+    "place_shared_layers": (
+        "vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",
+        "vllm.v1.worker.gpu_model_runner:add_kv_sharing_layers_to_kv_cache_groups",
+        "vllm.v1.worker.gpu.attn_utils:add_kv_sharing_layers_to_kv_cache_groups",
+    ),
+    "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
+    # Added, where all others are wrapped.
+    "add_engine_method": ("vllm.v1.engine.core:EngineCore.pacellm_pool_report",),
+}
+# Too heavy to import for it; imported later, it takes the patched function from the other module.
+_TAKERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
+
+
+def patch(what: str, wrapper: Callable[..., Any]) -> None:
+    """Make the functions that ``PATCHED`` lists for ``what`` call ``wrapper(original, ...)``.
+
+    Once each: the mark is our own, as vLLM may decorate the original with wrappers of its own.
+    """
+    for name in PATCHED[what]:
+        module, _, path = name.partition(":")
+        if module in _TAKERS and module not in sys.modules:
+            continue
+        *outer, last = path.split(".")
+        owner = functools.reduce(getattr, outer, import_module(module))
+        original = getattr(owner, last)
+        if not getattr(original, "_pacellm_wrapped", False):
+            setattr(owner, last, _wrapped(original, wrapper))
+
+
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
+    return wrapped
