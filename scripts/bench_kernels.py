@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=100)
     parser.add_argument("--segment", type=int, default=1024)
     parser.add_argument("--page-kib", type=int, default=448)
-    parser.add_argument("--preset", choices=["official", "paper"], default="official")
+    parser.add_argument("--preset", choices=["gentle", "official", "paper"], default="official")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--decode", default="1,8,32,128,256", help="requests in a decode step")
     parser.add_argument("--prefill", default="128,1024", help="tokens, at most --segment")

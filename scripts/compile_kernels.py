@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=100)
     parser.add_argument("--page-kib", type=int, default=448)
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--presets", default="official,paper")
+    parser.add_argument("--presets", default="gentle,official,paper")
     args = parser.parse_args()
     compiled = compile_instead_of_launching(args.arch)
     print(f"triton {triton.__version__}, sm_{args.arch}, D = {args.width}, M = {args.slots}\n")
