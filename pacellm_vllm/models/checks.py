@@ -146,13 +146,13 @@ def _why_no_sessions(vllm_config: VllmConfig) -> str | None:
 
 def known_harm(config: PaceConfig) -> str | None:
     """What ``config`` does to real models, one sentence; None if nothing is known against it."""
-    if not config.noise or not config.alpha or not config.negative_k:
+    if not config.noise or not config.alpha or not config.negative_k or config.clip:
         return None
     return (
         f"pacellm: noise = {config.noise:g} adds the least similar slots to every token, and in "
         "some models one of them is the attention sink, whose activation is enormous: with preset "
         "official SmolLM2-135M lost 0.43 nats a token from position 1024 to 4096, with paper 1.85; "
-        "set noise to 0 or use preset gentle, unless you reproduce published results."
+        "set clip to true or use preset gentle, unless you reproduce published results."
     )
 
 
