@@ -62,6 +62,13 @@ def in_order(bits):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
+@triton.jit
+def limit_of(token_norm, key_norms, is_picked):
+    """What is left of the length of the one slot of ``key_norms`` [n] that is picked."""
+    key_norm = tl.sum(tl.where(is_picked, key_norms, 0.0), axis=0)
+    return tl.minimum(tl.div_rn(token_norm, key_norm), 1.0)
+
+
 @triton.jit(do_not_specialize=["table_stride", "groups"])
 def rank_kernel(
     pieces,
@@ -154,8 +161,7 @@ def rank_kernel(
         pick = tl.min(tl.where(left & (order == nearest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + j, pick)
         if CLIP:
-            key_norm = tl.sum(tl.where(slot == pick, key_norms, 0.0), axis=0)
-            tl.store(limits + j, tl.minimum(tl.div_rn(token_norm, key_norm), 1.0))
+            tl.store(limits + j, limit_of(token_norm, key_norms, slot == pick))
         cosine = in_order(nearest).to(tl.float32, bitcast=True)
         best = tl.maximum(best, cosine)
         total += cosine
@@ -175,8 +181,7 @@ def rank_kernel(
         pick = tl.min(tl.where(left & (order == furthest), slot, SLOTS_AT_ONCE), axis=0)
         tl.store(slots + TOP + j, pick)
         if CLIP:
-            key_norm = tl.sum(tl.where(slot == pick, key_norms, 0.0), axis=0)
-            tl.store(limits + TOP + j, tl.minimum(tl.div_rn(token_norm, key_norm), 1.0))
+            tl.store(limits + TOP + j, limit_of(token_norm, key_norms, slot == pick))
         left = left & (slot != pick)
 
     tl.store(facts, kind)
