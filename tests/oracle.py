@@ -163,14 +163,12 @@ class Bank:
 
     def _mean_value(self, slots: Tensor, x: Tensor) -> Tensor:
         """Of `slots` as x [D] reads them: [D]."""
-        total = torch.zeros_like(x)
-        for slot in slots.tolist():
-            value, length = self.values[slot].float(), self.keys[slot].float().norm()
-            if self.rules.clip and length > x.norm():
-                value = value * (x.norm() / length)
-            total += value
+        values = self.values[slots].float()
+        if self.rules.clip:
+            lengths = self.keys[slots].float().norm(dim=-1)
+            values[lengths > x.norm()] *= (x.norm() / lengths[lengths > x.norm()])[:, None]
         # No slots (negative_k = 0) contribute nothing, where a mean would be NaN.
-        return total / max(len(slots), 1)
+        return values.sum(dim=0) / max(len(slots), 1)
 
     def update(self, a: Tensor, o: Tensor) -> list[str]:
         """Commit a whole segment: a, o [S, D] in position order.
@@ -224,6 +222,10 @@ class Bank:
         return categories
 
 
+class NearTie(Exception):
+    """A decision lies so near a tie that a test has no use for what follows."""
+
+
 class OracleModel:
     """A Hugging Face causal LM whose chosen FFNs have a memory; one request at a time.
 
@@ -235,8 +237,10 @@ class OracleModel:
         config: overrides of fields of its Hugging Face configuration.
 
     After `forward` or `generate`, `banks[layer]` holds each layer's committed memory and its
-    counts.
+    counts. Both raise `NearTie` once a bank's closest call is not above `least_gap`.
     """
+
+    least_gap = -1.0
 
     def __init__(self, path: Any, pace: dict[str, Any], **config: Any):
         self.model = self.load(path, dtype=torch.float32, attn_implementation="eager", **config)
@@ -306,6 +310,8 @@ class OracleModel:
             now, tokens = tokens[:room], tokens[room:]
             positions = torch.arange(self._position, self._position + len(now))[None]
             logits.append(self._logits(now, positions))
+            if any(bank.closest_call <= self.least_gap for bank in self.banks.values()):
+                raise NearTie
             self._position += len(now)
             if self._position % size == 0:
                 self._commit()
