@@ -25,8 +25,8 @@ from pacellm_vllm.ops.kernels.batch import (
     single_tables,
     tables_of,
 )
-from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.kernels.top_k import TALLY
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -209,7 +209,7 @@ def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Ten
 
 
 def new_tally(requests: int, device: torch.device) -> torch.Tensor:
-    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/rank.py``."""
+    """What the kernels count in, for steps of at most ``requests``; see ``kernels/top_k.py``."""
     return torch.zeros(requests, TALLY.value, dtype=torch.int64, device=device)
 
 
