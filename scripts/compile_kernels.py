@@ -27,8 +27,8 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
-from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.kernels.top_k import TALLY
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -15,7 +15,13 @@ from prometheus_client import REGISTRY
 from test_manager import BANK, make_manager, make_request, place
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm import LLM, platforms
-from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    ModelConfig,
+    ParallelConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.config.mamba import MambaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
@@ -27,6 +33,8 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
@@ -68,8 +76,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 import pacellm_vllm
 from pacellm_vllm import compat
 from pacellm_vllm.compat.layers import packing
+from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.batch import NoSettings
 from pacellm_vllm.memory.spec import PagedBankManager
+from pacellm_vllm.memory.stage import StageWithoutMemory
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
 from pacellm_vllm.platform import CPU_WORKER
@@ -422,14 +432,35 @@ def test_padding_is_still_minus_one_in_slot_mappings():
 
 
 def test_an_operator_finds_its_layer_and_its_metadata_in_a_step_of_vllms():
-    """``layers_by_name``, ``layer_in_step``, ``metadata_of_step``."""
+    """``layers_by_name``, which a stage without memory adds itself to; ``layer_in_step``,
+    ``metadata_of_step``.
+    """
     config = VllmConfig()
     compat.layers_by_name(config)["a.memory"] = "a layer"
+    stage = StageWithoutMemory(config, PaceConfig(), 8, "a.stage")
+    assert config.compilation_config.static_forward_context["a.stage"] is stage
     with set_forward_context({"a.memory": "metadata"}, config):
         assert compat.layer_in_step("a.memory") == "a layer"
         assert compat.metadata_of_step() == {"a.memory": "metadata"}
     with set_forward_context(None, config):
         assert compat.metadata_of_step() is None
+
+
+def test_layers_that_share_caches_are_still_told_by_an_attribute_that_not_all_have():
+    """``has_own_cache``; one that shares has the other's spec."""
+    tiny = Path(__file__).parents[1] / "scripts" / "tiny"
+    config = VllmConfig(model_config=ModelConfig(str(tiny), dtype="float32"))
+    with set_current_vllm_config(config):
+        sizes = {"num_heads": 1, "head_size": 32, "scale": 1.0, "cache_config": config.cache_config}
+        own = Attention(**sizes, prefix="layers.0.attn")
+        shared = Attention(
+            **sizes, prefix="layers.1.attn", kv_sharing_target_layer_name="layers.0.attn"
+        )
+    assert shared.get_kv_cache_spec(config) == own.get_kv_cache_spec(config) is not None
+    assert compat.has_own_cache(own)
+    assert not compat.has_own_cache(shared)
+    assert not hasattr(AttentionLayerBase, "kv_sharing_target_layer_name")
+    assert compat.has_own_cache(object.__new__(StageWithoutMemory))
 
 
 def test_rows_of_requests_leaves_padding_out(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.memory.drafts import guess, settle
+from pacellm_vllm.memory.drafts import look_up_drafts, write_accepted
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
@@ -52,14 +52,14 @@ def test_rejected_drafts_leave_the_bank_of_the_tokens_that_stayed(drafted, accep
     base = torch.randn(6, WIDTH, generator=generator)
     a = base[torch.randint(6, (90,), generator=generator)]
     a = a + 0.5 * torch.randn(90, WIDTH, generator=generator)
-    plain, guessed = make_store(0), make_store(fill)
+    plain, kept = make_store(0), make_store(fill)
     for position in range(70):
         advance(plain, a[position, None], position, RULES)
 
     position, steps = 0, 0
     while position < 70:
-        list(settle(guessed, position, RULES))
-        advance(guessed, a[position, None], position, RULES)
+        list(write_accepted(kept, position, RULES))
+        advance(kept, a[position, None], position, RULES)
         steps += 1
         if steps % 2 == 0:
             # The drafter had nothing to say.
@@ -68,20 +68,20 @@ def test_rejected_drafts_leave_the_bank_of_the_tokens_that_stayed(drafted, accep
         right = min(accept, 69 - position)
         drafts = a[position + 1 : position + 1 + drafted].clone()
         drafts[right:] *= -1
-        out = guess(guessed, drafts, position + 1, RULES)
-        later = guessed.copy()
-        list(settle(later, position + 1, RULES))
+        out = look_up_drafts(kept, drafts, position + 1, RULES)
+        later = kept.copy()
+        list(write_accepted(later, position + 1, RULES))
         for i in range(right):
             want, _ = advance(later, drafts[i, None], position + 1 + i, RULES)
             torch.testing.assert_close(out[i, None], want)
         position += 1 + right
-    list(settle(guessed, 70, RULES))
+    list(write_accepted(kept, 70, RULES))
 
     for got, want in zip(
-        (guessed.read_keys(5), guessed.read_values(5)),
+        (kept.read_keys(5), kept.read_values(5)),
         (plain.read_keys(5), plain.read_values(5)),
         strict=True,
     ):
         torch.testing.assert_close(got, want)
-    words, expected = guessed.read_words(), plain.read_words()
+    words, expected = kept.read_words(), plain.read_words()
     assert torch.equal(words[:-5], expected[:-5])

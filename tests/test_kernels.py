@@ -46,7 +46,8 @@ def test_every_kernel_compiles_for_hopper():
     found = run("scripts/compile_kernels.py", "--arch", "90")
     rows = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")][1:]
     kernels = {row[0].strip().removesuffix("_kernel") for row in rows}
-    assert kernels == {"products", "add_groups", "rank", "book", "apply", "close", "commit"}
+    steps = {"similarity", "top_k", "bookkeeping", "blend", "piece_sums", "slot_update"}
+    assert kernels == {*steps, "add_groups"}
     for dtype in ("bfloat16", "float16", "float32"):
         found = {row[0].strip() for row in rows if row[1].strip() == dtype}
         assert found == {f"{name}_kernel" for name in kernels}
@@ -112,9 +113,9 @@ def test_the_host_waits_for_nothing(batch, monkeypatch):
             reduce,
         )
     names = [kernel.fn.__name__ for kernel in launched]
-    assert names.count("book_kernel") == 2 * len(step.rounds)
+    assert names.count("bookkeeping_kernel") == 2 * len(step.rounds)
     assert len(step.rounds) == (1 if batch == "decode" else 3)
-    assert ("close_kernel" in names) == (batch == "mixed")
+    assert ("piece_sums_kernel" in names) == (batch == "mixed")
 
 
 def test_decode_tables_are_those_of_any_other_step():
@@ -134,7 +135,7 @@ def test_decode_tables_are_those_of_any_other_step():
     got = tables[1].of_singles(table, padded, {2: own}).rounds[0]
     assert torch.equal(got.pieces[:-1], want.pieces)
     assert torch.equal(got.tiles[:-1], want.tiles)
-    assert (got.longest, got.closing) == (want.longest, want.closing) == (1, 0)
+    assert (got.longest, got.summing) == (want.longest, want.summing) == (1, 0)
     # The row that pads: token 7 of row 7, which has no pages.
     assert got.pieces[-1, :5].tolist() == [7, 1, 0, 7, 0]
     # Where graphs read the tables does not move.
@@ -172,7 +173,7 @@ def test_a_batch_is_cut_for_the_device_as_for_the_plain_ops():
         assert step.num_tokens == starts[-1]
 
 
-def test_a_round_names_the_pieces_to_close_and_first_those_that_commit():
+def test_a_round_names_the_pieces_of_several_tiles_and_first_those_that_commit():
     from pacellm_vllm.config import PaceConfig
     from pacellm_vllm.ops.kernels.batch import tables_of
 
@@ -183,7 +184,7 @@ def test_a_round_names_the_pieces_to_close_and_first_those_that_commit():
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
     lengths = [position + n for position, n in zip(first, counts, strict=True)]
     tables = tables_of(rows_of_pieces(cut_pieces(starts, lengths, layout, rules)), 100)
-    assert (tables.closing, tables.committing) == (2, 1)
+    assert (tables.summing, tables.committing) == (2, 1)
     assert tables.pieces[:2, 7].tolist() == [3, 2]
     assert tables.pieces[:, 5:7].tolist() == [[0, 1], [1, 4], [5, 2], [7, 4], [11, 1]]
     assert tables.tiles[tables.tiles[:, 0] == 2, 1:3].tolist() == [[105, 2], [107, 8]]

@@ -8,7 +8,7 @@ from dense_store import DenseStore
 from test_ops import drive, paged_store, rules
 from unsound import PACE, PLACES, POISONS, assert_bank_is, near, streams, told
 
-from pacellm_vllm.memory.drafts import guess, settle
+from pacellm_vllm.memory.drafts import look_up_drafts, write_accepted
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.ops.steps import advance_steps
 from pacellm_vllm.ops.update import advance
@@ -130,14 +130,14 @@ def test_drafts_that_cannot_be_kept(poison):
     store = paged_store(layout, torch.float32)
     outputs, position = [], 0
     while position < 60:
-        list(settle(store, position, r))
+        list(write_accepted(store, position, r))
         outputs.append(advance(store, stream[position, None], position, r)[0])
         position += 1
         right = min(2, 60 - position) if position % 3 else 0
         if right:
             drafts = torch.cat([stream[position : position + right], stream[:1] * -1])
-            outputs.append(guess(store, drafts, position, r)[:right])
+            outputs.append(look_up_drafts(store, drafts, position, r)[:right])
         position += right
-    list(settle(store, 60, r))
+    list(write_accepted(store, 60, r))
     torch.testing.assert_close(torch.cat(outputs), want, equal_nan=True)
     assert_bank_is(store, bank)

@@ -32,6 +32,7 @@ from pacellm_vllm.compat.engine import (
     with_final_blocks,
 )
 from pacellm_vllm.compat.layers import (
+    has_own_cache,
     layers_by_name,
     pack_cpu_attention,
     place_shared_layers,

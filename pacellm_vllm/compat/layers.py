@@ -11,6 +11,7 @@ from pacellm_vllm.compat.patching import patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 
 def layers_by_name(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -21,6 +22,15 @@ def layers_by_name(vllm_config: VllmConfig) -> dict[str, Any]:
     can be listed, and added to, in a public place.
     """
     return vllm_config.compilation_config.static_forward_context
+
+
+def has_own_cache(layer: AttentionLayerBase) -> bool:
+    """Whether ``layer`` keeps a KV cache, and does not read another layer's.
+
+    Symptom: one that shares has a spec like any other; an attribute that not all classes of layers
+    have tells it apart. Can go when ``AttentionLayerBase`` does.
+    """
+    return not getattr(layer, "kv_sharing_target_layer_name", None)
 
 
 def pack_cpu_attention(vllm_config: VllmConfig) -> None:

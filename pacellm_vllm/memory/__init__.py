@@ -4,6 +4,7 @@
 ``places``   Places, where in its pages each row of a bank lies
 ``store``    PagedStore, one bank read and written where it lies in a request's pages
 ``snapshots`` SnapshotGrid, where banks are copied for the prefix cache, and into which pages
+``cache``    SnapshotCache, banks among the cached blocks of vLLM's pool
 ``spec``     PagedBankSpec, what the scheduler knows of a bank
 ``manager``  PagedBankManager, which claims, shares and frees banks' pages
 ``drafts``   what speculative decoding asks of a bank

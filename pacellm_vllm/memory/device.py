@@ -25,8 +25,8 @@ from pacellm_vllm.ops.kernels.batch import (
     single_tables,
     tables_of,
 )
-from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.kernels.top_k import TALLY
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -107,7 +107,7 @@ class DeviceTables:
         positions = np.maximum(lengths - 1, 0)
         pages = np.where(lengths > 0, self._pages_for(lengths), 0)
         tables = single_tables(positions, pages, self._numbers_for(len(lengths), own))
-        return DeviceStep(self._copied([tables], table), len(lengths))
+        return DeviceStep(self._on_device([tables], table), len(lengths))
 
     def of_batch(
         self,
@@ -141,10 +141,10 @@ class DeviceTables:
         )
         # A segment ends before the next one of its request begins.
         some = [rows[turn == i] for i in range(turns.max(initial=0))]
-        rounds = self._copied([tables_of(pieces, size) for pieces in some], table)
+        rounds = self._on_device([tables_of(pieces, size) for pieces in some], table)
         if grid is not None:
             rounds = [
-                replace(one, copies=_copies(pieces, counts, grid, table))
+                replace(one, copies=_snapshot_copies(pieces, counts, grid, table))
                 for one, pieces in zip(rounds, some, strict=True)
             ]
         return DeviceStep(rounds, int(starts[-1]))
@@ -161,17 +161,17 @@ class DeviceTables:
             numbers[list(own)] = numbers_of(own.values())
         return numbers
 
-    def _copied(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
+    def _on_device(self, rounds: Sequence[Tables], table: torch.Tensor) -> list[DeviceRound]:
         """The rounds with their tables on the device."""
-        pieces = _copy([one.pieces for one in rounds], self._pieces)
-        tiles = _copy([one.tiles for one in rounds], self._tiles)
+        pieces = _upload([one.pieces for one in rounds], self._pieces)
+        tiles = _upload([one.tiles for one in rounds], self._tiles)
         return [
             one.on(pieces_now, tiles_now, table)
             for one, pieces_now, tiles_now in zip(rounds, pieces, tiles, strict=True)
         ]
 
 
-def _copies(
+def _snapshot_copies(
     pieces: np.ndarray, counts: np.ndarray, grid: SnapshotGrid, table: torch.Tensor
 ) -> torch.Tensor | None:
     """Blocks [2, n] int64 that hold banks, and those that take a copy, on the device.
@@ -194,7 +194,7 @@ def _copies(
     return torch.stack([held, torch.where((held == 0) | (wanted == 0), held, wanted)])
 
 
-def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _upload(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of ``buffer`` that hold the ``tables``, one after the other."""
     counts = [len(table) for table in tables]
     assert sum(counts) <= len(buffer), (counts, buffer.shape)
@@ -209,7 +209,7 @@ def _copy(tables: Sequence[np.ndarray], buffer: torch.Tensor) -> tuple[torch.Ten
 
 
 def new_tally(requests: int, device: torch.device) -> torch.Tensor:
-    """What the kernels count in, for steps of at most ``requests``; see ``ops/kernels/rank.py``."""
+    """What the kernels count in, for steps of at most ``requests``; see ``kernels/top_k.py``."""
     return torch.zeros(requests, TALLY.value, dtype=torch.int64, device=device)
 
 

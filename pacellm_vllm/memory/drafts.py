@@ -18,7 +18,7 @@ from pacellm_vllm.ops.update import Progress, advance, peek
 _NOTHING = -1
 
 
-def settle(
+def write_accepted(
     store: PagedStore, position: int, rules: MemoryRules, reduce: Reduce | None = None
 ) -> Iterator[Progress]:
     """Write what the tail holds of the tokens before ``position``, and empty it.
@@ -36,7 +36,7 @@ def settle(
     store.write_tail_position(_NOTHING)
 
 
-def guess(
+def look_up_drafts(
     store: PagedStore,
     a: torch.Tensor,
     position: int,

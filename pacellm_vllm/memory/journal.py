@@ -58,18 +58,18 @@ class Journal:
         """
         if answer := self._answer(key):
             mine = answer.memory.setdefault(layer, LayerAnswer())
-            self._grown(mine.read(position, rules, progress, nearest))
+            self._make_room(mine.read(position, rules, progress, nearest))
 
     def note_idle(self, key: str, layer: int, position: int, count: int) -> None:
         """Tokens of a request that holds no bank."""
         if answer := self._answer(key):
-            self._grown(answer.memory.setdefault(layer, LayerAnswer()).pass_by(position, count))
+            self._make_room(answer.memory.setdefault(layer, LayerAnswer()).pass_by(position, count))
 
     def note_experts(self, key: str, layer: int, position: int, chosen: torch.Tensor) -> None:
         """Which experts [n, K] bool tokens from ``position`` on computed."""
         if answer := self._answer(key):
             mine = answer.experts.setdefault(layer, LayerExperts(chosen.shape[1]))
-            self._grown(mine.read(position, chosen))
+            self._make_room(mine.read(position, chosen))
 
     def report(self, request_id: str, first: int = 0) -> dict[int, dict[str, Any]] | None:
         """By layer, see :meth:`LayerAnswer.report`; None of what is not, or no longer, known.
@@ -104,7 +104,7 @@ class Journal:
             return None
         return self._answers.setdefault(key, Answer())
 
-    def _grown(self, tokens: int) -> None:
+    def _make_room(self, tokens: int) -> None:
         self._tokens += tokens
         while self._tokens > self._most_tokens or len(self._answers) > self._most_answers:
             key, answer = self._answers.popitem(last=False)

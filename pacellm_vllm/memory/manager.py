@@ -1,6 +1,5 @@
 """PagedBankManager: claims, shares and gives back banks' pages on the scheduler's side."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -8,13 +7,7 @@ from weakref import WeakSet
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
-    BlockHashWithGroupId,
-    KVCacheBlock,
-    get_block_hash,
-    make_block_hash_with_group_id,
-)
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.request import Request
 
@@ -29,11 +22,11 @@ from pacellm_vllm.compat import (
     keep_out_of_events,
     managers_of,
     plugin_logger,
-    publish_block,
     request_in_hand,
     watch_requests,
 )
 from pacellm_vllm.config import CONFIG_KEY
+from pacellm_vllm.memory.cache import SnapshotCache, count_snapshots
 from pacellm_vllm.memory.counts import PoolCounts
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
@@ -74,6 +67,7 @@ class PagedBankManager(CircularBufferManager):
         super().__init__(kv_cache_spec, **kwargs)
         self._layout: BankLayout = kv_cache_spec.layout
         self.rules: MemoryRules = kv_cache_spec.rules
+        self._cache = SnapshotCache(self.block_pool, self._layout, [self.kv_cache_group_id])
         _MANAGERS.add(self)
         self._grid: SnapshotGrid | None = kv_cache_spec.grid
         self._max_step_tokens: int = kv_cache_spec.max_step_tokens
@@ -85,7 +79,7 @@ class PagedBankManager(CircularBufferManager):
         # Boundaries at which this step's forward copies banks, and the first pages' hashes.
         self._planned: dict[str, list[int]] = {}
         self._copying: dict[str, list[int]] = {}
-        self._copying_hashes: set[BlockHashWithGroupId] = set()
+        self._copying_hashes: set[BlockHash] = set()
         self._restoring: dict[str, Sequence[KVCacheBlock]] = {}
         self._taking_over: set[str] = set()
         self._restored = 0
@@ -99,8 +93,7 @@ class PagedBankManager(CircularBufferManager):
         add_block_hash_key(_hash_key, self.block_pool)
 
     def _count_evicted(self, hashes: Iterable[BlockHashWithGroupId]) -> None:
-        ends = _page_hash(b"", 0)
-        self._counts.evicted += sum(get_block_hash(each).endswith(ends) for each in hashes)
+        self._counts.evicted += count_snapshots(hashes)
 
     def counts(self) -> PoolCounts:
         """Of the engine so far, and of this moment."""
@@ -182,20 +175,8 @@ class PagedBankManager(CircularBufferManager):
         layout: BankLayout = kv_cache_spec.layout
         if _needs_no_bank(request_in_hand(), layout):
             return tuple([] for _ in kv_cache_group_ids), max_length
-        hashed = block_pool.hash_block_size
-        step = math.lcm(layout.segment_size, alignment_tokens)
-        known = min(max_length, len(block_hashes) * hashed)
-        for length in range(known // step * step, 0, -step):
-            prefix = block_hashes[length // hashed - 1]
-            pages = []
-            for i in range(layout.committed_pages(length)):
-                page = block_pool.get_cached_block(_page_hash(prefix, i), kv_cache_group_ids)
-                if page is None:
-                    break
-                pages.append(page)
-            else:
-                return tuple(list(group) for group in zip(*pages, strict=True)), length
-        return tuple([] for _ in kv_cache_group_ids), 0
+        cache = SnapshotCache(block_pool, layout, kv_cache_group_ids)
+        return cache.longest_hit(block_hashes, max_length, alignment_tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -287,7 +268,7 @@ class PagedBankManager(CircularBufferManager):
         for boundary in planned:
             columns = self._columns(boundary)
             held[columns] = self._new_blocks(len(held[columns]))
-            self._copying_hashes.add(self._page_hashes(request, boundary)[0])
+            self._copying_hashes.add(self._cache.first_hash(request.block_hashes, boundary))
         self._copying[request_id] = planned
 
     def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
@@ -316,19 +297,16 @@ class PagedBankManager(CircularBufferManager):
         length = self._committed_tokens(request)
         if not length:
             return
-        hashes = self._page_hashes(request, length)
-        if not self._are_cached(hashes):
-            pages = self.req_to_blocks[request.request_id]
-            for page, page_hash in zip(pages, hashes, strict=False):
-                publish_block(self.block_pool, page, page_hash, length)
+        if self._cache.find(request.block_hashes, length) is None:
+            held = self.req_to_blocks[request.request_id]
+            self._cache.publish(held, request.block_hashes, length)
             self._counts.published += 1
 
     def _publish_copies(self, request_id: str, boundaries: Iterable[int]) -> None:
         held = self.req_to_blocks[request_id]
         for boundary in boundaries:
-            hashes = self._page_hashes(self._requests[request_id], boundary)
-            for page, page_hash in zip(held[self._columns(boundary)], hashes, strict=True):
-                publish_block(self.block_pool, page, page_hash, boundary)
+            hashes = self._requests[request_id].block_hashes
+            self._cache.publish(held[self._columns(boundary)], hashes, boundary)
             self._counts.published += 1
 
     def _new_blocks(self, count: int) -> list[KVCacheBlock]:
@@ -367,7 +345,7 @@ class PagedBankManager(CircularBufferManager):
         drafts = self._layout.drafts if computed > request.num_prompt_tokens else 0
         if computed - drafts < length:
             return 0
-        return length if length <= self._hashed_tokens(request) else 0
+        return length if length <= self._cache.hashed_tokens(request.block_hashes) else 0
 
     def _worth_copying(self, computed: int, num_tokens: int) -> list[int]:
         """Boundaries at which the next forward should copy the bank of the request in hand.
@@ -379,11 +357,14 @@ class PagedBankManager(CircularBufferManager):
             return []
         if not takes_copies(num_tokens - computed):
             return []
-        known = min(self._hashed_tokens(request), request.num_prompt_tokens)
+        hashes = request.block_hashes
+        known = min(self._cache.hashed_tokens(hashes), request.num_prompt_tokens)
         return [
             boundary
             for boundary in self._grid.boundaries(computed, num_tokens)
-            if boundary <= known and not self._will_be_cached(self._page_hashes(request, boundary))
+            if boundary <= known
+            and self._cache.first_hash(hashes, boundary) not in self._copying_hashes
+            and self._cache.find(hashes, boundary) is None
         ]
 
     def _reserved_for_others(self, request_id: str) -> int:
@@ -396,23 +377,6 @@ class PagedBankManager(CircularBufferManager):
             for other in others
         )
         return (groups_in_hand() - 1) * blocks + pages
-
-    def _hashed_tokens(self, request: Request) -> int:
-        return len(request.block_hashes) * self.block_pool.hash_block_size
-
-    def _page_hashes(self, request: Request, length: int) -> list[BlockHashWithGroupId]:
-        prefix = request.block_hashes[length // self.block_pool.hash_block_size - 1]
-        return [
-            make_block_hash_with_group_id(_page_hash(prefix, i), self.kv_cache_group_id)
-            for i in range(self._layout.committed_pages(length))
-        ]
-
-    def _will_be_cached(self, hashes: Sequence[BlockHashWithGroupId]) -> bool:
-        return hashes[0] in self._copying_hashes or self._are_cached(hashes)
-
-    def _are_cached(self, hashes: Iterable[BlockHashWithGroupId]) -> bool:
-        find, groups = self.block_pool.get_cached_block, [self.kv_cache_group_id]
-        return all(find(get_block_hash(page_hash), groups) is not None for page_hash in hashes)
 
 
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
@@ -450,8 +414,3 @@ def _hash_key(request: Request) -> tuple[str, str] | None:
         # A hasher must not raise. What is not allowed shares nothing with what is.
         key = "not allowed"
     return (CONFIG_KEY, key) if key else None
-
-
-def _page_hash(prefix: bytes, page: int) -> BlockHash:
-    """The hash of one page of the bank committed after a prefix with this hash."""
-    return BlockHash(prefix + b"pacellm" + page.to_bytes(4, "big"))

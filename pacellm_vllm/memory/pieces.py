@@ -57,16 +57,16 @@ def cut_pieces(
         own = settings[request] if request < len(settings) else None
         mine = own.applied_to(rules) if own is not None else rules
         prompt = request < len(prefilling) and prefilling[request]
-        guessed = 1 < end - begin <= 1 + layout.drafts and not prompt
-        copies = grid if grid and takes_copies(end - begin) and not guessed else None
-        last, end = end, begin + 1 if guessed else end
+        has_drafts = 1 < end - begin <= 1 + layout.drafts and not prompt
+        copies = grid if grid and takes_copies(end - begin) and not has_drafts else None
+        last, end = end, begin + 1 if has_drafts else end
         while begin < end:
             n = min(end - begin, size - position % size)
             pages = layout.pages_for(position + n)
             copy = copies.columns(position) if copies else range(0)
             pieces.append(Piece(request, begin, begin + n, position, pages, mine, copy=copy))
             begin, position = begin + n, position + n
-        if guessed:
+        if has_drafts:
             pages = layout.pages_for(length)
             pieces.append(Piece(request, begin, last, position, pages, mine, certain=False))
     return pieces

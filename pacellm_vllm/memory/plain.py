@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pacellm_vllm.memory.drafts import guess, settle
+from pacellm_vllm.memory.drafts import look_up_drafts, write_accepted
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import Piece
 from pacellm_vllm.memory.store import PagedStore
@@ -56,13 +56,13 @@ class PlainStep:
     ``asked`` has for tokens of requests in the ``Journal`` its key and the first one's position,
     ``asked_idle`` how many of them have no bank.
 
-    ``pieces`` lie in one segment each. With speculative decoding, ``settled`` has every request's
-    first token, before which its bank catches up with what was accepted, and ``guesses`` the
-    tokens that may be rejected.
+    ``pieces`` lie in one segment each. With speculative decoding, ``first_pieces`` has every
+    request's first token, before which its bank catches up with what was accepted, and ``drafts``
+    the tokens that may be rejected.
     """
 
-    settled: list[PlacedPiece] = field(default_factory=list)
-    guesses: list[PlacedPiece] = field(default_factory=list)
+    first_pieces: list[PlacedPiece] = field(default_factory=list)
+    drafts: list[PlacedPiece] = field(default_factory=list)
     pieces: list[PlacedPiece] = field(default_factory=list)
     singles: Singles | None = None
     idle: list[slice] = field(default_factory=list)
@@ -109,9 +109,9 @@ class PlainStep:
                 continue
             if speculative and piece.request not in seen:
                 seen.add(piece.request)
-                step.settled.append(placed)
+                step.first_pieces.append(placed)
             if not piece.certain:
-                step.guesses.append(placed)
+                step.drafts.append(placed)
             # One token of many requests is a decode step; other pieces have their turn.
             elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
                 singles.append((piece, pages))
@@ -146,9 +146,9 @@ class PlainStep:
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
             out[tokens] = a[tokens]
-        for piece in self.settled:
+        for piece in self.first_pieces:
             store = PagedStore(units, piece.pages, layout)
-            for progress in settle(store, piece.position, piece.rules, reduce):
+            for progress in write_accepted(store, piece.position, piece.rules, reduce):
                 yield None, piece.position, piece.rules, progress, store
         for piece in self.pieces:
             if piece.copy:
@@ -158,10 +158,10 @@ class PlainStep:
             at, rules = piece.position, piece.rules
             _, progress = advance(store, a[tokens], at, rules, reduce, out[tokens])
             yield piece.asked, at, rules, progress, store
-        for piece in self.guesses:
+        for piece in self.drafts:
             store = PagedStore(units, piece.pages, layout)
             tokens = piece.tokens
-            guess(store, a[tokens], piece.position, piece.rules, reduce, out[tokens])
+            look_up_drafts(store, a[tokens], piece.position, piece.rules, reduce, out[tokens])
         if self.singles is None:
             return
         singles = self.singles

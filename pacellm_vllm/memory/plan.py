@@ -13,7 +13,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
-from pacellm_vllm.compat import layers_by_name
+from pacellm_vllm.compat import has_own_cache, layers_by_name
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend, takes_kernels
 from pacellm_vllm.memory.layout import BankLayout
@@ -213,8 +213,7 @@ def _attention_specs(vllm_config: VllmConfig) -> list[AttentionSpec]:
     specs = [
         cast(AttentionSpec, spec)
         for layer in _attention_layers(vllm_config)
-        if not getattr(layer, "kv_sharing_target_layer_name", None)
-        and (spec := layer.get_kv_cache_spec(vllm_config)) is not None
+        if has_own_cache(layer) and (spec := layer.get_kv_cache_spec(vllm_config)) is not None
     ]
     pages = {spec.page_size_bytes for spec in _whole(specs)}
     tokens = {spec.block_size for spec in specs}

@@ -5,6 +5,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from pacellm_vllm.compat import layers_by_name
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend
 from pacellm_vllm.memory.plan import plan_spec
@@ -26,7 +27,7 @@ class StageWithoutMemory(AttentionLayerBase):
         self.config = config
         self.rules = config.rules()
         self.width = width
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        layers_by_name(vllm_config)[prefix] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return BankBackend

@@ -101,7 +101,7 @@ def compare(
     """
     n, m = a.shape[0], keys.shape[0]
     parts = keys.new_empty(n + 1, m + 1)
-    for tokens in _bites(a):
+    for tokens in _chunks(a):
         wide = a[tokens].float()
         torch.mm(wide, keys.t(), out=parts[:n][tokens, :m])
         # Of the ways to add up squares the one that makes no second [n, D] tensor.
@@ -181,7 +181,7 @@ def look_up(
     # Exactly 1 for tokens that found nothing, so their activation passes through bit for bit.
     own = torch.where(high | mid, (1 - rules.alpha) + rules.alpha * self_weight, zero + 1.0)
     values = values.float()
-    for tokens in _bites(a):
+    for tokens in _chunks(a):
         # In place where the output is fp32: another [n, D] tensor costs more than the product.
         part = out[tokens] if out.dtype is torch.float32 else values.new_empty(a[tokens].shape)
         torch.mul(a[tokens], own[tokens, None], out=part)
@@ -205,7 +205,7 @@ def largest(sims: torch.Tensor, k: int) -> torch.Tensor:
     return (ordered * m + countdown).topk(min(k, m), dim=1).indices
 
 
-def _bites(a: torch.Tensor) -> Iterator[slice]:
+def _chunks(a: torch.Tensor) -> Iterator[slice]:
     """All tokens at once in fp32; otherwise as many at a time as are cheaply widened."""
     size = len(a) if a.dtype is torch.float32 else max(1, _WIDENED_ELEMENTS // a.shape[1])
     for begin in range(0, len(a), size):

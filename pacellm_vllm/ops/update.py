@@ -145,7 +145,7 @@ def advance(
     segment, offset = divmod(position, rules.segment_size)
     assert 0 < n <= rules.segment_size - offset, "a piece must not cross a segment end"
 
-    words, header = _begin(store, position, rules)
+    words, header = _header_at(store, position, rules)
     valid = int(header.valid)
     keys, values = store.read_keys(valid), store.read_values(valid)
     found = look_up(a, keys, values, rules, reduce, header.squares[:valid], out)
@@ -186,13 +186,13 @@ def peek(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The outputs of :func:`advance`, which see; the bank stays as it is."""
-    _, header = _begin(store, position, rules)
+    _, header = _header_at(store, position, rules)
     valid = int(header.valid)
     keys, values = store.read_keys(valid), store.read_values(valid)
     return look_up(a, keys, values, rules, reduce, header.squares[:valid], out).output
 
 
-def _begin(store: BankStore, position: int, rules: MemoryRules) -> tuple[torch.Tensor, Header]:
+def _header_at(store: BankStore, position: int, rules: MemoryRules) -> tuple[torch.Tensor, Header]:
     """The header as the token at ``position`` finds it, packed and in views of that."""
     words = store.read_words()
     header = Header.unpack(words)

@@ -10,8 +10,8 @@ from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
-from pacellm_vllm.ops.kernels.rank import TALLY
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.kernels.top_k import TALLY
 
 
 def rows_of_pieces(pieces):

@@ -14,9 +14,9 @@ from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.snapshots import SnapshotGrid
 from pacellm_vllm.memory.store import PagedStore
-from pacellm_vllm.ops.kernels import products
-from pacellm_vllm.ops.kernels.rank import CLOCK
+from pacellm_vllm.ops.kernels import similarity
 from pacellm_vllm.ops.kernels.step import advance_batch
+from pacellm_vllm.ops.kernels.top_k import CLOCK
 from pacellm_vllm.ops.update import Header
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -108,12 +108,12 @@ def test_bits_do_not_depend_on_the_cuts(dtype, preset, tokens):
 
 
 def test_bits_do_not_depend_on_how_many_programs_share_d(monkeypatch):
-    """More splits than ``rank`` reads at once, beside tokens of another round."""
+    """More splits than ``top_k`` reads at once, beside tokens of another round."""
     r = rules(bank_size=5, segment_size=9)
     streams = [activations(n, 5000, n) for n in (13, 11)]
     outputs, pools = [], []
-    for most in (products.MOST_BYTES, 0):
-        monkeypatch.setattr(products, "MOST_BYTES", most)
+    for most in (similarity.MOST_BYTES, 0):
+        monkeypatch.setattr(similarity, "MOST_BYTES", most)
         pools.append(Pool(r, 5000, torch.float32, 2, 1 << 15))
         outputs.append(torch.cat(pools[-1].drive(streams, [[9, 4], [4, 7]])))
     assert torch.equal(*outputs)

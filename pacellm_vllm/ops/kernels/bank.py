@@ -63,9 +63,9 @@ class DeviceBanks:
         divided = (self.width, self.cells.shape[1], self.words.shape[1], self.sums_word)
         return math.gcd(16 // self.cells.element_size(), *divided)
 
-    def constants(self, rules: MemoryRules) -> dict[str, Any]:
-        """What every kernel that touches pages is compiled for."""
-        return {
+    def constants(self, rules: MemoryRules, *names: str) -> dict[str, Any]:
+        """What kernels that touch pages are compiled for: ``names`` of it, or all."""
+        constants = {
             "SIZE": rules.bank_size,
             "SEGMENT": rules.segment_size,
             "WIDTH": self.width,
@@ -75,6 +75,7 @@ class DeviceBanks:
             "WORD_STRIDE": self.words.stride(0),
             "GRAIN": self.grain,
         }
+        return {name: constants[name] for name in names} if names else constants
 
 
 @triton.jit

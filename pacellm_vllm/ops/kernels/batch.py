@@ -14,7 +14,7 @@ from pacellm_vllm.ops.sums import TILE as _TILE
 TILE = tl.constexpr(_TILE)
 # int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
 # tiles, and the bits of fp32 alpha, noise, theta_high and theta_low. Before those four, row i names
-# the i-th piece to close, if there is one. Rows stay at multiples of 16 bytes, for which idle
+# the i-th piece of ``summing``, if there is one. Rows stay at multiples of 16 bytes, for which idle
 # columns are kept, so that kernels are compiled once for any round.
 COLUMNS = tl.constexpr(12)
 # int32 columns of a tile: piece, begin, length, and the tokens of the round before it.
@@ -27,7 +27,7 @@ class DeviceRound:
 
     ``pieces`` [P, COLUMNS], ``tiles`` [N, TILE_COLUMNS], ``table`` [rows, pages]
     block ids. ``tokens`` counts all of the round, ``longest`` is the most of a tile. Of the pieces
-    of several tiles ``closing`` have sums to keep or merge, the first ``committing`` of those end
+    of several tiles ``summing`` have sums to keep or merge, the first ``committing`` of those end
     their segment. Before the round, blocks ``copies`` [2, n] int64 are copied, the first row's into
     the second's, if there are any.
     """
@@ -37,7 +37,7 @@ class DeviceRound:
     table: torch.Tensor
     tokens: int
     longest: int
-    closing: int
+    summing: int
     committing: int
     copies: torch.Tensor | None = None
 
@@ -55,7 +55,7 @@ class Tables(NamedTuple):
 
     pieces: np.ndarray
     tiles: np.ndarray
-    closing: int = 0
+    summing: int = 0
     committing: int = 0
 
     def on(self, pieces: torch.Tensor, tiles: torch.Tensor, table: torch.Tensor) -> DeviceRound:
@@ -67,7 +67,7 @@ class Tables(NamedTuple):
             table,
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
-            closing=self.closing,
+            summing=self.summing,
             committing=self.committing,
         )
 
@@ -107,10 +107,10 @@ def tables_of(rows: np.ndarray, size: int) -> Tables:
     num_tiles = (end - 1) // _TILE - offset // _TILE + 1
     first_tile = num_tiles.cumsum() - num_tiles
     rows[:, 5], rows[:, 6] = first_tile, num_tiles
-    closes = (position >= size) & (num_tiles > 1)
-    commits = closes & (end == size)
-    closing = np.concatenate([np.flatnonzero(commits), np.flatnonzero(closes & ~commits)])
-    rows[: len(closing), 7] = closing
+    sums = (position >= size) & (num_tiles > 1)
+    commits = sums & (end == size)
+    summing = np.concatenate([np.flatnonzero(commits), np.flatnonzero(sums & ~commits)])
+    rows[: len(summing), 7] = summing
 
     piece = np.repeat(np.arange(len(rows)), num_tiles)
     start = (offset // _TILE - first_tile)[piece] * _TILE + np.arange(len(piece)) * _TILE
@@ -119,7 +119,7 @@ def tables_of(rows: np.ndarray, size: int) -> Tables:
     tiles = np.empty((len(piece), TILE_COLUMNS.value), dtype=np.int32)
     tiles[:, 0], tiles[:, 1], tiles[:, 2] = piece, (begin - offset)[piece] + start, stop - start
     tiles[:, 3] = tiles[:, 2].cumsum() - tiles[:, 2]
-    return Tables(rows, tiles, len(closing), int(commits.sum()))
+    return Tables(rows, tiles, len(summing), int(commits.sum()))
 
 
 def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pacellm_vllm.ops.kernels.apply import apply
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import DeviceRound
-from pacellm_vllm.ops.kernels.book import book
-from pacellm_vllm.ops.kernels.products import products_of
-from pacellm_vllm.ops.kernels.rank import rank
+from pacellm_vllm.ops.kernels.blend import blend
+from pacellm_vllm.ops.kernels.bookkeeping import bookkeeping
+from pacellm_vllm.ops.kernels.similarity import similarity
+from pacellm_vllm.ops.kernels.top_k import top_k
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -27,16 +27,16 @@ def advance_batch(
 
     ``a`` and ``out`` [tokens, width], contiguous, of one float dtype; tokens in no round are left
     as they are in ``out``. ``rules`` are the engine's, of which ``alpha``, ``noise`` and the
-    thresholds are taken from each piece instead. ``tally`` counts, see ``rank``. ``reduce`` sums a
+    thresholds are taken from each piece instead. ``tally`` counts, see ``top_k``. ``reduce`` sums a
     buffer over tensor parallel ranks. Waits for nothing.
     """
     for now in rounds:
         if now.copies is not None:
             sources, targets = now.copies
             banks.cells.index_copy_(0, targets, banks.cells[sources])
-        found = products_of(a, banks, now, rules)
+        found = similarity(a, banks, now, rules)
         if reduce is not None:
             found = found.reduced(reduce)
-        findings = rank(len(a), found, banks, now, rules, tally)
-        plans = book(found, findings, banks, now, rules, tally)
-        apply(a, out, banks, now, rules, findings, plans)
+        findings = top_k(len(a), found, banks, now, rules, tally)
+        plans = bookkeeping(found, findings, banks, now, rules, tally)
+        blend(a, out, banks, now, rules, findings, plans)

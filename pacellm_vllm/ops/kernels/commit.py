@@ -1,4 +1,4 @@
-"""The end of a piece: running sums kept, or the commit of keys and values."""
+"""The end of a piece: running sums kept, or their means and the commit of keys and values."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
-from pacellm_vllm.ops.kernels.book import KEEP, MERGE, Plans
+from pacellm_vllm.ops.kernels.bookkeeping import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # Columns of D that a program takes.
@@ -82,7 +82,7 @@ def commit_slot(
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
-    """Merge or replace ``slot``: ``todo`` is its entry in the plan (see ``book``), not KEEP."""
+    """Merge or replace ``slot``: ``todo`` is its entry in ``Plans``, not KEEP."""
     inside = grain < WIDTH
     stored = cells.dtype.element_ty
     row = SLOTS + 2 * slot
@@ -132,7 +132,7 @@ def keep_sums(
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def close_kernel(
+def piece_sums_kernel(
     pieces,
     table,
     table_stride,
@@ -148,9 +148,9 @@ def close_kernel(
     PAPER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i, block of D): the sums of the i-th piece to close, from its ``tile_sums``.
+    """Program (i, block of D): the sums of the i-th piece of several tiles.
 
-    Where the piece commits, the means take the place of its first tile's sums.
+    Where the piece commits, the means take the place of its first tile's in ``tile_sums``.
     """
     piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
     at = pieces + piece * COLUMNS
@@ -202,7 +202,7 @@ def close_kernel(
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def commit_kernel(
+def slot_update_kernel(
     pieces,
     table,
     table_stride,
@@ -220,7 +220,7 @@ def commit_kernel(
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i, block of D, slot): what the i-th piece to close does to a slot, as it commits."""
+    """Program (i, block of D, slot): what the commit of the i-th such piece does to a slot."""
     piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
     slot = tl.program_id(2)
     at = pieces + piece * COLUMNS
@@ -241,7 +241,7 @@ def commit_kernel(
     )  # fmt: skip
 
 
-def close(
+def sum_and_commit(
     banks: DeviceBanks,
     now: DeviceRound,
     rules: MemoryRules,
@@ -250,19 +250,15 @@ def close(
 ) -> None:
     """End the round's pieces of several tiles; ``tile_sums`` [tiles, 2, width] fp32."""
     assert tile_sums.is_contiguous(), tile_sums.stride()
-    constants = banks.constants(rules)
     blocks = cdiv(banks.width, BLOCK)
-    close_kernel[(now.closing, blocks)](
+    piece_sums_kernel[(now.summing, blocks)](
         now.pieces,
         now.table,
         now.table.stride(0),
         banks.words,
         plans.sizes,
         tile_sums,
-        **{
-            name: constants[name]
-            for name in ("SEGMENT", "WIDTH", "WORD_PAGE", "WORD_STRIDE", "GRAIN")
-        },
+        **banks.constants(rules, "SEGMENT", "WIDTH", "WORD_PAGE", "WORD_STRIDE", "GRAIN"),
         SUMS=banks.sums_word,
         PAPER=rules.update is UpdateRule.PAPER,
         BLOCK=BLOCK,
@@ -271,7 +267,7 @@ def close(
     )
     if not now.committing:
         return
-    commit_kernel[(now.committing, blocks, rules.bank_size)](
+    slot_update_kernel[(now.committing, blocks, rules.bank_size)](
         now.pieces,
         now.table,
         now.table.stride(0),
@@ -279,7 +275,7 @@ def close(
         plans.slots,
         plans.sizes,
         tile_sums,
-        **{name: constants[name] for name in ("SIZE", "WIDTH", "PAGE", "STRIDE", "GRAIN")},
+        **banks.constants(rules, "SIZE", "WIDTH", "PAGE", "STRIDE", "GRAIN"),
         SLOTS=banks.slots_start,
         STAGED=banks.staged_start,
         MOMENTUM=rules.momentum,

@@ -6,20 +6,20 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.book import KEEP, Plans
-from pacellm_vllm.ops.kernels.close import (
+from pacellm_vllm.ops.kernels.bookkeeping import KEEP, Plans
+from pacellm_vllm.ops.kernels.commit import (
     BLOCK,
     TILE_A,
     TILE_O,
     TOTAL_A,
     TOTAL_O,
-    close,
     commit_slot,
     keep_sums,
     load_sum,
     means_of,
+    sum_and_commit,
 )
-from pacellm_vllm.ops.kernels.rank import FACTS, MID, NO_KIND, SHARES, Findings
+from pacellm_vllm.ops.kernels.top_k import FACTS, MID, NO_KIND, SHARES, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # Longer lists of slots are walked in a loop instead of being unrolled.
@@ -57,7 +57,7 @@ def add_value(
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def apply_kernel(
+def blend_kernel(
     a,
     out,
     pieces,
@@ -94,7 +94,7 @@ def apply_kernel(
 ):
     """Program (tile, block of D): the tile's tokens in order, and the piece's end if it is all.
 
-    A piece of several tiles leaves its sums in ``tile_sums``, for ``close`` to end it.
+    A piece of several tiles leaves its sums in ``tile_sums``, see ``sum_and_commit``.
     """
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
     piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -222,7 +222,7 @@ def apply_kernel(
         )  # fmt: skip
 
 
-def apply(
+def blend(
     a: torch.Tensor,
     out: torch.Tensor,
     banks: DeviceBanks,
@@ -243,11 +243,11 @@ def apply(
     size = rules.bank_size
     top, bottom = min(rules.top_k, size), min(rules.negative_k, size)
     tile_sums = torch.empty(
-        (now.tiles.shape[0], 2, banks.width) if now.closing else (1, 2, 1),
+        (now.tiles.shape[0], 2, banks.width) if now.summing else (1, 2, 1),
         dtype=torch.float32,
         device=a.device,
     )
-    apply_kernel[(now.tiles.shape[0], cdiv(banks.width, BLOCK))](
+    blend_kernel[(now.tiles.shape[0], cdiv(banks.width, BLOCK))](
         a,
         out,
         now.pieces,
@@ -277,5 +277,5 @@ def apply(
         num_warps=4,
         **OPTIONS,
     )
-    if now.closing:
-        close(banks, now, rules, plans, tile_sums)
+    if now.summing:
+        sum_and_commit(banks, now, rules, plans, tile_sums)

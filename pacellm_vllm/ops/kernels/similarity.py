@@ -29,7 +29,7 @@ KEYS = 64
 
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def products_kernel(
+def similarity_kernel(
     a,
     pieces,
     tiles,
@@ -57,8 +57,8 @@ def products_kernel(
 
     Writes products [round's tokens, groups, SIZE + 1], whose last column is the token's squared
     norm, and for a tile that begins a segment the keys' squares [pieces, groups, SIZE], which
-    ``book`` keeps until the next one. Keys that are not valid are not read, and nothing is written
-    for them: where none are, as in a first segment, the norms are all.
+    ``bookkeeping`` keeps until the next one. Keys that are not valid are not read, and nothing is
+    written for them: where none are, as in a first segment, the norms are all.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
@@ -156,7 +156,7 @@ def add_groups_kernel(parts, sums, count, groups, ROW: tl.constexpr, BLOCK: tl.c
 
 
 class Products:
-    """What ``products_kernel`` writes: one buffer, so that one all-reduce sums it over ranks.
+    """What ``similarity_kernel`` writes: one buffer, so that one all-reduce sums it over ranks.
 
     ``of_tokens`` [round's tokens, groups, M + 1] and ``of_keys`` [pieces, groups, M] fp32.
     """
@@ -165,11 +165,11 @@ class Products:
         self, tokens: int, pieces: int, groups: int, size: int, like: torch.Tensor
     ) -> None:
         self.shape = (tokens, pieces, groups, size)
-        total = self._cut() + pieces * groups * size
+        total = self._keys_begin() + pieces * groups * size
         self._use(torch.empty(total, dtype=torch.float32, device=like.device))
 
-    def _cut(self) -> int:
-        """Where ``of_keys`` begins: aligned, so that kernels are compiled alike for any batch."""
+    def _keys_begin(self) -> int:
+        """Of ``of_keys``: aligned, so that kernels are compiled alike for any batch."""
         tokens, _, groups, size = self.shape
         return -(-tokens * groups * (size + 1) // 4) * 4
 
@@ -178,7 +178,7 @@ class Products:
         self.buffer, self.groups = buffer, groups
         row = groups * (size + 1)
         self.of_tokens = buffer[: tokens * row].view(tokens, groups, size + 1)
-        self.of_keys = buffer[self._cut() :].view(pieces, groups, size)
+        self.of_keys = buffer[self._keys_begin() :].view(pieces, groups, size)
 
     def reduced(self, reduce: Reduce) -> "Products":
         """Groups added, then summed over ranks by ``reduce``."""
@@ -194,7 +194,7 @@ class Products:
         return done
 
 
-def products_of(
+def similarity(
     a: torch.Tensor, banks: DeviceBanks, now: DeviceRound, rules: MemoryRules
 ) -> Products:
     """The round's tokens against the valid keys of their banks; ``a`` [tokens, width]."""
@@ -206,7 +206,7 @@ def products_of(
     found = Products(now.tokens, now.pieces.shape[0], groups, size, a)
     keys = min(KEYS, max(16, next_power_of_2(size)))
     grid = (now.tiles.shape[0], groups, cdiv(size, keys))
-    products_kernel[grid](
+    similarity_kernel[grid](
         a,
         now.pieces,
         now.tiles,

@@ -16,8 +16,8 @@ from pacellm_vllm.ops.kernels.bank import (
     word_at,
 )
 from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.products import Products, sum_squares
-from pacellm_vllm.ops.kernels.rank import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
+from pacellm_vllm.ops.kernels.similarity import Products, sum_squares
+from pacellm_vllm.ops.kernels.top_k import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # A low token's target is a slot, or SIZE + a staging row, or NOWHERE.
@@ -38,7 +38,7 @@ class Plans:
 
 
 @triton.jit(do_not_specialize=["table_stride", "groups"])
-def book_kernel(
+def bookkeeping_kernel(
     pieces,
     table,
     table_stride,
@@ -152,7 +152,7 @@ def book_kernel(
     tl.store(confirm_at, confirm, mask=in_size)
 
 
-def book(
+def bookkeeping(
     found: Products,
     findings: Findings,
     banks: DeviceBanks,
@@ -170,10 +170,9 @@ def book(
         torch.empty(now.pieces.shape[0], size, dtype=torch.int32, device=device),
         torch.empty(now.pieces.shape[0], 2, dtype=torch.int32, device=device),
     )
-    constants = banks.constants(rules)
     at_once = next_power_of_2(size)
     num_warps = 16 if now.longest > 1 else 4
-    book_kernel[(now.pieces.shape[0],)](
+    bookkeeping_kernel[(now.pieces.shape[0],)](
         now.pieces,
         now.table,
         now.table.stride(0),
@@ -185,11 +184,8 @@ def book(
         plans.slots,
         plans.sizes,
         tally,
-        SIZE=size,
+        **banks.constants(rules, "SIZE", "SEGMENT", "WORD_PAGE", "WORD_STRIDE"),
         SLOTS_AT_ONCE=at_once,
-        SEGMENT=rules.segment_size,
-        WORD_PAGE=constants["WORD_PAGE"],
-        WORD_STRIDE=constants["WORD_STRIDE"],
         INSERTIONS=rules.max_insertions,
         PAPER=rules.update is UpdateRule.PAPER,
         # All are integers, so that this changes no bit.

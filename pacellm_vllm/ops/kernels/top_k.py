@@ -15,7 +15,7 @@ from pacellm_vllm.ops.kernels.bank import (
     squares_at,
 )
 from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
-from pacellm_vllm.ops.kernels.products import Products, sum_squares
+from pacellm_vllm.ops.kernels.similarity import Products, sum_squares
 from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -27,7 +27,7 @@ LOW, MID, HIGH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What an unsound token is instead.
 NO_KIND = tl.constexpr(-1)
 # int32 columns of a token's facts: kind, how many slots of its list are read from the top and from
-# the bottom, and where a low token is stored (see ``book``).
+# the bottom, and where a low token is stored (see ``bookkeeping``).
 FACTS = tl.constexpr(4)
 # fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
 SHARES = tl.constexpr(3)
@@ -70,7 +70,7 @@ def limit_of(token_norm, key_norms, is_picked):
 
 
 @triton.jit(do_not_specialize=["table_stride", "groups"])
-def rank_kernel(
+def top_k_kernel(
     pieces,
     tiles,
     table,
@@ -194,7 +194,7 @@ def rank_kernel(
     tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
 
 
-def rank(
+def top_k(
     tokens: int,
     found: Products,
     banks: DeviceBanks,
@@ -202,8 +202,8 @@ def rank(
     rules: MemoryRules,
     tally: torch.Tensor,
 ) -> Findings:
-    """The round's of a batch of ``tokens`` ranked, ``facts`` but for its last column, and the
-    round counted.
+    """What the round's of a batch of ``tokens`` find, ``facts`` but for its last column; the round
+    is counted.
     """
     assert tally.dtype == torch.int64, tally.dtype
     assert tally.is_contiguous(), tally.stride()
@@ -218,8 +218,7 @@ def rank(
         torch.empty(tokens if rules.clip else 0, top + bottom, dtype=torch.float32, device=device),
         torch.empty(tokens, size, dtype=torch.int8, device=device),
     )
-    constants = banks.constants(rules)
-    rank_kernel[(now.tiles.shape[0], now.longest)](
+    top_k_kernel[(now.tiles.shape[0], now.longest)](
         now.pieces,
         now.tiles,
         now.table,
@@ -234,11 +233,8 @@ def rank(
         findings.limits,
         findings.members,
         tally,
-        SIZE=size,
+        **banks.constants(rules, "SIZE", "SEGMENT", "WORD_PAGE", "WORD_STRIDE"),
         SLOTS_AT_ONCE=next_power_of_2(size),
-        SEGMENT=rules.segment_size,
-        WORD_PAGE=constants["WORD_PAGE"],
-        WORD_STRIDE=constants["WORD_STRIDE"],
         TOP=top,
         BOTTOM=bottom,
         MID_SELF=rules.mid_self_weight,
