@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
 # Whether this is vLLM's own CPU build, whose attention kernels take blocks of whole 32 tokens.
@@ -27,6 +28,9 @@ def blocks(tokens: int) -> int:
     """How many blocks hold what attention keeps of ``tokens``."""
     return -(-tokens // BLOCK_SIZE)
 
+
+# vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.
+registry._run_in_subprocess = lambda look: look()
 
 if NATIVE:
     # vLLM looks through all modules for each engine, and stops at an object of llvmlite, which an

@@ -3,20 +3,26 @@
     PYTHONPATH=. python research/recall/gate.py --data D --tokenizer MODEL
 
 D has Natural Questions with their passages (nelson-liu/lost-in-the-middle, the file
-nq-open-oracle.jsonl.gz). No model is asked. The limit was set on the development half; the other
-half is what it is tried on.
+nq-open-oracle.jsonl.gz). The limit was set on the development half; the other
+half is what it is tried on. With ``--haystack FILE ...`` it is the needles of ``pacellm eval
+sessions``: how often what is read has the answer, and how often the model that reads it says so.
+No text is fed to an engine for that, so it takes minutes.
 """
 
 import argparse
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pacellm_vllm.evals.niah import Grid
+from pacellm_vllm.evals.sessions import make_text
 from pacellm_vllm.sessions.finder import Finder, queries
 from pacellm_vllm.sessions.reading import SURE, SessionReader
 from pacellm_vllm.sessions.store import SessionStore
@@ -24,7 +30,10 @@ from pacellm_vllm.sessions.store import SessionStore
 HELD_OUT = 1300
 # Pages of a session, and how many such sessions are tried.
 STORES = {1: 300, 3: 300, 10: 250, 30: 200, 100: 150, 300: 100, 600: 80}
-TEXT_WORDS = 24
+# Of texts with needles.
+LENGTHS, SAMPLES = (8192, 16384, 32768, 65536, 131072, 200000), 3
+DEPTHS = tuple(float(depth) for depth in range(0, 101, 10))
+FED_TOKENS = 1024
 FORMS = {
     "plain": "{}?",
     "prompt": "Question: {}?\nAnswer:",
@@ -74,12 +83,43 @@ def opens_behind(pairs: list[tuple[str, str]], tokenizer: Any, pages: int, count
     return float(np.mean([bool(each.tokens) for each in read]))
 
 
+def needles_found(
+    grid: Grid, tokenizer: Any, model: Any, length: int, sample: int
+) -> dict[str, int]:
+    """Of a text's needles: read for their question, behind whatever gate or none; answered."""
+    told = make_text(grid, tokenizer, length, sample)
+    store = SessionStore(10**6, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    reader = SessionReader(store, tokenizer)
+    for start in range(0, len(told.text), FED_TOKENS):
+        store.add(b"", told.text[start : start + FED_TOKENS], [])
+    counts = dict.fromkeys(("read", "read always", "answered"), 0)
+    for needle, question in zip(told.needles, told.questions, strict=True):
+        always = reader.read(b"", question, 10**6, "always")
+        read = reader.read(b"", question, 10**6, "auto")
+        counts["read always"] += needle.answer in tokenizer.decode(list(always.tokens))
+        counts["read"] += needle.answer in tokenizer.decode(list(read.tokens))
+        prompt = torch.tensor([[*question[: read.place], *read.tokens, *question[read.place :]]])
+        said = model.generate(prompt, max_new_tokens=grid.max_tokens, do_sample=False)
+        counts["answered"] += needle.answer in tokenizer.decode(said[0, prompt.shape[1] :])
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", required=True, help="a model's, which passages are cut with")
+    parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--haystack", type=Path, nargs="+", default=[])
+    parser.add_argument("--tokenizer", required=True, help="a model, whose tokens pages are cut in")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.haystack:
+        model = AutoModelForCausalLM.from_pretrained(args.tokenizer, dtype=torch.float32)
+        grid = Grid((), DEPTHS, digits=5, haystack=tuple(args.haystack))
+        for length in LENGTHS:
+            found: Counter[str] = Counter()
+            for sample in range(SAMPLES):
+                found.update(needles_found(grid, tokenizer, model, length, sample))
+            print(f"{length} tokens, of {SAMPLES * len(DEPTHS)}: {dict(found)}", flush=True)
+        return
     pairs = questions(args.data / "nq-open-oracle.jsonl.gz")
     for half, part in (("development", pairs[HELD_OUT:]), ("held out", pairs[:HELD_OUT])):
         print(f"\n{half}, {len(part)} questions; opens for")

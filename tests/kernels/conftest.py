@@ -7,20 +7,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 
-def multiply_bfloat16_as_numbers():
-    """Triton 3.9's interpreter keeps bfloat16 as uint16, and its dot multiplies those integers."""
+def multiply_in_double():
+    """Dots whose bits depend on a row and a column alone, as on a GPU.
+
+    NumPy's own depend on where in a matrix these stand, so twins of slots would differ; and Triton
+    3.9's interpreter keeps bfloat16 as uint16, and multiplies those integers.
+    """
+    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.create_fp_ext(operand, tl.float32) for operand in (a, b))
-        return plain(self, a, b, *rest)
+    def create_dot(self, a, b, d, *_):
+        wide = [self.create_fp_ext(each, tl.float32).data.astype(np.float64) for each in (a, b)]
+        product = np.matmul(*wide).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if INTERPRETED:
-    multiply_bfloat16_as_numbers()
+    multiply_in_double()
