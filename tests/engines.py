@@ -29,6 +29,10 @@ def blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
+# vLLM collects garbage nine times an engine, from all that was imported: most of a test's time.
+_collect = gc.collect
+gc.collect = lambda generation=2: _collect(min(generation, 1))
+
 # vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.
 registry._run_in_subprocess = lambda look: look()
 
@@ -137,7 +141,7 @@ def engine(path: Any, pace: Any = None, **settings: Any) -> Iterator[Engine]:
         running.llm.llm_engine.engine_core.shutdown()
         del running
         cleanup_dist_env_and_memory()
-        gc.collect()
+        _collect()
 
 
 @contextlib.contextmanager

@@ -14,5 +14,7 @@ def tiny():
 
 @pytest.fixture
 def in_this_process(monkeypatch):
+    import engines  # noqa: F401
+
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
