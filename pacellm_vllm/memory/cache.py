@@ -68,9 +68,10 @@ class SnapshotCache:
     ) -> None:
         """Let the snapshot after ``length`` tokens be found in the first of ``pages``."""
         [group] = self.groups
-        for page, page_hash in zip(pages, self.page_hashes(block_hashes, length), strict=False):
+        rest = iter(pages)
+        for page_hash in self.page_hashes(block_hashes, length):
             group_hash = make_block_hash_with_group_id(page_hash, group)
-            publish_block(self.pool, page, group_hash, length)
+            publish_block(self.pool, next(rest), group_hash, length)
 
 
 def count_snapshots(hashes: Iterable[BlockHashWithGroupId]) -> int:
