@@ -97,8 +97,7 @@ class Finder:
         having = (every[:, words].toarray() > 0).sum(0)
         rarity = np.log1p((every.shape[0] - having + 0.5) / (having + 0.5))
         counts = texts[:, words].toarray()
-        # A very short text is what was left over, and no better for it.
-        lengths = np.maximum(np.asarray(texts.sum(1)).ravel(), self._usual_length / 2)
+        lengths = np.asarray(texts.sum(1)).ravel()
         norm = _K1 * (1 - _B + _B * lengths / self._usual_length)
         return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
 

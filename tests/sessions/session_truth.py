@@ -74,7 +74,7 @@ class Truth:
             weight[word] = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
         scores = []
         for bag in bags if others is None else map(Counter, others):
-            long = 1.5 * (1 - 0.75 + 0.75 * max(bag.total() / mean, 0.5))
+            long = 1.5 * (1 - 0.75 + 0.75 * bag.total() / mean)
             known = {word: w for word, w in weight.items() if word in bag}
             scores.append(sum(w * bag[n] * 2.5 / (bag[n] + long) for n, w in known.items()))
         return scores, sum(weight.values())
