@@ -28,5 +28,7 @@ if [ $# -eq 0 ]; then
     scripts/setup.sh
     OMP_NUM_THREADS=1 "$PACELLM_VENV/bin/python" -m pytest -n 2 --dist loadfile \
         tests/test_compat.py tests/test_plan.py tests/test_manager*.py tests/test_engine_*.py \
-        tests/test_native.py --deselect tests/test_engine_oracle.py::test_other_families_equal_the_oracle
+        tests/test_native.py \
+        --deselect tests/test_engine_oracle.py::test_other_families_equal_the_oracle \
+        --deselect tests/test_engine_outputs.py::test_families_without_activations_equal_the_oracle
 fi
