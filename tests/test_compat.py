@@ -7,9 +7,9 @@ import json
 import queue
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType, output_processor
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
-from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
+from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -303,29 +303,22 @@ def test_a_call_of_all_engines_still_returns_the_first_ones_answer():
     async def ask(*args, engine="?"):
         return args, engine
 
-    client = SimpleNamespace(core_engines=["one", "two"], _call_utility_async=ask)
-    client.call_utility_all_async = partial(AsyncMPClient.call_utility_all_async, client)
-    client.call_utility_async = partial(DPLBAsyncMPClient.call_utility_async, client)
+    client: Any = object.__new__(DPLBAsyncMPClient)
+    client.core_engines, client._call_utility_async = ["one", "two"], ask
     every = [(("m", 1), "one"), (("m", 1), "two")]
     assert asyncio.run(client.call_utility_all_async("m", 1)) == every
     assert asyncio.run(client.call_utility_async("m", 1)) == every[0]
     given = ("m", 2.0, (3,), {"k": 4})
-    asked, _ = asyncio.run(AsyncMPClient.collective_rpc_async(client, *given))
+    asked, _ = asyncio.run(client.collective_rpc_async(*given))
     assert asked == ("collective_rpc", *given)
 
 
 def test_utility_calls_still_reach_methods_of_the_engine_core():
     """The reason for ``add_engine_method``: by name, and nothing else of the core can be asked."""
-    core = SimpleNamespace(
-        added=lambda value: value + 1,
-        shutdown_state=EngineShutdownState.RUNNING,
-        output_queue=queue.Queue(),
-    )
-    for name in ("reject_utility_in_shutdown", "invoke_utility_method", "convert_msgspec_args"):
-        function = inspect.getattr_static(EngineCoreProc, f"_{name}")
-        setattr(core, f"_{name}", getattr(function, "__func__", partial(function, core)))
-    asked = (EngineCoreRequestType.UTILITY, (0, 7, "added", (2,)))
-    EngineCoreProc._handle_client_request(core, *asked)
+    core: Any = object.__new__(EngineCoreProc)
+    core.added = lambda value: value + 1
+    core.shutdown_state, core.output_queue = EngineShutdownState.RUNNING, queue.Queue()
+    core._handle_client_request(EngineCoreRequestType.UTILITY, (0, 7, "added", (2,)))
     _, outputs = core.output_queue.get_nowait()
     assert outputs.utility_output.result.result == 3
     assert "engine_ranks_managed" in inspect.getsource(MPClient.__init__)

@@ -66,12 +66,11 @@ class SnapshotCache:
     def publish(
         self, pages: Iterable[KVCacheBlock], block_hashes: Sequence[BlockHash], length: int
     ) -> None:
-        """Let the snapshot after ``length`` tokens be found in the first of ``pages``."""
+        """Let the snapshot after ``length`` tokens be found in ``pages``, which are all of it."""
         [group] = self.groups
-        rest = iter(pages)
-        for page_hash in self.page_hashes(block_hashes, length):
+        for page, page_hash in zip(pages, self.page_hashes(block_hashes, length), strict=True):
             group_hash = make_block_hash_with_group_id(page_hash, group)
-            publish_block(self.pool, next(rest), group_hash, length)
+            publish_block(self.pool, page, group_hash, length)
 
 
 def count_snapshots(hashes: Iterable[BlockHashWithGroupId]) -> int:

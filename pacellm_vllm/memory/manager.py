@@ -299,7 +299,8 @@ class PagedBankManager(CircularBufferManager):
             return
         if self._cache.find(request.block_hashes, length) is None:
             held = self.req_to_blocks[request.request_id]
-            self._cache.publish(held, request.block_hashes, length)
+            committed = held[: self._layout.committed_pages(length)]
+            self._cache.publish(committed, request.block_hashes, length)
             self._counts.published += 1
 
     def _publish_copies(self, request_id: str, boundaries: Iterable[int]) -> None:

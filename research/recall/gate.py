@@ -3,10 +3,10 @@
     PYTHONPATH=. python research/recall/gate.py --data D --tokenizer MODEL
 
 D has Natural Questions with their passages (nelson-liu/lost-in-the-middle, the file
-nq-open-oracle.jsonl.gz). The limit was set on the development half; the other
-half is what it is tried on. With ``--haystack FILE ...`` it is the needles of ``pacellm eval
-sessions``: how often what is read has the answer, and how often the model that reads it says so.
-No text is fed to an engine for that, so it takes minutes.
+nq-open-oracle.jsonl.gz). The limit was set on the development half; the other half is what it is
+tried on. No model is asked. With ``--haystack FILE ...`` instead of ``--data`` it is the needles of
+``pacellm eval sessions``: how often what is read has the answer, and how often the model says so
+that reads it. No text is fed to an engine for that, so it takes minutes.
 """
 
 import argparse
@@ -72,10 +72,14 @@ def sureness(
     return sure
 
 
+def new_session(tokenizer: Any) -> tuple[SessionStore, SessionReader]:
+    store = SessionStore(10**6, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    return store, SessionReader(store, tokenizer)
+
+
 def opens_behind(pairs: list[tuple[str, str]], tokenizer: Any, pages: int, count: int) -> float:
     """The share of questions behind their own passage that a session without it is read for."""
-    store = SessionStore(10**6, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    reader = SessionReader(store, tokenizer)
+    store, reader = new_session(tokenizer)
     for _, passage in pairs[:pages]:
         store.add(b"", tokenizer.encode(f"{passage}\n\n"), [])
     asked = [f"{own}\n\nQuestion: {ask}?\nAnswer:" for ask, own in pairs[pages : pages + count]]
@@ -88,8 +92,7 @@ def needles_found(
 ) -> dict[str, int]:
     """Of a text's needles: read for their question, behind whatever gate or none; answered."""
     told = make_text(grid, tokenizer, length, sample)
-    store = SessionStore(10**6, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    reader = SessionReader(store, tokenizer)
+    store, reader = new_session(tokenizer)
     for start in range(0, len(told.text), FED_TOKENS):
         store.add(b"", told.text[start : start + FED_TOKENS], [])
     counts = dict.fromkeys(("read", "read always", "answered"), 0)
@@ -106,8 +109,9 @@ def needles_found(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path())
-    parser.add_argument("--haystack", type=Path, nargs="+", default=[])
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--data", type=Path)
+    asked.add_argument("--haystack", type=Path, nargs="+")
     parser.add_argument("--tokenizer", required=True, help="a model, whose tokens pages are cut in")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)

@@ -1,6 +1,5 @@
 """Children: engines in processes of their own, a few in each, up to one that fails."""
 
-import gc
 import json
 import os
 import queue
@@ -93,10 +92,6 @@ def work(seeds: range, models: Path, broken: str | None, plain: bool) -> None:
     # Before anything loads numba, which vLLM's search for kernels to replace stops at.
     current_platform.register_triton_kernel_overrides()
 
-    # Engines ask for collections all the time: what was imported need not be looked through.
-    gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
     if broken:
         BREAKS[broken]()
     for seed in seeds:

@@ -14,6 +14,7 @@ def tiny():
 
 @pytest.fixture
 def in_this_process(monkeypatch):
+    # What it does to vLLM makes engines of tests start faster.
     import engines  # noqa: F401
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
