@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
+from vllm.v1.executor import multiproc_executor
 
 # Whether this is vLLM's own CPU build, whose attention kernels take blocks of whole 32 tokens.
 NATIVE = type(current_platform).__module__ == "vllm.platforms.cpu"
@@ -35,6 +37,10 @@ gc.collect = lambda generation=2: _collect(min(generation, 1))
 
 # vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.
 registry._run_in_subprocess = lambda look: look()
+
+# On a CPU vLLM spawns its ranks, which then import it again (half a minute), because of OpenMP's
+# threads. Here is one thread; test_engine_processes.py spawns.
+multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 if NATIVE:
     # vLLM looks through all modules for each engine, and stops at an object of llvmlite, which an
