@@ -68,7 +68,7 @@ def _add_inspect(commands: Any) -> None:
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     # vLLM takes seconds to import: not for --help or a typo.
     from pacellm_vllm.platform import check_platform
-    from pacellm_vllm.serving.command import all_plugins, serve_arguments, shown, vllm_command
+    from pacellm_vllm.serving.command import all_plugins, run_vllm, serve_arguments, shown
 
     arguments = serve_arguments(args.model, settings_of(args), rest)
     check_platform()
@@ -76,8 +76,8 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     print(shown(arguments, plugins), flush=True)
     if plugins:
         os.environ["VLLM_PLUGINS"] = plugins
-    command = vllm_command(arguments)
-    os.execv(command[0], command)
+    run_vllm(arguments)
+    return 0
 
 
 if __name__ == "__main__":

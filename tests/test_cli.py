@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ try:
     from vllm.entrypoints.common.cli_args import make_arg_parser
 except ImportError:  # vLLM 0.32
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli import main as vllm_cli
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pacellm_vllm import cli
@@ -117,13 +119,14 @@ def test_the_revision_to_be_served_is_the_one_read(monkeypatch, checkpoint):
 def test_serve_prints_the_command_and_runs_it(checkpoint, capsys, monkeypatch):
     ran = []
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.setattr(cli.os, "execv", lambda path, argv: ran.extend(argv))
+    monkeypatch.setattr(sys, "argv", ["pacellm"])
+    monkeypatch.setattr(vllm_cli, "main", lambda: ran.extend(sys.argv))
     cli.main(["serve", str(checkpoint()), "--layers", "1,3", "--theta-low", "0.1", "--port", "8"])
     plugins, *printed = shlex.split(capsys.readouterr().out)
     assert plugins.startswith("VLLM_PLUGINS=")
     assert {"pacellm", "pacellm_cpu", "pacellm_http"} <= set(plugins.partition("=")[2].split(","))
-    assert printed == ["vllm", *ran[3:]]
-    assert ran[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert printed == ran
+    assert ran[:2] == ["vllm", "serve"]
     settings = vllm_args(printed[2:]).additional_config["pacellm"]
     assert settings == {"layers": [1, 3], "theta_low": 0.1}
 

@@ -72,9 +72,12 @@ def all_plugins() -> str:
     return ",".join(sorted(names | {"pacellm_http"}))
 
 
-def vllm_command(arguments: Sequence[str]) -> list[str]:
-    """argv that runs this environment's vllm."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+def run_vllm(arguments: Sequence[str]) -> None:
+    """Run vLLM's command in this process, which has imported most of it already."""
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", *arguments]
+    main()
 
 
 def shown(arguments: Sequence[str], plugins: str | None) -> str:
