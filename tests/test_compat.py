@@ -5,8 +5,6 @@ import asyncio
 import inspect
 import json
 import queue
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +62,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.executor import multiproc_executor, uniproc_executor
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    CircularBufferSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST, KVCacheSpecRegistry
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker import utils as worker_utils
@@ -100,36 +104,31 @@ def test_the_tested_vllm_is_installed():
     assert vllm.__version__.startswith(("0.32.", "0.33."))
 
 
-def test_registering_first_would_still_hide_the_built_in_specs():
-    """The reason for ``register_kv_cache_spec``; in a fresh process, as the registry is global."""
-    program = """
-from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as R, _REGISTRY_KVCACHESPEC_LIST
-from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
-class Ours(CircularBufferSpec): pass
-_REGISTRY_KVCACHESPEC_LIST.clear()
-R.register(Ours, CircularBufferManager, Ours)
-R._ensure_registered()
-print(FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[-1] == "False"
+@pytest.fixture
+def no_specs():
+    """vLLM's registry of KV cache specs, empty as in a process that just began."""
+    before = dict(_REGISTRY_KVCACHESPEC_LIST)
+    _REGISTRY_KVCACHESPEC_LIST.clear()
+    yield _REGISTRY_KVCACHESPEC_LIST
+    _REGISTRY_KVCACHESPEC_LIST.clear()
+    _REGISTRY_KVCACHESPEC_LIST.update(before)
 
 
-def test_registering_ours_keeps_the_built_in_ones():
-    program = """
-from pacellm_vllm.memory.batch import NoSettings
-from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
-from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as registered
-print(registered[PagedBankSpec].manager_class is PagedBankManager, FullAttentionSpec in registered)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[-2:] == ["True", "True"]
+class OurSpec(CircularBufferSpec):
+    """A spec that vLLM does not know."""
+
+
+def test_registering_first_would_still_hide_the_built_in_specs(no_specs):
+    """The reason for ``register_kv_cache_spec``."""
+    KVCacheSpecRegistry.register(OurSpec, CircularBufferManager, OurSpec)
+    KVCacheSpecRegistry._ensure_registered()
+    assert FullAttentionSpec not in no_specs
+
+
+def test_registering_ours_keeps_the_built_in_ones(no_specs):
+    compat.register_kv_cache_spec(OurSpec, CircularBufferManager)
+    assert no_specs[OurSpec].manager_class is CircularBufferManager
+    assert FullAttentionSpec in no_specs
 
 
 def test_config_hooks_run_after_the_architectures_own_and_once():

@@ -1,9 +1,11 @@
 """A run that was interrupted leaves nothing behind, and the next one continues."""
 
+import multiprocessing
+import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from clustered import SETTINGS, count_calls, digests, left_behind
 from ffn_models import NEURONS
 from safetensors.torch import load_file, save_file
 
-from pacellm_vllm.experts import folders
+from pacellm_vllm import cli
+from pacellm_vllm.experts import folders, rewrite
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.settings import ClusterSettings
@@ -81,45 +84,46 @@ def test_a_damaged_cache_is_not_trusted(save, run_cluster, tmp_path, monkeypatch
     assert len(calls) == 1
 
 
-def test_an_ordinary_kill_while_writing_leaves_nothing(save, tmp_path):
-    source = save()
-    code = (
-        "import signal, sys, time\n"
-        # A test run in the background inherits that SIGINT is ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pacellm_vllm.experts import command, rewrite\n"
-        "import argparse\n"
-        "real = rewrite.permute\n"
-        "def slow(*args):\n"
-        "    print('writing', flush=True)\n"
-        "    time.sleep(60)\n"
-        "rewrite.permute = slow\n"
-        "parser = argparse.ArgumentParser()\n"
-        "command.add_parser(parser.add_subparsers())\n"
-        "args = parser.parse_args(sys.argv[1:])\n"
-        "sys.exit(args.run(args, []))\n"
-    )
-    command = [sys.executable, "-c", code, "cluster", str(source), str(tmp_path / "out")]
-    command += ["--experts", "8", "--cache", str(tmp_path / "cache"), "--quiet"]
+def write_slowly(arguments, errors, writing):
+    """A process's main function: ``pacellm cluster``, which takes a minute where it writes."""
+
+    def slow(*_):
+        writing.set()
+        time.sleep(60)
+
+    # A test run in the background inherits that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rewrite.permute = slow
+    with errors.open("w") as sys.stderr:
+        status = cli.main(arguments)
+    sys.exit(status)
+
+
+def test_an_ordinary_kill_while_writing_leaves_nothing(save, tmp_path, tmp_path_factory):
+    source, errors = save(), tmp_path_factory.mktemp("said") / "errors"
+    arguments = ["cluster", str(source), str(tmp_path / "out"), "--experts", "8"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--quiet"]
+    forked = multiprocessing.get_context("fork")
 
     def start():
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "writing\n"
+        writing = forked.Event()
+        process = forked.Process(target=write_slowly, args=(arguments, errors, writing))
+        process.start()
+        assert writing.wait(120)
         return process
 
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start()
         assert len(left_behind(tmp_path)) == 1
-        process.send_signal(number)
-        assert "interrupted" in process.communicate(timeout=120)[1]
-        assert process.returncode == 130
+        os.kill(process.pid, number)
+        process.join(120)
+        assert process.exitcode == 130
+        assert "interrupted" in errors.read_text()
         assert left_behind(tmp_path) == []
     # Not even the kernel's kill makes a half-written output, and the next run cleans up.
     process = start()
     process.kill()
-    process.wait()
+    process.join()
     assert [name.startswith(".out.partial-") for name in left_behind(tmp_path)] == [True]
     cluster_checkpoint(source, tmp_path / "out", SETTINGS, cache=tmp_path / "cache", progress=False)
     assert left_behind(tmp_path) == ["out"]
