@@ -22,7 +22,7 @@ SHAPES = {
     "long odd segments, wide top-k": {"bank_size": 37, "segment_size": 48, "top_k": 7},
     "tiny bank, as published": {"bank_size": 7, "segment_size": 48, "max_insertions": 7},
 }
-MAX_TOKENS, MAX_TOKENS_OF_OTHERS = 40, 24
+MAX_TOKENS, MAX_TOKENS_OF_OTHERS = 20, 16
 # What presets and shapes change lies in the ops, which do not know the family: one family takes
 # all of them, the next ones two presets in one shape each, the rest one preset by turns.
 CASES = [
