@@ -8,7 +8,9 @@ import queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 import vllm
@@ -281,10 +283,23 @@ def test_both_runners_still_tell_logits_processors_of_requests():
         "req_idx",
         "sampling_params",
     ]
-    # Filled by model runner V2 only; V1's rows are the batch's.
-    assert "req_idx=" not in inspect.getsource(GPUModelRunner._build_attention_metadata)
-    assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
+
+
+def test_runner_v2_still_tells_which_rows_its_batch_has(monkeypatch):
+    """V1's rows are the batch's, and it fills in none."""
     assert CommonAttentionMetadata.__dataclass_fields__["req_idx"].default is None
+    told, rows = {}, np.array([5])
+    monkeypatch.setattr(default, "build_attn_metadata", lambda **given: told.update(given))
+    batch = MagicMock(
+        idx_mapping_np=rows,
+        query_start_loc_np=np.array([0, 1]),
+        is_prefilling_np=np.array([True]),
+        num_reqs=1,
+        max_query_len=1,
+    )
+    state = MagicMock(supports_mm_inputs=False)
+    default.DefaultModelState.prepare_attn(state, batch, None, (), None, [], None)
+    assert told["req_idx"] is rows
 
 
 def test_drafts_still_forbid_logits_processors():
