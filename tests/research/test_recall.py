@@ -8,18 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from recall import (
-    Store,
-    add_lexical,
-    comparisons,
-    finding,
-    following,
-    gated,
-    loss_change,
-    places,
-    rank_of_gold,
-    table,
-)
+from recall_bench import following, places
+from recall_choose import loss_change, rank_of_gold
 from recall_items import Item, bm25, coverage, needles, questions, subspan_match
 from recall_memory import (
     Compressor,
@@ -30,6 +20,8 @@ from recall_memory import (
     relevance,
     similarities,
 )
+from recall_report import add_lexical, comparisons, finding, gated, table
+from recall_store import Store
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
