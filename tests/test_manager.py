@@ -286,7 +286,7 @@ def test_restores_in_one_step_are_few_and_the_rest_come_next():
     bank = manager.coordinator.single_type_managers[BANK]
     tokens = list(range(9 * SEGMENT))
     run(manager, make_request("first", tokens, True), 512)
-    bank._max_restored = 3
+    bank._max_restored_a_step = 3
     requests = [make_request(f"r{i}", tokens, True) for i in range(7)]
     waiting, steps = list(requests), []
     while waiting:

@@ -28,6 +28,7 @@ from pacellm_vllm.compat.engine import (
     add_worker_extension,
     api_processes,
     is_vllms_cpu_build,
+    load_with_drafts,
     set_cpu_worker,
     with_final_blocks,
 )
@@ -61,7 +62,6 @@ from pacellm_vllm.compat.pool import (
 from pacellm_vllm.compat.requests import (
     check_http_requests,
     keep_booleans,
-    load_with_drafts,
     prepare_requests,
 )
 from pacellm_vllm.compat.scheduler import (

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-# By the function of ``compat`` that does it. Nothing else is patched, and nothing at all where no
-# engine of ours runs.
+# By the function of ``compat`` that does it, or by what it does there. No other class or module is
+# patched, and none at all where no engine of ours runs. What belongs to one engine is changed in
+# its own objects (``pool.keep_out_of_events``), and ``requests.keep_booleans`` changes a field.
 PATCHED = {
     "load_with_drafts": (
         "vllm.v1.sample.logits_processor:build_logitsprocs",

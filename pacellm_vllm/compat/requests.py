@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pacellm_vllm.compat.patching import patch
@@ -13,32 +13,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
-
-
-def load_with_drafts(processors: Set[type]) -> None:
-    """Let logits ``processors``, which leave logits alone, be loaded beside a drafter.
-
-    Symptom: with speculative decoding, model runner V1 refuses custom logits processors of any
-    kind. Can go when it loads those that are argmax invariant.
-    """
-
-    def build(
-        original: Callable[..., Any],
-        vllm_config: VllmConfig,
-        device: Any,
-        pin_memory: bool,
-        pooling: bool,
-        custom: Iterable[Any] = (),
-    ) -> Any:
-        custom = tuple(custom)
-        if not vllm_config.speculative_config or not custom or not processors >= {*custom}:
-            return original(vllm_config, device, pin_memory, pooling, custom)
-        built = original(vllm_config, device, pin_memory, pooling)
-        for processor in custom:
-            built.argmax_invariant.append(processor(vllm_config, device, pin_memory))
-        return built
-
-    patch("load_with_drafts", build)
 
 
 def check_http_requests(

@@ -38,6 +38,9 @@ logger = plugin_logger()
 
 POOL_METHOD = "pacellm_pool_report"
 
+# Requests do not say which engine they are of, and one process may hold several.
+_MANAGERS: "WeakSet[PagedBankManager]" = WeakSet()
+
 # vLLM copies all blocks of a step through one temporary, outside of its memory profile.
 _MAX_RESTORED_BYTES = 128 << 20
 
@@ -59,6 +62,11 @@ class PagedBankManager(CircularBufferManager):
     - a request that ends or is preempted donates its pages, which costs nothing;
     - a request that hits has the snapshot copied into pages of its own, by vLLM's block copies, or
       takes the snapshot's pages over where blocks are too few for both.
+
+    The methods stand in the order in which vLLM's scheduler calls them: ``new_step_starts``, then
+    for each request of the step ``find_longest_cache_hit`` (a new one), how many blocks it needs,
+    ``add_local_computed_blocks`` (a hit), ``allocate_new_blocks``, ``cache_blocks``; and
+    ``pop_blocks_for_free`` where one ends or is preempted.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
@@ -74,15 +82,17 @@ class PagedBankManager(CircularBufferManager):
         snapshot_bytes = (
             self._layout.max_committed_pages * self._layout.page_bytes * kv_cache_spec.num_layers
         )
-        self._max_restored = max(1, _MAX_RESTORED_BYTES // snapshot_bytes)
+        self._max_restored_a_step = max(1, _MAX_RESTORED_BYTES // snapshot_bytes)
         self._requests: dict[str, Request] = {}
-        # Boundaries at which this step's forward copies banks, and the first pages' hashes.
-        self._planned: dict[str, list[int]] = {}
-        self._copying: dict[str, list[int]] = {}
-        self._copying_hashes: set[BlockHash] = set()
-        self._restoring: dict[str, Sequence[KVCacheBlock]] = {}
+        # By request: boundaries at which the next forward would copy its bank, if it is placed, and
+        # at which this step's does, with the hashes of the copies' first pages.
+        self._planned_copies: dict[str, list[int]] = {}
+        self._copies_this_step: dict[str, list[int]] = {}
+        self._hashes_of_copies: set[BlockHash] = set()
+        # Snapshots of requests that hit and are not placed yet; and who would take theirs over.
+        self._snapshots_hit: dict[str, Sequence[KVCacheBlock]] = {}
         self._taking_over: set[str] = set()
-        self._restored = 0
+        self._restored_this_step = 0
         self._counts = PoolCounts()
         keep_out_of_events(self.block_pool, self.kv_cache_group_id, self._count_evicted)
         add_engine_method(POOL_METHOD, _pool_report)
@@ -146,7 +156,7 @@ class PagedBankManager(CircularBufferManager):
     def new_step_starts(self) -> None:
         """The forward of the last step has made its copies, or does before this one's copies."""
         super().new_step_starts()
-        for request_id, boundaries in self._copying.items():
+        for request_id, boundaries in self._copies_this_step.items():
             self._publish_copies(request_id, boundaries)
             held = self.req_to_blocks[request_id]
             for boundary in boundaries:
@@ -154,9 +164,9 @@ class PagedBankManager(CircularBufferManager):
                 pages = held[columns]
                 held[columns] = [self.block_pool.null_block] * len(pages)
                 self.block_pool.free_blocks(pages)
-        self._copying.clear()
-        self._copying_hashes.clear()
-        self._restored = 0
+        self._copies_this_step.clear()
+        self._hashes_of_copies.clear()
+        self._restored_this_step = 0
 
     @classmethod
     def find_longest_cache_hit(
@@ -189,31 +199,32 @@ class PagedBankManager(CircularBufferManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        """Blocks to take from the pool; plans what ``allocate_new_blocks`` then does with them."""
         if self._holds_no_bank(request_id):
             return 0
-        if new_computed_blocks and self._restored >= self._max_restored:
+        if new_computed_blocks and self._restored_this_step >= self._max_restored_a_step:
             # More than there are: the request waits for the next step.
             return self.block_pool.num_gpu_blocks + 1
         own = self._missing(request_id, num_tokens)
         need = own + evictable_blocks(new_computed_blocks)
         # All that this request may need now, in every group.
         at_most = need + (groups_in_hand() - 1) * cdiv(num_tokens, self.block_size)
-        free = self.block_pool.get_num_free_blocks()
+        spare = self.block_pool.get_num_free_blocks() - at_most
         self._taking_over.discard(request_id)
-        if new_computed_blocks and at_most > free and need == own + len(new_computed_blocks):
+        if new_computed_blocks and spare < 0 and need == own + len(new_computed_blocks):
             # Nobody else uses the snapshot, so its pages become the request's: with them it needs
             # no more blocks than without a hit, and what fits alone is always scheduled.
             self._taking_over.add(request_id)
             need = own
-        self._planned.pop(request_id, None)
+        self._planned_copies.pop(request_id, None)
         if apply_admission_cap:
             return need
         planned = self._worth_copying(total_computed_tokens, num_tokens_main_model)
         if planned:
-            spare = free - at_most - self._reserved_for_others(request_id)
+            spare -= self._reserved_for_others(request_id)
             while planned and spare < self._pages_of(planned):
                 planned.pop()
-            self._planned[request_id] = planned
+            self._planned_copies[request_id] = planned
         return need + self._pages_of(planned)
 
     def add_local_computed_blocks(
@@ -223,15 +234,17 @@ class PagedBankManager(CircularBufferManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
+        """Hold the snapshot that a request hit until it is placed."""
         if new_computed_blocks:
             self.block_pool.touch(new_computed_blocks)
-            self._restoring[request_id] = list(new_computed_blocks)
+            self._snapshots_hit[request_id] = list(new_computed_blocks)
             self._counts.hit += 1
             self._counts.hit_tokens += num_local_computed_tokens
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        """Place a request: its pages, the snapshot it hit copied into them, pages for copies."""
         held = self.req_to_blocks[request_id]
         before = len(held)
         if self._holds_no_bank(request_id):
@@ -239,14 +252,14 @@ class PagedBankManager(CircularBufferManager):
                 # Spelled out, because a worker does not clear what a row of its block table held.
                 held.extend([self.block_pool.null_block] * self._layout.num_pages)
             return held[before:]
-        snapshot = self._restoring.pop(request_id, ())
+        snapshot = self._snapshots_hit.pop(request_id, ())
         if snapshot and request_id in self._taking_over:
             self.block_pool.evict_blocks({page.block_id for page in snapshot})
             held.extend(snapshot)
             snapshot = ()
         held.extend(self._new_blocks(self._missing(request_id, num_tokens)))
         if snapshot:
-            self._restored += 1
+            self._restored_this_step += 1
             pairs = list(zip(snapshot, held, strict=False))
             # The snapshot was touched when it was hit; the scheduler lets go of both.
             self.block_pool.touch([page for _, page in pairs])
@@ -258,7 +271,7 @@ class PagedBankManager(CircularBufferManager):
         """Lengthen a request's row by the boundaries among its tokens, with pages for copies."""
         if self._grid is None:
             return
-        planned, request = self._planned.pop(request_id, []), request_in_hand()
+        planned, request = self._planned_copies.pop(request_id, []), request_in_hand()
         held = self.req_to_blocks[request_id]
         new = self._grid.row_length(num_tokens) - len(held)
         held.extend([self.block_pool.null_block] * new)
@@ -268,27 +281,29 @@ class PagedBankManager(CircularBufferManager):
         for boundary in planned:
             columns = self._columns(boundary)
             held[columns] = self._new_blocks(len(held[columns]))
-            self._copying_hashes.add(self._cache.first_hash(request.block_hashes, boundary))
-        self._copying[request_id] = planned
+            self._hashes_of_copies.add(self._cache.first_hash(request.block_hashes, boundary))
+        self._copies_this_step[request_id] = planned
 
     def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         sentence = "pacellm: tokens computed elsewhere carry no memory; serve without KV transfer."
         raise NotImplementedError(of_request(sentence, request_id))
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Remember the request: banks are cached when a step has made copies, or a request ends."""
         self._requests[request.request_id] = request
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """What a request held, after its copies and its own bank were left in the cache."""
         request = self._requests.get(request_id)
         if request is not None:
             computed = request.num_computed_tokens
-            made = [at for at in self._copying.pop(request_id, ()) if at < computed]
+            made = [at for at in self._copies_this_step.pop(request_id, ()) if at < computed]
             self._publish_copies(request_id, made)
             self._donate(request)
             del self._requests[request_id]
         # Hit, but never placed.
-        self.block_pool.free_blocks(self._restoring.pop(request_id, ()))
-        self._planned.pop(request_id, None)
+        self.block_pool.free_blocks(self._snapshots_hit.pop(request_id, ()))
+        self._planned_copies.pop(request_id, None)
         self._taking_over.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
@@ -364,7 +379,7 @@ class PagedBankManager(CircularBufferManager):
             boundary
             for boundary in self._grid.boundaries(computed, num_tokens)
             if boundary <= known
-            and self._cache.first_hash(hashes, boundary) not in self._copying_hashes
+            and self._cache.first_hash(hashes, boundary) not in self._hashes_of_copies
             and self._cache.find(hashes, boundary) is None
         ]
 
@@ -394,10 +409,6 @@ def _pool_report(core: Any) -> dict[str, int]:
     """``PagedBankManager.counts`` of an ``EngineCore`` with memory."""
     [manager] = [one for one in managers_of(core) if isinstance(one, PagedBankManager)]
     return manager.counts().as_dict()
-
-
-# Requests do not say which engine they are of, and one process may hold several.
-_MANAGERS: WeakSet[PagedBankManager] = WeakSet()
 
 
 def _hash_key(request: Request) -> tuple[str, str] | None:
