@@ -18,8 +18,11 @@ from pacellm_vllm.compat import PATCHED
 # The second run finds the first one's prefixes, each under its own settings.
 RUN = """
 import json, sys
+if sys.argv[1] == "fork":  # before vLLM takes names; on a CPU it would spawn
+    import forked
 from patches import ours_in_vllm
 from vllm import LLM, SamplingParams
+from vllm.v1.engine.utils import get_mp_context
 
 def main(model, settings, cases):
     llm = LLM(model, **settings)
@@ -31,10 +34,11 @@ def main(model, settings, cases):
         "said": [[list(o.outputs[0].token_ids) for o in outputs] for outputs in runs],
         "cached": [o.num_cached_tokens for o in runs[1]],
         "patched": list(ours_in_vllm()),
+        "started": get_mp_context().get_start_method(),
     }))
 
 if __name__ == "__main__":
-    main(*map(json.loads, sys.argv[1:]))
+    main(*map(json.loads, sys.argv[2:]))
 """
 ASKS = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
 
@@ -58,21 +62,22 @@ def test_front_end_engine_core_and_workers_are_each_patched(method, checkpoint, 
         "hf_overrides": {"architectures": ["PaceLlamaForCausalLM"]},
         "additional_config": {"pacellm": PACE},
     }
+    given = map(json.dumps, (str(checkpoint("llama")), settings, cases))
     done = subprocess.run(
-        [sys.executable, program, *map(json.dumps, (str(checkpoint("llama")), settings, cases))],
+        [sys.executable, program, method, *given],
         env={
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": method,
             "PYTHONPATH": python_path(Path(__file__).parent),
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["started"] == method
     assert found["said"] == [truth, truth]
     # Of 150 tokens: a copy of the bank each three segments of 32, or whole blocks without memory.
     assert found["cached"] == [96, 96, 149 // BLOCK_SIZE * BLOCK_SIZE] * 2
