@@ -7,6 +7,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from pacellm_vllm.compat import layers_by_name
+
 
 class CpuWorker(CPUWorker):
     """``CPUWorker`` (vllm/v1/worker/cpu_worker.py), with two faults of vLLM worked around.
@@ -32,9 +34,8 @@ class CpuWorker(CPUWorker):
             )
 
     def _zero_blocks(self, block_ids: list[int]) -> None:
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for name in layers:
-            cache = getattr(layers[name], "kv_cache", None)
+        for layer in layers_by_name(self.vllm_config).values():
+            cache = getattr(layer, "kv_cache", None)
             if isinstance(cache, torch.Tensor) and cache.numel():
                 cache[block_ids] = 0
 

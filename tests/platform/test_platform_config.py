@@ -1,6 +1,5 @@
 """When the CPU platform is chosen, and what it chooses."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -9,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.platforms
+from vllm.config import CompilationMode
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.platform import activate, check_platform
@@ -141,9 +140,14 @@ def test_default_kv_cache_size(monkeypatch, options, free, want):
     assert made.cache_config.kv_cache_memory_bytes == want
 
 
-def test_later_stages_still_get_their_buffers_in_a_profiling_run_alone():
-    """The reason for ``TorchCpuWorker``."""
-    assert "CompilationMode.NONE" in inspect.getsource(CPUModelRunner.warming_up_model)
-    made = "self.model.make_empty_intermediate_tensors("
-    assert made in inspect.getsource(GPUModelRunner._dummy_run)
-    assert inspect.getsource(GPUModelRunner).count(made) == 1
+def test_a_runner_that_compiles_nothing_still_has_no_profiling_run():
+    """The reason for what ``CpuWorker`` gives later stages."""
+    compiled = []
+    for mode in (CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
+        config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
+        config.compilation_config.inductor_compile_config = {}
+        runner = SimpleNamespace(
+            vllm_config=config, profile_run=lambda mode=mode: compiled.append(mode)
+        )
+        CPUModelRunner.warming_up_model(runner)
+    assert compiled == [CompilationMode.VLLM_COMPILE]

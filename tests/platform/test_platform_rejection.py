@@ -1,6 +1,7 @@
 """Which drafts are kept, case by case; and why the platform registers its kernels once."""
 
-import inspect
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_synthetic_acceptance_is_refused():
         )
 
 
-def test_vllm_still_trips_over_objects_whose_attributes_are_no_dict():
+class WithoutDict:
+    """As some objects of llvmlite's are."""
+
+    __dict__ = ()
+
+
+def test_vllm_still_trips_over_objects_whose_attributes_are_no_dict(monkeypatch):
     """The reason for registering kernels once: with llvmlite loaded, a second time fails."""
-    assert 'vars(value).get("kernel")' in inspect.getsource(dispatcher._rebind_kernels)
+    holder = ModuleType("holder")
+    holder.value = WithoutDict()
+    monkeypatch.setitem(sys.modules, "holder", holder)
+    with pytest.raises(AttributeError, match="has no attribute 'get'"):
+        dispatcher._rebind_kernels([])
