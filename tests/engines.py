@@ -4,12 +4,12 @@ import contextlib
 import functools
 import gc
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -38,9 +38,7 @@ gc.collect = lambda generation=2: _collect(min(generation, 1))
 # vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.
 registry._run_in_subprocess = lambda look: look()
 
-# On a CPU vLLM spawns its ranks, which then import it again (half a minute), because of OpenMP's
-# threads. Here is one thread; test_engine_processes.py spawns.
-multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+multiproc_executor.get_mp_context = forked.context
 
 if NATIVE:
     # vLLM looks through all modules for each engine, and stops at an object of llvmlite, which an

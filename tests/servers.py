@@ -13,9 +13,9 @@ from pathlib import Path
 import requests
 
 PACELLM = [sys.executable, "-m", "pacellm_vllm.cli"]
-# The same commands with vLLM's processes forked, for tests of what servers say.
-FORKED = [sys.executable, str(Path(__file__).parent / "forked.py")]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+# PACELLM with vLLM's processes forked, for tests of what servers say.
+FORKED = [sys.executable, str(Path(__file__).parent / "forked.py"), PACELLM[-1]]
 # Whatever other tests set in this process.
 ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 

@@ -90,7 +90,7 @@ from pacellm_vllm import compat
 from pacellm_vllm.compat.layers import packing
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.batch import NoSettings
-from pacellm_vllm.memory.spec import PagedBankManager
+from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
 from pacellm_vllm.memory.stage import StageWithoutMemory
 from pacellm_vllm.models.compared import COMPARED
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT
@@ -129,6 +129,11 @@ def test_registering_first_would_still_hide_the_built_in_specs(no_specs):
     KVCacheSpecRegistry.register(OurSpec, CircularBufferManager, OurSpec)
     KVCacheSpecRegistry._ensure_registered()
     assert FullAttentionSpec not in no_specs
+
+
+def test_banks_are_registered_with_their_manager():
+    assert _REGISTRY_KVCACHESPEC_LIST[PagedBankSpec].manager_class is PagedBankManager
+    assert FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST
 
 
 def test_registering_ours_keeps_the_built_in_ones(no_specs):

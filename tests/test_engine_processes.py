@@ -20,6 +20,7 @@ RUN = """
 import json, sys
 if sys.argv[1] == "fork":  # before vLLM takes names; on a CPU it would spawn
     import forked
+    forked.fork()
 from patches import ours_in_vllm
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.utils import get_mp_context

@@ -83,6 +83,22 @@ def write_all(bench: Bench, asked: Sequence[Question]) -> None:
             bench.reader.write(batch, asked[0].say, LIMIT[bench.task], bench.stop)
 
 
+def record(
+    bench: Bench,
+    records: Records,
+    config: str,
+    began: float,
+    asked: Sequence[tuple[Question, dict[str, Any]]],
+) -> None:
+    """Greedy answers of some questions, asked since ``began``; a line of each with its facts."""
+    write_all(bench, [question for question, _ in asked])
+    seconds = round((time.perf_counter() - began) / len(asked), 2)
+    for question, facts in asked:
+        head = {"config": config, "id": question.item.id, "seconds": seconds}
+        records.add(head | facts | question.result())
+    print(asked[-1][0].item.id, seconds, flush=True)
+
+
 def ask(args: argparse.Namespace) -> None:
     """Held-out questions whose context is gone, under every arm."""
     bench = Bench(args)
@@ -100,21 +116,9 @@ def ask(args: argparse.Namespace) -> None:
             if ("ask", item.id) not in records.done
         ]
         for group in groups(todo, GROUP[bench.task]):
-            started = time.perf_counter()
-            asked, results = [], []
-            for item in group:
-                question, facts = ask_about(bench, memory, item)
-                asked.append(question)
-                results.append(facts)
-            write_all(bench, asked)
-            seconds = (time.perf_counter() - started) / len(group)
-            for item, question, facts in zip(group, asked, results, strict=True):
-                records.add(
-                    {"config": "ask", "id": item.id, "seconds": round(seconds, 2)}
-                    | facts
-                    | question.result()
-                )
-            print(group[-1].id, round(seconds, 2), flush=True)
+            began = time.perf_counter()
+            asked = [ask_about(bench, memory, item) for item in group]
+            record(bench, records, "ask", began, asked)
 
 
 def ask_about(bench: Bench, memory: Memory, item: Item) -> tuple[Question, dict[str, Any]]:

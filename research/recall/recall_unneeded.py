@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recall_ask import Question, write_all
+from recall_ask import Question, record, write_all
 from recall_bench import (
     TEXT_ASKED,
     TEXT_PROMPT,
@@ -41,29 +41,13 @@ def unneeded_questions(args: argparse.Namespace) -> None:
     with Records(args.out / "unneeded-qa.jsonl", settings) as records:
         numbers = [n for n in range(args.count) if ("unneeded-qa", items[n].id) not in records.done]
         for start in range(0, len(numbers), 8):
-            begun = time.perf_counter()
+            began = time.perf_counter()
             chosen = numbers[start : start + 8]
             other = unrelated(items, chosen)
             reading, stored = bench.context(other)
             store = memory.store(reading, stored, other)
-            asked, results = [], []
-            for n in chosen:
-                question, facts = ask_unneeded(bench, memory, store, items[n])
-                asked.append(question)
-                results.append(facts)
-            write_all(bench, asked)
-            seconds = (time.perf_counter() - begun) / len(chosen)
-            for n, question, facts in zip(chosen, asked, results, strict=True):
-                records.add(
-                    {
-                        "config": "unneeded-qa",
-                        "id": items[n].id,
-                        "seconds": round(seconds, 2),
-                    }
-                    | facts
-                    | question.result()
-                )
-            print(items[chosen[-1]].id, round(seconds, 2), flush=True)
+            asked = [ask_unneeded(bench, memory, store, items[n]) for n in chosen]
+            record(bench, records, "unneeded-qa", began, asked)
 
 
 def ask_unneeded(

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import benchmark_files
 import pytest
 import torch
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, serving
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.evals.records import EvalError
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 @pytest.fixture(scope="module")
 def tiny_server(tiny, tmp_path_factory):
     """The URL of a server with ``official`` memory and segments of 64 tokens; its name is tiny."""
-    command = [*FORKED, PACELLM[-1], "serve", tiny, "--preset", "official", "--segment-size", "64"]
+    command = [*FORKED, "serve", tiny, "--preset", "official", "--segment-size", "64"]
     command += ["--dtype", "float32", "--block-size", "16", "--max-model-len", "640"]
     command += ["--kv-cache-memory-bytes", str(32 << 20), "--served-model-name", "tiny"]
     with serving(command, tmp_path_factory.mktemp("server") / "server.log") as base:

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import requests
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, serving
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 FILLER = "The old farmer carries the basket. " * 10
@@ -17,17 +17,7 @@ def test_two_engines_answer_as_one_and_report_together(tmp_path):
     hidden = "The magic number of Rome is"
     prompts = [f"{FILLER}{hidden} {n}. {FILLER}{hidden}" for n in (12, 47, 63, 85)]
     parallel = ["--data-parallel-size", "2", "--distributed-executor-backend", "uni"]
-    command = [
-        *FORKED,
-        PACELLM[-1],
-        "serve",
-        str(TINY),
-        *ENGINE,
-        *MEMORY,
-        *parallel,
-        "--api-server-count",
-        "1",
-    ]
+    command = [*FORKED, "serve", str(TINY), *ENGINE, *MEMORY, *parallel, "--api-server-count", "1"]
     log = tmp_path / "server.log"
     with serving(command, log) as url:
 

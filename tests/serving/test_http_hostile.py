@@ -8,7 +8,7 @@ import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import ENV, FORKED, PACELLM, serving
+from servers import ENV, FORKED, serving
 
 KEY = "secret"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -32,7 +32,7 @@ SHORT = 1024  # bytes of an answer that refuses
 def server(model, tmp_path_factory):
     """The base URL of a server with memory and an API key, healthy to the end."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [*FORKED, PACELLM[-1], "serve", str(model), *ENGINE]
+    command = [*FORKED, "serve", str(model), *ENGINE]
     with serving([*command, "--api-key", KEY, "--served-model-name", "tiny"], log) as url:
         yield url
         assert requests.get(f"{url}/health", timeout=30).status_code == 200

@@ -16,7 +16,7 @@ from checkpoints import make_prompt
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from oracle import OracleModel
 from prometheus_client.parser import text_string_to_metric_families
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, VLLM, serving
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 # Thresholds at ends of the similarity's buckets.
@@ -119,16 +119,7 @@ def collector():
 def two_servers(tmp_path_factory, collector):
     """Two API servers before one engine, which send spans."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [
-        *FORKED,
-        PACELLM[-1],
-        "serve",
-        str(TINY),
-        *MEMORY,
-        *ENGINE,
-        "--api-server-count",
-        "2",
-    ]
+    command = [*FORKED, "serve", str(TINY), *MEMORY, *ENGINE, "--api-server-count", "2"]
     command += ["--otlp-traces-endpoint", collector]
     protocol = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     with serving(command, log, **protocol, OTEL_BSP_SCHEDULE_DELAY="200") as url:
@@ -273,7 +264,7 @@ def test_snapshots_and_blocks(two_servers):
 
 def test_two_data_parallel_engines_are_told_apart(tmp_path):
     parallel = ["--data-parallel-size", "2", "--distributed-executor-backend", "uni"]
-    command = [*FORKED, PACELLM[-1], "serve", str(TINY), *MEMORY, *ENGINE, *parallel]
+    command = [*FORKED, "serve", str(TINY), *MEMORY, *ENGINE, *parallel]
     command += ["--no-enable-prefix-caching", "--api-server-count", "2"]
     with serving(command, tmp_path / "server.log") as url:
         with ThreadPoolExecutor(8) as pool:
@@ -296,7 +287,7 @@ def test_two_data_parallel_engines_are_told_apart(tmp_path):
 
 
 def test_a_server_without_memory_has_vllms_metrics_only(tmp_path, checkpoint):
-    command = [*FORKED, "vllm.entrypoints.cli.main", "serve", str(checkpoint())]
+    command = [*FORKED[:-1], VLLM[-1], "serve", str(checkpoint())]
     command += ["--skip-tokenizer-init", *ENGINE, "--max-model-len", "1024"]
     plugins = {"VLLM_PLUGINS": "pacellm,pacellm_cpu,pacellm_http"}
     with serving(command, tmp_path / "server.log", **plugins) as url:

@@ -7,7 +7,7 @@ from http.client import HTTPConnection
 
 import pytest
 import requests
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, serving
 
 TEXT = "The old farmer walked slowly to the market and sold his grey horse. " * 20
 LONG = {"prompt": TEXT, "max_tokens": 300, "ignore_eos": True}
@@ -17,16 +17,7 @@ LONG = {"prompt": TEXT, "max_tokens": 300, "ignore_eos": True}
 def server(model, tmp_path_factory):
     """A server that is developed on, whose memory acts from token 64 on."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [
-        *FORKED,
-        PACELLM[-1],
-        "serve",
-        str(model),
-        "--preset",
-        "official",
-        "--segment-size",
-        "64",
-    ]
+    command = [*FORKED, "serve", str(model), "--preset", "official", "--segment-size", "64"]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--block-size", "16"]
     command += ["--kv-cache-memory-bytes", str(32 << 20), "--served-model-name", "tiny"]
     with serving(command, log, VLLM_SERVER_DEV_MODE="1") as url:

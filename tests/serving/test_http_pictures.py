@@ -6,7 +6,7 @@ import io
 import pytest
 import requests
 from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoint
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, serving
 from transformers import AutoProcessor
 
 PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
@@ -41,16 +41,7 @@ def test_a_chat_about_a_picture_equals_the_oracle(arch, tmp_path):
     prompt = tokenizer.encode(
         f"<|im_start|>user\n{FAMILIES[arch].placeholder}{WORDS}<|im_end|>\n<|im_start|>assistant\n"
     )
-    command = [
-        *FORKED,
-        PACELLM[-1],
-        "serve",
-        str(seeing),
-        *FLAGS,
-        *ENGINE,
-        "--served-model-name",
-        "seeing",
-    ]
+    command = [*FORKED, "serve", str(seeing), *FLAGS, *ENGINE, "--served-model-name", "seeing"]
     with serving(command, tmp_path / "server.log") as url:
         for seed in range(2):
             picture = make_picture(seed)

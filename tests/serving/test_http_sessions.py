@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import requests
-from servers import ENV, FORKED, PACELLM, serving
+from servers import ENV, FORKED, serving
 from session_truth import Truth
 from test_session_engine import NUMBERS, PLACES, TOLD
 from transformers import AutoTokenizer
 
 MODEL = str(Path(__file__).parent.parent.parent / "scripts" / "tiny")
-SERVE = [*FORKED, PACELLM[-1], "serve", MODEL, "--session-tokens", "4000", "--layers", ""]
+SERVE = [*FORKED, "serve", MODEL, "--session-tokens", "4000", "--layers", ""]
 SERVE += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
 SERVE += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny"]
 TEMPLATE = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"

@@ -9,7 +9,7 @@ from browser import chromium
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from servers import FORKED, PACELLM, serving
+from servers import FORKED, serving
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 KEY = "secret"
@@ -28,7 +28,7 @@ PICTURE = os.environ.get("PACELLM_PICTURE")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [*FORKED, PACELLM[-1], "serve", str(TINY), *MEMORY, *ENGINE, "--api-key", KEY]
+    command = [*FORKED, "serve", str(TINY), *MEMORY, *ENGINE, "--api-key", KEY]
     with serving(command, log) as url:
         yield url
 
