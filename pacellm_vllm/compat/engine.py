@@ -20,7 +20,8 @@ def add_config_hook(architecture: str, hook: ConfigHook, base: str | None = None
     The architecture's own hook, if any, runs first, or that of ``base``, which it stands on.
     Idempotent per architecture and hook.
     Symptom: vLLM has no public place where a plugin may check the finished configuration;
-    ``MODELS_CONFIG_MAP`` is what its own models use. Can go when there is one.
+    ``MODELS_CONFIG_MAP`` is what its own models use.
+    Can go when there is one.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -43,7 +44,8 @@ def api_processes(vllm_config: VllmConfig) -> int:
     """How many API servers stand before the engine.
 
     Symptom: the number that ``--api-server-count`` has come to is in a private field, and what one
-    server knows of requests, the others do not. Can go when the field is public.
+    server knows of requests, the others do not.
+    Can go when the field is public.
     """
     return vllm_config.parallel_config._api_process_count
 
@@ -52,7 +54,8 @@ def is_vllms_cpu_build() -> bool:
     """Whether engines run on vLLM's own CPU build, and not on another platform for CPUs.
 
     Symptom: ``is_cpu()`` is true of both, and this one's kernels for latent attention want each
-    layer's cache apart. Can go when they take blocks that layers share.
+    layer's cache apart.
+    Can go when they take blocks that layers share.
     """
     from vllm.platforms import current_platform
 
@@ -74,7 +77,8 @@ def add_logits_processor(vllm_config: VllmConfig, processor: type) -> None:
 
     Given as a class, so that a process which is sent the configuration imports its module at once.
     Symptom: vLLM has no other way to add one for some models only; what plugins register is
-    loaded for all. Can go when a model class can name its own.
+    loaded for all.
+    Can go when a model class can name its own.
     """
     model = vllm_config.model_config
     known = list(model.logits_processors or ())
@@ -86,7 +90,8 @@ def load_with_drafts(processors: Set[type]) -> None:
     """Let logits ``processors``, which leave logits alone, be loaded beside a drafter.
 
     Symptom: with speculative decoding, model runner V1 refuses custom logits processors of any
-    kind. Can go when it loads those that are argmax invariant.
+    kind.
+    Can go when it loads those that are argmax invariant.
     """
 
     def build(
@@ -113,8 +118,8 @@ def set_cpu_worker(vllm_config: VllmConfig, name: str) -> None:
 
     Symptom: ``CPUModelRunner._zero_block_ids`` leaves out groups whose layers have specs of their
     own (``UniformTypeKVCacheSpecs``), as all groups beside banks do, so attention would find NaN
-    where a bank's bytes were. Can go when it zeroes those too.
-    Raises ``ValueError`` where another worker is named.
+    where a bank's bytes were.
+    Can go when it zeroes those too. Raises ``ValueError`` where another worker is named.
     """
     from vllm.platforms import current_platform
 

@@ -18,8 +18,8 @@ def layers_by_name(vllm_config: VllmConfig) -> dict[str, Any]:
     """All layers of an engine's model, on this rank, that vLLM plans a KV cache for or calls by
     name; those that are added are planned for.
 
-    Symptom: they are in what compiled graphs read, and nowhere else. Can go when a model's layers
-    can be listed, and added to, in a public place.
+    Symptom: they are in what compiled graphs read, and nowhere else.
+    Can go when a model's layers can be listed, and added to, in a public place.
     """
     return vllm_config.compilation_config.static_forward_context
 
@@ -28,7 +28,8 @@ def has_own_cache(layer: AttentionLayerBase) -> bool:
     """Whether ``layer`` keeps a KV cache, and does not read another layer's.
 
     Symptom: one that shares has a spec like any other; an attribute that not all classes of layers
-    have tells it apart. Can go when ``AttentionLayerBase`` does.
+    have tells it apart.
+    Can go when ``AttentionLayerBase`` does.
     """
     return not getattr(layer, "kv_sharing_target_layer_name", None)
 
@@ -71,8 +72,8 @@ def start_state_updates(vllm_config: VllmConfig) -> None:
 
     Symptom: vLLM does so when it has planned the KV cache, and overlooks groups whose layers have
     specs of their own (``UniformTypeKVCacheSpecs``), as all groups beside banks do: the first
-    decode step finds that "Mamba SSU backend has not been initialized". Can go when
-    ``initialize_mamba_ssu_backend`` looks into such groups.
+    decode step finds that "Mamba SSU backend has not been initialized".
+    Can go when ``initialize_mamba_ssu_backend`` looks into such groups.
     """
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
@@ -94,7 +95,8 @@ def place_shared_layers() -> None:
 
     Symptom: vLLM adds such a layer to the group of the other and not to the specs of its own that
     the group's layers have beside banks (``UniformTypeKVCacheSpecs``): ``KeyError`` of the layer's
-    name. Can go when ``add_kv_sharing_layers_to_kv_cache_groups`` adds it there, too.
+    name.
+    Can go when ``add_kv_sharing_layers_to_kv_cache_groups`` adds it there, too.
     """
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 

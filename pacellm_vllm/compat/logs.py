@@ -11,6 +11,7 @@ def plugin_logger() -> logging.Logger:
     """The logger of this plugin.
 
     Symptom: vLLM configures handlers for loggers below ``vllm`` only, so a logger named after our
-    own package prints nothing. Can go when plugins' loggers are configured too.
+    own package prints nothing.
+    Can go when plugins' loggers are configured too.
     """
     return init_logger("vllm.plugins.pacellm")

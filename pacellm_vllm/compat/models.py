@@ -14,7 +14,8 @@ def checkpoint_config(
     """The configuration of a checkpoint; ``OSError`` or ``ValueError`` where there is none.
 
     Symptom: transformers does not know all architectures that vLLM has configurations for, and
-    what reads those is no public function. Can go when it is.
+    what reads those is no public function.
+    Can go when it is.
     """
     from vllm.transformers_utils.config import get_config
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def config_of(llm: LLM) -> VllmConfig:
     """The checked configuration of an engine.
 
-    Symptom: ``LLM`` shows its model's only. Can go when it shows all.
+    Symptom: ``LLM`` shows its model's only.
+    Can go when it shows all.
     """
     return llm.llm_engine.vllm_config
 

@@ -15,7 +15,8 @@ def register_custom_op(name: str, function: Callable[..., None], mutates: list[s
     """Register ``torch.ops.vllm.<name>``, which returns nothing and writes to ``mutates``.
 
     Symptom: graphs are split at operators of vLLM's own library only, which it shows nobody but in
-    its utilities. Can go when ``torch.library.custom_op`` costs as little in every step.
+    its utilities.
+    Can go when ``torch.library.custom_op`` costs as little in every step.
     """
     from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -29,8 +30,8 @@ def add_splitting_op(vllm_config: VllmConfig, op_name: str) -> None:
     """Keep ``torch.ops.vllm.<op_name>`` out of compiled and captured graphs.
 
     Symptom: the op reads this step's metadata on the host, which a graph would freeze.
-    vLLM's own state-carrying layers add themselves to the same list. Can go when custom ops can
-    be declared splitting where they are registered.
+    vLLM's own state-carrying layers add themselves to the same list.
+    Can go when custom ops can be declared splitting where they are registered.
     """
     name = f"vllm::{op_name}"
     ops = vllm_config.compilation_config.splitting_ops

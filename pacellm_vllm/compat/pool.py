@@ -68,7 +68,8 @@ def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None], pool: B
 
     It must not raise. Requests of other engines in this process keep vLLM's hashes.
     Symptom: vLLM hashes tokens, adapters, images and the salt; what else changes activations
-    would be shared by prefix caching. Can go when requests can carry hash keys of their own.
+    would be shared by prefix caching.
+    Can go when requests can carry hash keys of their own.
     """
     _keyed_pools.add(pool)
 

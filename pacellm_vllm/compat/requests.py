@@ -57,7 +57,8 @@ def keep_booleans() -> None:
     """Leave booleans in ``vllm_xargs`` booleans; before vLLM's routes are imported.
 
     Symptom: its type has numbers and no booleans, so that ``true`` is 1, which is a number that a
-    setting may have. Can go when its type has booleans.
+    setting may have.
+    Can go when its type has booleans.
     """
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest

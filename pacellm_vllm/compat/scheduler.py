@@ -77,7 +77,8 @@ def hash_turns_by_their_own() -> None:
 
     Symptom: vLLM hashes the turn's tokens before it gives the request the turn's parameters, so a
     key of :func:`add_block_hash_key` would be the last turn's, and other requests would find blocks
-    computed with other settings. Can go when it changes parameters first.
+    computed with other settings.
+    Can go when it changes parameters first.
     """
 
     def updated(original: Callable[..., Any], scheduler: Any, session: Request, update: Any) -> Any:

@@ -20,7 +20,8 @@ def add_engine_method(name: str, method: Callable[[EngineCore], Any]) -> None:
     """Let front ends ask for ``method(engine_core)`` by ``name``, with :func:`ask_all_cores`.
 
     Symptom: vLLM lets plugins ask workers, and not the scheduler, which alone knows who holds which
-    blocks. Can go when a plugin can register something to be asked of the engine core.
+    blocks.
+    Can go when a plugin can register something to be asked of the engine core.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -50,7 +51,8 @@ async def ask_all_engines(client: EngineClient, method: str, *args: Any) -> list
     """What ``method(*args)`` returns on every worker of every engine that ``client`` speaks to.
 
     Symptom: with data parallel engines, ``EngineClient.collective_rpc`` calls all of them and
-    returns the first one's answers. Can go when it returns all.
+    returns the first one's answers.
+    Can go when it returns all.
     """
     ask = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
     if ask is None:
@@ -62,7 +64,8 @@ def metrics_registry() -> CollectorRegistry:
     """What vLLM's own ``/metrics`` shows, of all processes of the server.
 
     Symptom: plugins cannot add metrics that are asked for when they are read, so ``/metrics`` is
-    answered by us, with vLLM's own beside. Can go when they can.
+    answered by us, with vLLM's own beside.
+    Can go when they can.
     """
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 

@@ -11,7 +11,8 @@ def layer_in_step(name: str) -> Any:
     """The layer ``name`` of the model whose forward is running.
 
     Symptom: a custom operator is handed tensors and names; vLLM's own find their layers in the
-    forward context. Can go when operators can be methods of layers.
+    forward context.
+    Can go when operators can be methods of layers.
     """
     from vllm.forward_context import get_forward_context
 
@@ -22,7 +23,8 @@ def metadata_of_step() -> Any:
     """What metadata builders have made of the running step: by layer, or None in a profiling run.
 
     Symptom: vLLM hands it to nobody; attention reads the forward context too, whose type promises
-    lists as well. Can go when a layer is called with its metadata.
+    lists as well.
+    Can go when a layer is called with its metadata.
     """
     from vllm.forward_context import get_forward_context
 
