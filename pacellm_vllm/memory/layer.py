@@ -1,6 +1,6 @@
 """PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.lookup import nearest_slots
 from pacellm_vllm.ops.update import Progress
+
+if TYPE_CHECKING:
+    from pacellm_vllm.memory.device import DeviceStep
 
 OP_NAME = "pacellm_memory"
 
@@ -93,19 +96,23 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         """Advance every request's bank by its tokens of this step."""
-        # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
-        layout = self.spec.layout
-        stored = self.config.stored_dtype(a.dtype)
         if metadata.device is not None:
-            assert self._tally is not None
-            metadata.device.run(
-                self.kv_cache, layout, stored, self.rules, a, out, self._tally, self._reduce
-            )
-            return
-        assert metadata.plain is not None
-        units = unit_view(self.kv_cache, layout, stored)
+            self._run_kernels(a, out, metadata.device)
+        else:
+            self._run_plain(a, out, metadata)
+
+    def _run_kernels(self, a: torch.Tensor, out: torch.Tensor, step: "DeviceStep") -> None:
+        assert self._tally is not None
+        layout, stored = self.spec.layout, self.config.stored_dtype(a.dtype)
+        step.run(self.kv_cache, layout, stored, self.rules, a, out, self._tally, self._reduce)
+
+    def _run_plain(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
         step, journal = metadata.plain, metadata.journal
-        for asked, position, rules, progress, bank in step.run(units, layout, a, out, self._reduce):
+        assert step is not None
+        # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
+        units = unit_view(self.kv_cache, self.spec.layout, self.config.stored_dtype(a.dtype))
+        done = step.run(units, self.spec.layout, a, out, self._reduce)
+        for asked, position, rules, progress, bank in done:
             self._plain_counts.add(progress)
             if asked and journal:
                 near = self._nearest(bank, progress)
