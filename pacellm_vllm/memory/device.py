@@ -16,6 +16,8 @@ from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
 from pacellm_vllm.ops.kernels.batch import (
     COLUMNS,
+    POSITION,
+    REQUEST,
     TILE,
     TILE_COLUMNS,
     DeviceRound,
@@ -26,7 +28,16 @@ from pacellm_vllm.ops.kernels.batch import (
     tables_of,
 )
 from pacellm_vllm.ops.kernels.step import advance_batch
-from pacellm_vllm.ops.kernels.top_k import TALLY
+from pacellm_vllm.ops.kernels.top_k import (
+    ALL_LOWS,
+    ALL_MIDS,
+    COMMITS,
+    HIGHS,
+    LAST_ROUND,
+    LAST_VALID,
+    MOST_VALID,
+    TALLY,
+)
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -178,9 +189,11 @@ def _snapshot_copies(
 
     Where there is no bank, or no copy of it is wanted, a block is copied to itself.
     """
+    begun = pieces[pieces[:, POSITION] % grid.interval == 0]
+    positions, requests = begun[:, POSITION].tolist(), begun[:, REQUEST].tolist()
     where = [
         (request, source, target)
-        for position, request in pieces[pieces[:, 2] % grid.interval == 0, 2:4].tolist()
+        for position, request in zip(positions, requests, strict=True)
         if takes_copies(counts[request])
         for source, target in enumerate(grid.columns(position))
     ]
@@ -216,14 +229,15 @@ def new_tally(requests: int, device: torch.device) -> torch.Tensor:
 def counts_of(tally: torch.Tensor) -> MemoryCounts:
     """The counts so far; waits for the device."""
     rows = tally.tolist()
-    high, mid, low, commits = (sum(row[i] for row in rows) for i in range(4))
+    kinds = (HIGHS, ALL_MIDS, ALL_LOWS, COMMITS)
+    high, mid, low, commits = (sum(row[column] for row in rows) for column in kinds)
     # Of commits in one round the last request's counts, as it does in a batch on the plain path.
-    last = max(range(len(rows)), key=lambda i: (rows[i][6], i))
+    last = max(range(len(rows)), key=lambda i: (rows[i][LAST_ROUND], i))
     return MemoryCounts(
         high=high,
         mid=mid,
         low=low,
         commits=commits,
-        slots_last=rows[last][5],
-        slots_peak=max(row[4] for row in rows),
+        slots_last=rows[last][LAST_VALID],
+        slots_peak=max(row[MOST_VALID] for row in rows),
     )

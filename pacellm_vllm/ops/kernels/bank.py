@@ -11,6 +11,10 @@ import triton.language as tl
 
 from pacellm_vllm.ops.rules import MemoryRules
 
+# The first words of a bank's header, see ``memory/layout.py``; SIZE words each of usage, merges and
+# confirmations follow, and the keys' squared norms.
+VALID, MIDS, LOWS, PER_SLOT = (tl.constexpr(i) for i in range(4))
+
 # Of every launch. Left to Triton, whether products and sums fuse depends on its version.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -98,7 +102,7 @@ def word_at(table, word, mask, PAGE: tl.constexpr, STRIDE: tl.constexpr):
 @triton.jit
 def squares_at(table, slot, mask, SIZE: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr):
     """Offsets [n] of the squared norms that the header keeps of keys ``slot`` [n]."""
-    return word_at(table, 3 + 3 * SIZE + slot, mask, PAGE, STRIDE)
+    return word_at(table, PER_SLOT + 3 * SIZE + slot, mask, PAGE, STRIDE)
 
 
 @triton.jit

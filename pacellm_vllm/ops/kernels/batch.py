@@ -12,12 +12,16 @@ from pacellm_vllm.ops.rules import MemoryRules
 from pacellm_vllm.ops.sums import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
-# int32 columns of a piece: begin, length, position, row of the block table, pages, first tile,
-# tiles, and the bits of fp32 alpha, noise, theta_high and theta_low. Before those four, row i names
-# the i-th piece of ``summing``, if there is one. Rows stay at multiples of 16 bytes, for which idle
-# columns are kept, so that kernels are compiled once for any round.
+# int32 columns of a piece; REQUEST is its row of the block table, and SUMMING of row i the i-th
+# piece of ``DeviceRound.summing``, if there is one. Rows stay at multiples of 16 bytes, so that
+# kernels are compiled once for any round.
+BEGIN, LENGTH, POSITION, REQUEST = (tl.constexpr(i) for i in range(4))
+PAGES, FIRST_TILE, TILES, SUMMING = (tl.constexpr(i) for i in range(4, 8))
+# The bits of fp32 numbers.
+ALPHA, NOISE, THETA_HIGH, THETA_LOW = (tl.constexpr(i) for i in range(8, 12))
 COLUMNS = tl.constexpr(12)
-# int32 columns of a tile: piece, begin, length, and the tokens of the round before it.
+# int32 columns of a tile; TILE_BEFORE is how many tokens of the round come before it.
+TILE_PIECE, TILE_BEGIN, TILE_LENGTH, TILE_BEFORE = (tl.constexpr(i) for i in range(4))
 TILE_COLUMNS = tl.constexpr(4)
 
 
@@ -60,7 +64,7 @@ class Tables(NamedTuple):
 
     def on(self, pieces: torch.Tensor, tiles: torch.Tensor, table: torch.Tensor) -> DeviceRound:
         """The round whose tables' copies on a device are ``pieces`` and ``tiles``."""
-        lengths = self.tiles[:, 2]
+        lengths = self.tiles[:, TILE_LENGTH]
         return DeviceRound(
             pieces,
             tiles,
@@ -93,32 +97,33 @@ def rows_of(
     many of its pages the piece can reach: with 0 it passes through.
     """
     rows = np.zeros((len(begin), COLUMNS.value), dtype=np.int32)
-    for column, values in enumerate((begin, length, position, request, pages)):
-        rows[:, column] = values
-    rows[:, 8:] = numbers
+    rows[:, BEGIN], rows[:, LENGTH], rows[:, POSITION] = begin, length, position
+    rows[:, REQUEST], rows[:, PAGES] = request, pages
+    rows[:, ALPHA:] = numbers
     return rows
 
 
 def tables_of(rows: np.ndarray, size: int) -> Tables:
     """The tables of one round, of pieces ``rows`` (see ``rows_of``) and segments of ``size``."""
-    begin, length, position = rows[:, :3].T
+    begin, length, position = rows[:, BEGIN], rows[:, LENGTH], rows[:, POSITION]
     offset = position % size
     end = offset + length
     num_tiles = (end - 1) // _TILE - offset // _TILE + 1
     first_tile = num_tiles.cumsum() - num_tiles
-    rows[:, 5], rows[:, 6] = first_tile, num_tiles
+    rows[:, FIRST_TILE], rows[:, TILES] = first_tile, num_tiles
     sums = (position >= size) & (num_tiles > 1)
     commits = sums & (end == size)
     summing = np.concatenate([np.flatnonzero(commits), np.flatnonzero(sums & ~commits)])
-    rows[: len(summing), 7] = summing
+    rows[: len(summing), SUMMING] = summing
 
     piece = np.repeat(np.arange(len(rows)), num_tiles)
     start = (offset // _TILE - first_tile)[piece] * _TILE + np.arange(len(piece)) * _TILE
     stop = np.minimum(start + _TILE, end[piece])
     start = np.maximum(start, offset[piece])
     tiles = np.empty((len(piece), TILE_COLUMNS.value), dtype=np.int32)
-    tiles[:, 0], tiles[:, 1], tiles[:, 2] = piece, (begin - offset)[piece] + start, stop - start
-    tiles[:, 3] = tiles[:, 2].cumsum() - tiles[:, 2]
+    length = stop - start
+    tiles[:, TILE_PIECE], tiles[:, TILE_BEGIN] = piece, (begin - offset)[piece] + start
+    tiles[:, TILE_LENGTH], tiles[:, TILE_BEFORE] = length, length.cumsum() - length
     return Tables(rows, tiles, len(summing), int(commits.sum()))
 
 
@@ -126,6 +131,6 @@ def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray)
     """``tables_of`` for a decode step: token i is request i's only one; see ``rows_of``."""
     index = np.arange(len(positions), dtype=np.int32)
     rows = rows_of(index, 1, positions, index, pages, numbers)
-    rows[:, 5], rows[:, 6] = index, 1
+    rows[:, FIRST_TILE], rows[:, TILES] = index, 1
     tiles = np.stack([index, index, np.ones_like(index), index], axis=1)
     return Tables(rows, tiles)

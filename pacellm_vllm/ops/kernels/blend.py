@@ -5,7 +5,20 @@ import triton
 import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.batch import (
+    BEGIN,
+    COLUMNS,
+    PAGES,
+    POSITION,
+    REQUEST,
+    TILE,
+    TILE_BEGIN,
+    TILE_COLUMNS,
+    TILE_LENGTH,
+    TILE_PIECE,
+    TILES,
+    DeviceRound,
+)
 from pacellm_vllm.ops.kernels.bookkeeping import KEEP, Plans
 from pacellm_vllm.ops.kernels.commit import (
     BLOCK,
@@ -19,7 +32,20 @@ from pacellm_vllm.ops.kernels.commit import (
     means_of,
     sum_and_commit,
 )
-from pacellm_vllm.ops.kernels.top_k import FACTS, MID, NO_KIND, SHARES, Findings
+from pacellm_vllm.ops.kernels.top_k import (
+    EACH_BOTTOM,
+    EACH_TOP,
+    FACTS,
+    KIND,
+    MID,
+    NO_KIND,
+    NUM_BOTTOM,
+    NUM_TOP,
+    OWN,
+    SHARES,
+    TARGET,
+    Findings,
+)
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # Longer lists of slots are walked in a loop instead of being unrolled.
@@ -36,7 +62,7 @@ def add_value(
     is_read,
     share,
     grain,
-    SLOTS: tl.constexpr,
+    SLOTS_START: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -49,11 +75,46 @@ def add_value(
     """
     if CLIP:
         share *= tl.load(limit, mask=is_read, other=0.0)
-    row = SLOTS + 2 * tl.load(at, mask=is_read, other=0) + 1
+    row = SLOTS_START + 2 * tl.load(at, mask=is_read, other=0) + 1
     inside = grain < tl.where(is_read, WIDTH, 0)
     where = cells + row_at(table, row * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
     value = tl.load(where, mask=inside[:, None], other=0.0).to(tl.float32)
     return tl.where(is_read, tl.fma(value, tl.broadcast_to(share, value.shape), acc), acc)
+
+
+@triton.jit
+def add_values(
+    acc,
+    cells,
+    table,
+    at,
+    limit,
+    count,
+    share,
+    grain,
+    MOST: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SLOTS_START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """``add_value`` of the first ``count`` of MOST slots from ``at`` on, in order."""
+    if UNROLL:
+        for j in tl.static_range(MOST):
+            acc = add_value(
+                acc, cells, table, at + j, limit + j, count > j, share, grain,
+                SLOTS_START, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
+            )  # fmt: skip
+    else:
+        for j in range(count):
+            acc = add_value(
+                acc, cells, table, at + j, limit + j, count > j, share, grain,
+                SLOTS_START, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
+            )  # fmt: skip
+    return acc
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -81,9 +142,9 @@ def blend_kernel(
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SUMS: tl.constexpr,
-    STAGED: tl.constexpr,
+    SLOTS_START: tl.constexpr,
+    SUMS_WORD: tl.constexpr,
+    STAGED_START: tl.constexpr,
     PAPER: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -97,15 +158,17 @@ def blend_kernel(
     A piece of several tiles leaves its sums in ``tile_sums``, see ``sum_and_commit``.
     """
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
-    piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    piece = tl.load(tile + TILE_PIECE)
+    begin, length = tl.load(tile + TILE_BEGIN), tl.load(tile + TILE_LENGTH)
     at = pieces + piece * COLUMNS
-    piece_begin, position, num_tiles = tl.load(at), tl.load(at + 2), tl.load(at + 6)
-    table += tl.load(at + 3).to(tl.int64) * table_stride
+    piece_begin, position = tl.load(at + BEGIN), tl.load(at + POSITION)
+    num_tiles = tl.load(at + TILES)
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
     grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
     is_column = grain < WIDTH
     column = grain[:, None] + tl.arange(0, GRAIN)[None, :]
     inside = is_column[:, None]
-    if not is_bank(table, tl.load(at + 4)):
+    if not is_bank(table, tl.load(at + PAGES)):
         for i in range(length):
             row = (begin + i).to(tl.int64) * WIDTH + column
             tl.store(out + row, tl.load(a + row, mask=inside), mask=inside)
@@ -116,7 +179,8 @@ def blend_kernel(
     ends_tile = (offset + length) % TILE == 0
     commits = offset + length == SEGMENT
     lane = tl.arange(0, TILE)
-    kinds = tl.load(facts + (begin + lane).to(tl.int64) * FACTS, mask=lane < length, other=-1)
+    its_kind = facts + (begin + lane).to(tl.int64) * FACTS + KIND
+    kinds = tl.load(its_kind, mask=lane < length, other=-1)
     adds = later
     if not PAPER:
         adds = later & (tl.sum((kinds == MID).to(tl.int32), axis=0) > 0)
@@ -124,10 +188,12 @@ def blend_kernel(
     sum_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     sum_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if later & (offset % TILE > 0) & (adds | ends_tile | commits):
-        sum_a = load_sum(words, table, TILE_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        sum_a = load_sum(
+            words, table, TILE_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        )
         if not PAPER:
             sum_o = load_sum(
-                words, table, TILE_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+                words, table, TILE_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
             )
 
     for i in range(length):
@@ -135,39 +201,27 @@ def blend_kernel(
         row = token * WIDTH + column
         own = tl.load(a + row, mask=inside, other=0.0)
         fact = facts + token * FACTS
-        kind, target = tl.load(fact), tl.load(fact + 3)
-        num_top, num_bottom = tl.load(fact + 1), tl.load(fact + 2)
+        kind, target = tl.load(fact + KIND), tl.load(fact + TARGET)
+        num_top, num_bottom = tl.load(fact + NUM_TOP), tl.load(fact + NUM_BOTTOM)
         share = shares + token * SHARES
-        top_share, bottom_share = tl.load(share + 1), tl.load(share + 2)
+        top_share, bottom_share = tl.load(share + EACH_TOP), tl.load(share + EACH_BOTTOM)
         slots = lists + token * (TOP + BOTTOM)
         limit = limits + token * (TOP + BOTTOM)
-        acc = own.to(tl.float32) * tl.load(share)
-        if UNROLL:
-            for j in tl.static_range(TOP):
-                acc = add_value(
-                    acc, cells, table, slots + j, limit + j, num_top > j, top_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
-                )  # fmt: skip
-            for j in tl.static_range(BOTTOM):
-                acc = add_value(
-                    acc, cells, table, slots + TOP + j, limit + TOP + j, num_bottom > j,
-                    bottom_share, grain, SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
-                )  # fmt: skip
-        else:
-            for j in range(num_top):
-                acc = add_value(
-                    acc, cells, table, slots + j, limit + j, num_top > j, top_share, grain,
-                    SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
-                )  # fmt: skip
-            for j in range(num_bottom):
-                acc = add_value(
-                    acc, cells, table, slots + TOP + j, limit + TOP + j, num_bottom > j,
-                    bottom_share, grain, SLOTS, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
-                )  # fmt: skip
+        acc = own.to(tl.float32) * tl.load(share + OWN)
+        acc = add_values(
+            acc, cells, table, slots, limit, num_top, top_share, grain,
+            TOP, UNROLL, SLOTS_START, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
+        )  # fmt: skip
+        acc = add_values(
+            acc, cells, table, slots + TOP, limit + TOP, num_bottom, bottom_share, grain,
+            BOTTOM, UNROLL, SLOTS_START, WIDTH, PAGE, STRIDE, GRAIN, CLIP,
+        )  # fmt: skip
         o = acc.to(out.dtype.element_ty)
         tl.store(out + row, o, mask=inside)
         if target >= 0:
-            into = tl.where(target < SIZE, SLOTS + 2 * target, STAGED + 2 * (target - SIZE))
+            into = tl.where(
+                target < SIZE, SLOTS_START + 2 * target, STAGED_START + 2 * (target - SIZE)
+            )
             where = cells + row_at(table, into * WIDTH, grain, is_column, PAGE, STRIDE, GRAIN)
             tl.store(where, own.to(cells.dtype.element_ty), mask=inside)
             start = into * WIDTH + WIDTH
@@ -194,10 +248,12 @@ def blend_kernel(
     total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if (offset >= TILE) & (ends_tile | commits):
-        total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        total_a = load_sum(
+            words, table, TOTAL_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        )
         if not PAPER:
             total_o = load_sum(
-                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+                words, table, TOTAL_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
             )
     if ends_tile:
         total_a += sum_a
@@ -213,12 +269,12 @@ def blend_kernel(
             if todo != KEEP:
                 commit_slot(
                     cells, table, slot, todo, mean_a, mean_o, grain,
-                    SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
+                    SLOTS_START, STAGED_START, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
                 )  # fmt: skip
     else:
         keep_sums(
             words, table, total_a, total_o, sum_a, sum_o, ends_tile, keeps_tile, grain,
-            SUMS, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+            SUMS_WORD, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
         )  # fmt: skip
 
 
@@ -264,9 +320,9 @@ def blend(
         plans.sizes,
         tile_sums,
         **banks.constants(rules),
-        SLOTS=banks.slots_start,
-        SUMS=banks.sums_word,
-        STAGED=banks.staged_start,
+        SLOTS_START=banks.slots_start,
+        SUMS_WORD=banks.sums_word,
+        STAGED_START=banks.staged_start,
         PAPER=rules.update is UpdateRule.PAPER,
         MOMENTUM=rules.momentum,
         BLOCK=BLOCK,

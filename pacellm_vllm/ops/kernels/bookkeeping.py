@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import (
+    LOWS,
+    MIDS,
     OPTIONS,
+    PER_SLOT,
+    VALID,
     DeviceBanks,
     counter_at,
     is_bank,
@@ -15,9 +19,34 @@ from pacellm_vllm.ops.kernels.bank import (
     squares_at,
     word_at,
 )
-from pacellm_vllm.ops.kernels.batch import COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.batch import (
+    BEGIN,
+    COLUMNS,
+    LENGTH,
+    PAGES,
+    POSITION,
+    REQUEST,
+    DeviceRound,
+)
 from pacellm_vllm.ops.kernels.similarity import Products, sum_squares
-from pacellm_vllm.ops.kernels.top_k import CLOCK, FACTS, HIGH, LOW, MID, TALLY, Findings
+from pacellm_vllm.ops.kernels.top_k import (
+    ALL_LOWS,
+    ALL_MIDS,
+    CLOCK,
+    COMMITS,
+    FACTS,
+    HIGH,
+    HIGHS,
+    KIND,
+    LAST_ROUND,
+    LAST_VALID,
+    LOW,
+    MID,
+    MOST_VALID,
+    TALLY,
+    TARGET,
+    Findings,
+)
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # A low token's target is a slot, or SIZE + a staging row, or NOWHERE.
@@ -62,24 +91,26 @@ def bookkeeping_kernel(
     """Program (piece): its tokens in order, then the header."""
     piece = tl.program_id(0)
     at = pieces + piece * COLUMNS
-    begin, length, position = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    table += tl.load(at + 3).to(tl.int64) * table_stride
-    if not is_bank(table, tl.load(at + 4)):
+    begin, length = tl.load(at + BEGIN), tl.load(at + LENGTH)
+    position = tl.load(at + POSITION)
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + PAGES)):
         return
 
     slot = tl.arange(0, SLOTS_AT_ONCE)
     in_size = slot < SIZE
     counters = words + counter_at(table, WORD_STRIDE)
-    usage_at = words + word_at(table, 3 + slot, in_size, WORD_PAGE, WORD_STRIDE)
-    merge_at = words + word_at(table, 3 + SIZE + slot, in_size, WORD_PAGE, WORD_STRIDE)
-    confirm_at = words + word_at(table, 3 + 2 * SIZE + slot, in_size, WORD_PAGE, WORD_STRIDE)
+    word = PER_SLOT + slot
+    usage_at = words + word_at(table, word, in_size, WORD_PAGE, WORD_STRIDE)
+    merge_at = words + word_at(table, word + SIZE, in_size, WORD_PAGE, WORD_STRIDE)
+    confirm_at = words + word_at(table, word + 2 * SIZE, in_size, WORD_PAGE, WORD_STRIDE)
 
     # What a segment's, or a request's, first token finds in the header is somebody else's.
     offset = position % SEGMENT
     running = offset > 0
-    valid = tl.load(counters, mask=position >= SEGMENT, other=0)
-    mids = tl.load(counters + 1, mask=running, other=0)
-    lows = tl.load(counters + 2, mask=running, other=0)
+    valid = tl.load(counters + VALID, mask=position >= SEGMENT, other=0)
+    mids = tl.load(counters + MIDS, mask=running, other=0)
+    lows = tl.load(counters + LOWS, mask=running, other=0)
     usage = tl.load(usage_at, mask=slot < tl.where(position > 0, SIZE, 0), other=0)
     is_running = slot < tl.where(running, SIZE, 0)
     merge = tl.load(merge_at, mask=is_running, other=0)
@@ -97,12 +128,12 @@ def bookkeeping_kernel(
     for start in range(0, length, TOKENS_AT_ONCE):
         i = start + tl.arange(0, TOKENS_AT_ONCE)
         token = (begin + i).to(tl.int64)
-        kind = tl.load(facts + token * FACTS, mask=i < length, other=-1)
+        kind = tl.load(facts + token * FACTS + KIND, mask=i < length, other=-1)
         is_low = (kind == LOW).to(tl.int32)
         place = lows + tl.cumsum(is_low, axis=0) - is_low
         target = tl.where(place < free, valid + place, SIZE + place - free)
         target = tl.where((is_low == 1) & (place < room), target, NOWHERE)
-        tl.store(facts + token * FACTS + 3, target, mask=i < length)
+        tl.store(facts + token * FACTS + TARGET, target, mask=i < length)
         found = tl.load(
             members + token[:, None] * SIZE + slot[None, :],
             mask=(kind > LOW)[:, None] & in_size[None, :],
@@ -118,9 +149,9 @@ def bookkeeping_kernel(
     tl.store(plan_sizes + piece * 2, valid)
     tl.store(plan_sizes + piece * 2 + 1, mids)
     counts = tally + piece * TALLY
-    tl.store(counts, tl.load(counts) + highs)
-    tl.store(counts + 1, tl.load(counts + 1) + mids - mids_before)
-    tl.store(counts + 2, tl.load(counts + 2) + lows - lows_before)
+    tl.store(counts + HIGHS, tl.load(counts + HIGHS) + highs)
+    tl.store(counts + ALL_MIDS, tl.load(counts + ALL_MIDS) + mids - mids_before)
+    tl.store(counts + ALL_LOWS, tl.load(counts + ALL_LOWS) + lows - lows_before)
 
     if offset + length == SEGMENT:
         exists = slot < valid
@@ -139,14 +170,14 @@ def bookkeeping_kernel(
         usage = tl.where((slot >= valid) & (slot < valid + taken), 1, usage)
         valid += taken
         tl.store(plan_slots + piece * SIZE + slot, plan, mask=in_size)
-        tl.store(counts + 3, tl.load(counts + 3) + 1)
-        tl.store(counts + 4, tl.maximum(tl.load(counts + 4), valid.to(tl.int64)))
-        tl.store(counts + 5, valid.to(tl.int64))
-        tl.store(counts + 6, tl.load(tally + CLOCK))
+        tl.store(counts + COMMITS, tl.load(counts + COMMITS) + 1)
+        tl.store(counts + MOST_VALID, tl.maximum(tl.load(counts + MOST_VALID), valid.to(tl.int64)))
+        tl.store(counts + LAST_VALID, valid.to(tl.int64))
+        tl.store(counts + LAST_ROUND, tl.load(tally + CLOCK))
 
-    tl.store(counters, valid)
-    tl.store(counters + 1, mids)
-    tl.store(counters + 2, lows)
+    tl.store(counters + VALID, valid)
+    tl.store(counters + MIDS, mids)
+    tl.store(counters + LOWS, lows)
     tl.store(usage_at, usage, mask=in_size)
     tl.store(merge_at, merge, mask=in_size)
     tl.store(confirm_at, confirm, mask=in_size)

@@ -5,7 +5,18 @@ import triton
 import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import OPTIONS, DeviceBanks, cdiv, is_bank, row_at
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, DeviceRound
+from pacellm_vllm.ops.kernels.batch import (
+    COLUMNS,
+    FIRST_TILE,
+    LENGTH,
+    PAGES,
+    POSITION,
+    REQUEST,
+    SUMMING,
+    TILE,
+    TILES,
+    DeviceRound,
+)
 from pacellm_vllm.ops.kernels.bookkeeping import KEEP, MERGE, Plans
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
@@ -22,7 +33,7 @@ def load_sum(
     table,
     which,
     grain,
-    SUMS: tl.constexpr,
+    SUMS_WORD: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -30,7 +41,7 @@ def load_sum(
 ):
     """fp32 [n, GRAIN]: columns from ``grain`` [n] on of running sum ``which``."""
     inside = grain < WIDTH
-    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    at = words + row_at(table, SUMS_WORD + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
     return tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
 
 
@@ -41,14 +52,14 @@ def store_sum(
     which,
     grain,
     numbers,
-    SUMS: tl.constexpr,
+    SUMS_WORD: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
     inside = grain < WIDTH
-    at = words + row_at(table, SUMS + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+    at = words + row_at(table, SUMS_WORD + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
     tl.store(at, numbers.to(tl.int32, bitcast=True), mask=inside[:, None])
 
 
@@ -74,8 +85,8 @@ def commit_slot(
     mean_a,
     mean_o,
     grain,
-    SLOTS: tl.constexpr,
-    STAGED: tl.constexpr,
+    SLOTS_START: tl.constexpr,
+    STAGED_START: tl.constexpr,
     MOMENTUM: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
@@ -85,8 +96,8 @@ def commit_slot(
     """Merge or replace ``slot``: ``todo`` is its entry in ``Plans``, not KEEP."""
     inside = grain < WIDTH
     stored = cells.dtype.element_ty
-    row = SLOTS + 2 * slot
-    source = tl.where(todo == MERGE, row, STAGED + 2 * todo)
+    row = SLOTS_START + 2 * slot
+    source = tl.where(todo == MERGE, row, STAGED_START + 2 * todo)
     at = cells + row_at(table, source * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
     key = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     at = cells + row_at(table, source * WIDTH + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
@@ -111,7 +122,7 @@ def keep_sums(
     keeps_total,
     keeps_tile,
     grain,
-    SUMS: tl.constexpr,
+    SUMS_WORD: tl.constexpr,
     PAPER: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
@@ -122,13 +133,13 @@ def keep_sums(
     unfinished one. In the `paper` rule only sums of a exist.
     """
     if keeps_total:
-        store_sum(words, table, TOTAL_A, grain, total_a, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+        store_sum(words, table, TOTAL_A, grain, total_a, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
         if not PAPER:
-            store_sum(words, table, TOTAL_O, grain, total_o, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+            store_sum(words, table, TOTAL_O, grain, total_o, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
     if keeps_tile:
-        store_sum(words, table, TILE_A, grain, tile_a, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+        store_sum(words, table, TILE_A, grain, tile_a, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
         if not PAPER:
-            store_sum(words, table, TILE_O, grain, tile_o, SUMS, WIDTH, PAGE, STRIDE, GRAIN)
+            store_sum(words, table, TILE_O, grain, tile_o, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -144,7 +155,7 @@ def piece_sums_kernel(
     WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
-    SUMS: tl.constexpr,
+    SUMS_WORD: tl.constexpr,
     PAPER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -152,16 +163,12 @@ def piece_sums_kernel(
 
     Where the piece commits, the means take the place of its first tile's in ``tile_sums``.
     """
-    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
+    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + SUMMING)
     at = pieces + piece * COLUMNS
-    length, position, first_tile, num_tiles = (
-        tl.load(at + 1),
-        tl.load(at + 2),
-        tl.load(at + 5),
-        tl.load(at + 6),
-    )
-    table += tl.load(at + 3).to(tl.int64) * table_stride
-    if not is_bank(table, tl.load(at + 4)):
+    length, position = tl.load(at + LENGTH), tl.load(at + POSITION)
+    first_tile, num_tiles = tl.load(at + FIRST_TILE), tl.load(at + TILES)
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + PAGES)):
         return
     grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
     inside = (grain < WIDTH)[:, None]
@@ -171,10 +178,12 @@ def piece_sums_kernel(
     total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if offset >= TILE:
-        total_a = load_sum(words, table, TOTAL_A, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN)
+        total_a = load_sum(
+            words, table, TOTAL_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        )
         if not PAPER:
             total_o = load_sum(
-                words, table, TOTAL_O, grain, SUMS, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+                words, table, TOTAL_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
             )
     first = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
     first = first + grain[:, None] + tl.arange(0, GRAIN)[None, :]
@@ -197,7 +206,7 @@ def piece_sums_kernel(
     else:
         keep_sums(
             words, table, total_a, total_o, tile_a, tile_o, True, end % TILE != 0, grain,
-            SUMS, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
+            SUMS_WORD, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN,
         )  # fmt: skip
 
 
@@ -215,29 +224,29 @@ def slot_update_kernel(
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STAGED: tl.constexpr,
+    SLOTS_START: tl.constexpr,
+    STAGED_START: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (i, block of D, slot): what the commit of the i-th such piece does to a slot."""
-    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + 7)
+    piece = tl.load(pieces + tl.program_id(0) * COLUMNS + SUMMING)
     slot = tl.program_id(2)
     at = pieces + piece * COLUMNS
-    table += tl.load(at + 3).to(tl.int64) * table_stride
-    if not is_bank(table, tl.load(at + 4)):
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + PAGES)):
         return
     todo = tl.load(plan_slots + piece * SIZE + slot)
     if (slot >= tl.load(plan_sizes + piece * 2)) | (todo == KEEP):
         return
     grain = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK // GRAIN) * GRAIN
     inside = (grain < tl.where(todo == MERGE, WIDTH, 0))[:, None]
-    means = tile_sums + tl.load(at + 5).to(tl.int64) * 2 * WIDTH
+    means = tile_sums + tl.load(at + FIRST_TILE).to(tl.int64) * 2 * WIDTH
     means = means + grain[:, None] + tl.arange(0, GRAIN)[None, :]
     commit_slot(
         cells, table, slot, todo,
         tl.load(means, mask=inside, other=0.0), tl.load(means + WIDTH, mask=inside, other=0.0),
-        grain, SLOTS, STAGED, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
+        grain, SLOTS_START, STAGED_START, MOMENTUM, WIDTH, PAGE, STRIDE, GRAIN,
     )  # fmt: skip
 
 
@@ -259,7 +268,7 @@ def sum_and_commit(
         plans.sizes,
         tile_sums,
         **banks.constants(rules, "SEGMENT", "WIDTH", "WORD_PAGE", "WORD_STRIDE", "GRAIN"),
-        SUMS=banks.sums_word,
+        SUMS_WORD=banks.sums_word,
         PAPER=rules.update is UpdateRule.PAPER,
         BLOCK=BLOCK,
         num_warps=4,
@@ -276,8 +285,8 @@ def sum_and_commit(
         plans.sizes,
         tile_sums,
         **banks.constants(rules, "SIZE", "WIDTH", "PAGE", "STRIDE", "GRAIN"),
-        SLOTS=banks.slots_start,
-        STAGED=banks.staged_start,
+        SLOTS_START=banks.slots_start,
+        STAGED_START=banks.staged_start,
         MOMENTUM=rules.momentum,
         BLOCK=BLOCK,
         num_warps=4,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import (
     OPTIONS,
+    VALID,
     DeviceBanks,
     cdiv,
     counter_at,
@@ -13,7 +14,20 @@ from pacellm_vllm.ops.kernels.bank import (
     next_power_of_2,
     rows_at,
 )
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE, TILE_COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.batch import (
+    BEGIN,
+    COLUMNS,
+    PAGES,
+    POSITION,
+    REQUEST,
+    TILE,
+    TILE_BEFORE,
+    TILE_BEGIN,
+    TILE_COLUMNS,
+    TILE_LENGTH,
+    TILE_PIECE,
+    DeviceRound,
+)
 from pacellm_vllm.ops.lookup import Reduce
 from pacellm_vllm.ops.rules import MemoryRules
 
@@ -40,7 +54,7 @@ def similarity_kernel(
     products,
     squares,
     splits,
-    SLOTS: tl.constexpr,
+    SLOTS_START: tl.constexpr,
     SIZE: tl.constexpr,
     SEGMENT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -63,14 +77,15 @@ def similarity_kernel(
     group, groups = tl.program_id(1), tl.num_programs(1)
     first_key = tl.program_id(2) * KEYS
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
-    piece = tl.load(tile)
-    begin, length = tl.load(tile + 1), tl.load(tile + 2)
+    piece = tl.load(tile + TILE_PIECE)
+    begin, length = tl.load(tile + TILE_BEGIN), tl.load(tile + TILE_LENGTH)
     at = pieces + piece * COLUMNS
-    piece_begin, position = tl.load(at), tl.load(at + 2)
-    table += tl.load(at + 3).to(tl.int64) * table_stride
-    if not is_bank(table, tl.load(at + 4)):
+    piece_begin, position = tl.load(at + BEGIN), tl.load(at + POSITION)
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + PAGES)):
         return
-    valid = tl.load(words + counter_at(table, WORD_STRIDE), mask=position >= SEGMENT, other=0)
+    counters = words + counter_at(table, WORD_STRIDE)
+    valid = tl.load(counters + VALID, mask=position >= SEGMENT, other=0)
     has_keys = first_key < valid
     if (first_key > 0) & (not has_keys):
         return
@@ -89,7 +104,7 @@ def similarity_kernel(
             key_dots = tl.zeros([KEYS], tl.float32)
             end = tl.minimum(split * SPLIT + SPLIT, WIDTH)
             for start in range(split * SPLIT, end, BLOCK):
-                starts = (SLOTS + 2 * key) * WIDTH + start
+                starts = (SLOTS_START + 2 * key) * WIDTH + start
                 found = is_key[:, None] & (start + grain < end)[None, :]
                 offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
                 keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
@@ -115,7 +130,7 @@ def similarity_kernel(
             if first_key == 0:
                 token_dots += tl.sum(x32 * x32, axis=1)
             if has_keys:
-                starts = (SLOTS + 2 * key) * WIDTH + start
+                starts = (SLOTS_START + 2 * key) * WIDTH + start
                 found = is_key[:, None] & (start + grain < end)[None, :]
                 offsets = rows_at(table, starts, grain, found, PAGE, STRIDE, GRAIN)
                 keys = tl.load(cells + offsets, mask=found[:, :, None], other=0.0)
@@ -127,7 +142,7 @@ def similarity_kernel(
         total += dots
         token_square += token_dots
 
-    row = products + ((tl.load(tile + 3) + i).to(tl.int64) * groups + group) * (SIZE + 1)
+    row = products + ((tl.load(tile + TILE_BEFORE) + i).to(tl.int64) * groups + group) * (SIZE + 1)
     tl.store(row[:, None] + key[None, :], total, mask=is_token[:, None] & is_key[None, :])
     if first_key == 0:
         tl.store(row + SIZE, token_square, mask=is_token)
@@ -217,7 +232,7 @@ def similarity(
         found.of_tokens,
         found.of_keys,
         splits // groups,
-        SLOTS=banks.slots_start,
+        SLOTS_START=banks.slots_start,
         **banks.constants(rules),
         SPLIT=SPLIT,
         KEYS=keys,

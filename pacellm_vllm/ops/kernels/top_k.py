@@ -8,13 +8,29 @@ import triton.language as tl
 
 from pacellm_vllm.ops.kernels.bank import (
     OPTIONS,
+    VALID,
     DeviceBanks,
     counter_at,
     is_bank,
     next_power_of_2,
     squares_at,
 )
-from pacellm_vllm.ops.kernels.batch import COLUMNS, TILE_COLUMNS, DeviceRound
+from pacellm_vllm.ops.kernels.batch import (
+    ALPHA,
+    COLUMNS,
+    NOISE,
+    PAGES,
+    POSITION,
+    REQUEST,
+    THETA_HIGH,
+    THETA_LOW,
+    TILE_BEFORE,
+    TILE_BEGIN,
+    TILE_COLUMNS,
+    TILE_LENGTH,
+    TILE_PIECE,
+    DeviceRound,
+)
 from pacellm_vllm.ops.kernels.similarity import Products, sum_squares
 from pacellm_vllm.ops.lookup import MOST_SQUARE, NORM_FLOOR
 from pacellm_vllm.ops.rules import MemoryRules
@@ -26,10 +42,12 @@ MID_WEIGHT = tl.constexpr(MemoryRules.mid_weight)
 LOW, MID, HIGH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What an unsound token is instead.
 NO_KIND = tl.constexpr(-1)
-# int32 columns of a token's facts: kind, how many slots of its list are read from the top and from
-# the bottom, and where a low token is stored (see ``bookkeeping``).
+# int32 columns of a token's facts: its kind, how many slots of its list are read from the top and
+# from the bottom, and where a low token is stored (see ``bookkeeping``).
+KIND, NUM_TOP, NUM_BOTTOM, TARGET = (tl.constexpr(i) for i in range(4))
 FACTS = tl.constexpr(4)
-# fp32 columns of its shares: of its own activation, of each top slot, of each bottom slot.
+# fp32 columns of its shares: of its own activation, and of each slot that is read.
+OWN, EACH_TOP, EACH_BOTTOM = (tl.constexpr(i) for i in range(3))
 SHARES = tl.constexpr(3)
 
 # Parts of a token's products that are on their way at once.
@@ -38,7 +56,9 @@ AHEAD = tl.constexpr(8)
 # int64 columns of a row of counts, which is a piece's: tokens by kind, commits, most slots valid
 # after a commit, slots valid after the last one, and that one's round. In the first row also a
 # clock, which counts rounds: kept on the device, as graphs replay without the host.
-TALLY, CLOCK = tl.constexpr(8), tl.constexpr(7)
+HIGHS, ALL_MIDS, ALL_LOWS, COMMITS = (tl.constexpr(i) for i in range(4))
+MOST_VALID, LAST_VALID, LAST_ROUND, CLOCK = (tl.constexpr(i) for i in range(4, 8))
+TALLY = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -99,23 +119,24 @@ def top_k_kernel(
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(tally + CLOCK, tl.load(tally + CLOCK) + 1)
     tile = tiles + tl.program_id(0) * TILE_COLUMNS
-    piece, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    piece = tl.load(tile + TILE_PIECE)
+    begin, length = tl.load(tile + TILE_BEGIN), tl.load(tile + TILE_LENGTH)
     if tl.program_id(1) >= length:
         return
     at = pieces + piece * COLUMNS
-    table += tl.load(at + 3).to(tl.int64) * table_stride
-    if not is_bank(table, tl.load(at + 4)):
+    table += tl.load(at + REQUEST).to(tl.int64) * table_stride
+    if not is_bank(table, tl.load(at + PAGES)):
         return
     token = (begin + tl.program_id(1)).to(tl.int64)
-    found = (tl.load(tile + 3) + tl.program_id(1)).to(tl.int64) * groups
+    found = (tl.load(tile + TILE_BEFORE) + tl.program_id(1)).to(tl.int64) * groups
     facts += token * FACTS
     shares += token * SHARES
     slots += token * (TOP + BOTTOM)
     limits += token * (TOP + BOTTOM)
-    position = tl.load(at + 2)
+    position = tl.load(at + POSITION)
     valid = 0
     if position >= SEGMENT:
-        valid = tl.load(words + counter_at(table, WORD_STRIDE))
+        valid = tl.load(words + counter_at(table, WORD_STRIDE) + VALID)
     slot = tl.arange(0, SLOTS_AT_ONCE)
     exists = slot < valid
     dots = tl.zeros([SLOTS_AT_ONCE], tl.float32)
@@ -130,17 +151,17 @@ def top_k_kernel(
             row += SIZE + 1
     sound = token_square <= MOST
     if (valid == 0) | (not sound):
-        tl.store(facts, tl.where(sound, LOW, NO_KIND))
-        tl.store(facts + 1, 0)
-        tl.store(facts + 2, 0)
-        tl.store(shares, 1.0)
-        tl.store(shares + 1, 0.0)
-        tl.store(shares + 2, 0.0)
+        tl.store(facts + KIND, tl.where(sound, LOW, NO_KIND))
+        tl.store(facts + NUM_TOP, 0)
+        tl.store(facts + NUM_BOTTOM, 0)
+        tl.store(shares + OWN, 1.0)
+        tl.store(shares + EACH_TOP, 0.0)
+        tl.store(shares + EACH_BOTTOM, 0.0)
         return
-    alpha = tl.load(at + 8).to(tl.float32, bitcast=True)
-    noise = tl.load(at + 9).to(tl.float32, bitcast=True)
-    theta_high = tl.load(at + 10).to(tl.float32, bitcast=True)
-    theta_low = tl.load(at + 11).to(tl.float32, bitcast=True)
+    alpha = tl.load(at + ALPHA).to(tl.float32, bitcast=True)
+    noise = tl.load(at + NOISE).to(tl.float32, bitcast=True)
+    theta_high = tl.load(at + THETA_HIGH).to(tl.float32, bitcast=True)
+    theta_low = tl.load(at + THETA_LOW).to(tl.float32, bitcast=True)
 
     if position % SEGMENT == 0:
         key_squares = sum_squares(squares, piece, groups, slot, exists, SIZE)
@@ -184,14 +205,15 @@ def top_k_kernel(
             tl.store(limits + TOP + j, limit_of(token_norm, key_norms, slot == pick))
         left = left & (slot != pick)
 
-    tl.store(facts, kind)
-    tl.store(facts + 1, tl.where(reads & (alpha != 0.0), count, 0))
-    tl.store(facts + 2, tl.where(reads, num_bottom, 0))
+    tl.store(facts + KIND, kind)
+    tl.store(facts + NUM_TOP, tl.where(reads & (alpha != 0.0), count, 0))
+    tl.store(facts + NUM_BOTTOM, tl.where(reads, num_bottom, 0))
     own = (1.0 - alpha) + alpha * tl.where(is_high, 0.0, MID_SELF)
     share = tl.div_rn(alpha, count.to(tl.float32)) * tl.where(is_high, HIGH_WEIGHT, MID_WEIGHT)
-    tl.store(shares, tl.where(reads, own, 1.0))
-    tl.store(shares + 1, share)
-    tl.store(shares + 2, tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32)))
+    each_bottom = tl.div_rn(alpha * noise, tl.maximum(num_bottom, 1).to(tl.float32))
+    tl.store(shares + OWN, tl.where(reads, own, 1.0))
+    tl.store(shares + EACH_TOP, share)
+    tl.store(shares + EACH_BOTTOM, each_bottom)
 
 
 def top_k(
