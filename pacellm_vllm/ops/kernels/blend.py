@@ -22,13 +22,11 @@ from pacellm_vllm.ops.kernels.batch import (
 from pacellm_vllm.ops.kernels.bookkeeping import KEEP, Plans
 from pacellm_vllm.ops.kernels.commit import (
     BLOCK,
-    TILE_A,
-    TILE_O,
-    TOTAL_A,
-    TOTAL_O,
+    TOTAL,
+    UNFINISHED,
     commit_slot,
     keep_sums,
-    load_sum,
+    load_sums,
     means_of,
     sum_and_commit,
 )
@@ -188,13 +186,9 @@ def blend_kernel(
     sum_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     sum_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if later & (offset % TILE > 0) & (adds | ends_tile | commits):
-        sum_a = load_sum(
-            words, table, TILE_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        sum_a, sum_o = load_sums(
+            words, table, UNFINISHED, grain, SUMS_WORD, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
         )
-        if not PAPER:
-            sum_o = load_sum(
-                words, table, TILE_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-            )
 
     for i in range(length):
         token = (begin + i).to(tl.int64)
@@ -248,13 +242,9 @@ def blend_kernel(
     total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if (offset >= TILE) & (ends_tile | commits):
-        total_a = load_sum(
-            words, table, TOTAL_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        total_a, total_o = load_sums(
+            words, table, TOTAL, grain, SUMS_WORD, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
         )
-        if not PAPER:
-            total_o = load_sum(
-                words, table, TOTAL_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-            )
     if ends_tile:
         total_a += sum_a
         total_o += sum_o

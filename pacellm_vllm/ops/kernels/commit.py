@@ -22,45 +22,60 @@ from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 # Columns of D that a program takes.
 BLOCK = 512
-# The running sums: totals of finished tiles, then the unfinished tile's.
-TOTAL_A, TOTAL_O = tl.constexpr(0), tl.constexpr(1)
-TILE_A, TILE_O = tl.constexpr(2), tl.constexpr(3)
+# The running sums, of a and of o each: of finished tiles, then of the unfinished one.
+TOTAL, UNFINISHED = tl.constexpr(0), tl.constexpr(2)
 
 
 @triton.jit
-def load_sum(
+def load_sums(
     words,
     table,
     which,
     grain,
     SUMS_WORD: tl.constexpr,
+    PAPER: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
-    """fp32 [n, GRAIN]: columns from ``grain`` [n] on of running sum ``which``."""
+    """Columns from ``grain`` [n] on of a's running sum and of o's, fp32 [n, GRAIN] each.
+
+    In the `paper` rule only a's exists, and o's is 0.
+    """
     inside = grain < WIDTH
-    at = words + row_at(table, SUMS_WORD + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-    return tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
+    start = SUMS_WORD + which * WIDTH
+    at = words + row_at(table, start, grain, inside, PAGE, STRIDE, GRAIN)
+    sum_a = tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
+    sum_o = tl.zeros(sum_a.shape, tl.float32)
+    if not PAPER:
+        at = words + row_at(table, start + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+        sum_o = tl.load(at, mask=inside[:, None], other=0).to(tl.float32, bitcast=True)
+    return sum_a, sum_o
 
 
 @triton.jit
-def store_sum(
+def store_sums(
     words,
     table,
     which,
+    sum_a,
+    sum_o,
     grain,
-    numbers,
     SUMS_WORD: tl.constexpr,
+    PAPER: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
     inside = grain < WIDTH
-    at = words + row_at(table, SUMS_WORD + which * WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
-    tl.store(at, numbers.to(tl.int32, bitcast=True), mask=inside[:, None])
+    start = SUMS_WORD + which * WIDTH
+    at = words + row_at(table, start, grain, inside, PAGE, STRIDE, GRAIN)
+    tl.store(at, sum_a.to(tl.int32, bitcast=True), mask=inside[:, None])
+    if not PAPER:
+        at = words + row_at(table, start + WIDTH, grain, inside, PAGE, STRIDE, GRAIN)
+        tl.store(at, sum_o.to(tl.int32, bitcast=True), mask=inside[:, None])
 
 
 @triton.jit
@@ -130,16 +145,18 @@ def keep_sums(
     GRAIN: tl.constexpr,
 ):
     """What the segment's next token needs: ``total_*`` [n] of finished tiles, ``tile_*`` of the
-    unfinished one. In the `paper` rule only sums of a exist.
+    unfinished one.
     """
     if keeps_total:
-        store_sum(words, table, TOTAL_A, grain, total_a, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
-        if not PAPER:
-            store_sum(words, table, TOTAL_O, grain, total_o, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
+        store_sums(
+            words, table, TOTAL, total_a, total_o, grain,
+            SUMS_WORD, PAPER, WIDTH, PAGE, STRIDE, GRAIN,
+        )  # fmt: skip
     if keeps_tile:
-        store_sum(words, table, TILE_A, grain, tile_a, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
-        if not PAPER:
-            store_sum(words, table, TILE_O, grain, tile_o, SUMS_WORD, WIDTH, PAGE, STRIDE, GRAIN)
+        store_sums(
+            words, table, UNFINISHED, tile_a, tile_o, grain,
+            SUMS_WORD, PAPER, WIDTH, PAGE, STRIDE, GRAIN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -178,13 +195,9 @@ def piece_sums_kernel(
     total_a = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     total_o = tl.zeros([BLOCK // GRAIN, GRAIN], tl.float32)
     if offset >= TILE:
-        total_a = load_sum(
-            words, table, TOTAL_A, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
+        total_a, total_o = load_sums(
+            words, table, TOTAL, grain, SUMS_WORD, PAPER, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
         )
-        if not PAPER:
-            total_o = load_sum(
-                words, table, TOTAL_O, grain, SUMS_WORD, WIDTH, WORD_PAGE, WORD_STRIDE, GRAIN
-            )
     first = tile_sums + first_tile.to(tl.int64) * 2 * WIDTH
     first = first + grain[:, None] + tl.arange(0, GRAIN)[None, :]
     sums = first
