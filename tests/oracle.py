@@ -30,7 +30,7 @@ BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe", "shared_mlp")
 WITHOUT_CACHE = ("jamba",)
 
 PRESETS: dict[str, dict[str, float]] = {
-    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.1, "noise": 0.0, "clip": True},
+    "gentle": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.02, "noise": 0.0, "clip": True},
     "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1, "clip": False},
     "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1, "clip": False},
 }

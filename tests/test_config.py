@@ -10,7 +10,7 @@ def test_presets_fill_what_is_not_said():
     gentle = PaceConfig.from_sources({})
     assert gentle == PaceConfig.from_sources({"preset": "gentle"})
     assert (gentle.theta_high, gentle.theta_low) == (0.75, 0.25)
-    assert (gentle.alpha, gentle.noise, gentle.clip) == (0.1, 0, True)
+    assert (gentle.alpha, gentle.noise, gentle.clip) == (0.02, 0, True)
     official = PaceConfig.from_sources({"preset": "official"})
     assert (official.noise, official.clip) == (0.1, False)
     assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)

@@ -110,7 +110,9 @@ def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
 
 @pytest.mark.parametrize(("arch", "preset"), OTHERS)
 def test_other_families_equal_the_oracle(arch, preset, checkpoint):
-    pace = {"layers": [1, 3], "preset": preset, **SHAPES["odd bank, replacements"]}
+    # More than gentle's own, for a wrong bank to be seen in what is said.
+    alpha = {"alpha": 0.1} if preset == "gentle" else {}
+    pace = {"layers": [1, 3], "preset": preset, **alpha, **SHAPES["odd bank, replacements"]}
     cases = clear_cases(checkpoint(arch), pace, [20, 64, 150], MAX_TOKENS_OF_OTHERS)
     overrides = {"architectures": [f"Pace{architecture(checkpoint(arch))}"]}
     overrides |= ENGINE_CONFIG.get(arch, {})

@@ -51,7 +51,7 @@ class TestRules:
         gentle, official = MemoryRules.of(), MemoryRules.of(preset="official")
         paper = MemoryRules.of(preset="paper", layers=[1, 3])
         assert (gentle.theta_high, gentle.theta_low) == (0.75, 0.25)
-        assert (gentle.alpha, gentle.noise) == (0.1, 0)
+        assert (gentle.alpha, gentle.noise) == (0.02, 0)
         assert (official.theta_high, official.theta_low, official.alpha) == (0.75, 0.25, 0.2)
         assert (paper.theta_high, paper.theta_low, paper.alpha) == (0.7, 0.3, 1.0)
         assert (official.top_k, official.negative_k, official.noise) == (5, 2, 0.1)
@@ -77,8 +77,8 @@ class TestEnhance:
         ("preset", "token", "category", "expected"),
         [
             # mu+ = mu- = (2, 4)
-            ("gentle", [3.0, 0.0], "high", [0.9 * 3 + 0.1 * 2, 0.1 * 4]),
-            ("gentle", A34, "mid", [0.9 * 3 + 0.1 * 1, 0.9 * 4 + 0.1 * 2]),
+            ("gentle", [3.0, 0.0], "high", [0.98 * 3 + 0.02 * 2, 0.02 * 4]),
+            ("gentle", A34, "mid", [0.98 * 3 + 0.02 * 1, 0.98 * 4 + 0.02 * 2]),
             ("official", [3.0, 0.0], "high", [0.8 * 3 + 0.2 * 2.2, 0.2 * 4.4]),
             ("official", A34, "mid", [0.8 * 3 + 0.2 * 1.2, 0.8 * 4 + 0.2 * 2.4]),
             ("official", [0.0, 5.0], "low", [0.0, 5.0]),
