@@ -6,8 +6,8 @@
 measured alone, with the bank that the first request left, with the bank that another text left, and
 behind the first tokens. (needle) A text with needles is one request, the question for one of them
 the next. Memory is the package's plain truth (``pacellm_vllm.verify.truth``) in transformers' own
-modules, at the layers and with the settings that the engine has by default, or by ``--preset``. A
-line an item is written to WORK; the same command goes on.
+modules, at the layers and with the settings that the engine has by default, but for ``--preset``
+and ``--alpha``. A line an item is written to WORK; the same command goes on.
 """
 
 import argparse
@@ -82,10 +82,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=60, help="needles, and texts at most")
     parser.add_argument("--preset", default="gentle")
+    parser.add_argument("--alpha", type=float, help="the preset's unless said")
     args = parser.parse_args()
-    settings = {"experiment": "carried", "model": Path(args.model).name, "preset": args.preset}
+    memory = {"preset": args.preset} | ({} if args.alpha is None else {"alpha": args.alpha})
+    settings = {"experiment": "carried", "model": Path(args.model).name, **memory}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = Remembering(args.model, preset=args.preset)
+    model = Remembering(args.model, **memory)
     with Records(args.out / f"carried-{args.preset}.jsonl", settings) as records:
         texts = [*essays(tokenizer, args.data, True), *essays(tokenizer, args.data, False)]
         long = [text[: FIRST + NEXT] for text in texts if len(text) >= FIRST + NEXT]
