@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, float]] = {
     "official": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2, "noise": 0.1, "clip": False},
     "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0, "noise": 0.1, "clip": False},
 }
+# More than a preset's own, for a wrong bank to be seen in what a tiny model says.
+STRONGER = {"gentle": {"alpha": 0.1}}
 # w_high, w_mid, w_self
 BLEND = {"gentle": (1.0, 0.5, 0.0), "official": (1.0, 0.5, 0.0), "paper": (1.0, 0.5, 0.5)}
 

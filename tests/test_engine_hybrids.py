@@ -3,6 +3,7 @@
 import pytest
 from checkpoints import HYBRIDS, make_checkpoint, make_prompt
 from engines import NATIVE, engine, poisoned_pages
+from oracle import STRONGER
 from test_engine_oracle import (
     MAX_TOKENS_OF_OTHERS,
     SHAPES,
@@ -37,9 +38,8 @@ def pace_of(arch, preset):
         # It has FFNs of their own layers.
         layers = [1, 3] if preset == "paper" else [3]
     site = "output" if arch in MIXTURES else "activation"
-    # More than gentle's own, for a wrong bank to be seen in what is said.
-    alpha = {"alpha": 0.1} if preset == "gentle" else {}
-    return {"layers": layers, "preset": preset, "site": site, **alpha, **SHAPE}
+    stronger = STRONGER.get(preset, {})
+    return {"layers": layers, "preset": preset, "site": site, **stronger, **SHAPE}
 
 
 @pytest.mark.parametrize(

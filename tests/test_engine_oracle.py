@@ -10,7 +10,7 @@ from checkpoints import (
     make_prompt,
 )
 from engines import BLOCK_SIZE, architecture, engine, prompt_logprobs
-from oracle import NearTie, OracleModel
+from oracle import STRONGER, NearTie, OracleModel
 
 # How far from a tie every decision of a prompt must lie: fp32 noise between two implementations
 # stays below the first; GOOD_GAP ends the search for a prompt that is clearer still.
@@ -110,9 +110,8 @@ def test_logprobs_and_tokens_equal_the_oracle(arch, preset, shape, checkpoint):
 
 @pytest.mark.parametrize(("arch", "preset"), OTHERS)
 def test_other_families_equal_the_oracle(arch, preset, checkpoint):
-    # More than gentle's own, for a wrong bank to be seen in what is said.
-    alpha = {"alpha": 0.1} if preset == "gentle" else {}
-    pace = {"layers": [1, 3], "preset": preset, **alpha, **SHAPES["odd bank, replacements"]}
+    shape = STRONGER.get(preset, {}) | SHAPES["odd bank, replacements"]
+    pace = {"layers": [1, 3], "preset": preset, **shape}
     cases = clear_cases(checkpoint(arch), pace, [20, 64, 150], MAX_TOKENS_OF_OTHERS)
     overrides = {"architectures": [f"Pace{architecture(checkpoint(arch))}"]}
     overrides |= ENGINE_CONFIG.get(arch, {})

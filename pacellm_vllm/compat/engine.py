@@ -119,7 +119,8 @@ def set_cpu_worker(vllm_config: VllmConfig, name: str) -> None:
     Symptom: ``CPUModelRunner._zero_block_ids`` leaves out groups whose layers have specs of their
     own (``UniformTypeKVCacheSpecs``), as all groups beside banks do, so attention would find NaN
     where a bank's bytes were.
-    Can go when it zeroes those too. Raises ``ValueError`` where another worker is named.
+    Can go when it zeroes those too.
+    Raises ``ValueError`` where another worker is named.
     """
     from vllm.platforms import current_platform
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from carried import Remembering
 from checkpoints import make_prompt
-from oracle import OracleModel
+from oracle import STRONGER, OracleModel
 
 SIZE = 16
 
@@ -12,9 +12,7 @@ SIZE = 16
 @pytest.mark.parametrize("preset", ["gentle", "official", "paper"])
 def test_a_request_starts_with_what_the_last_one_left(checkpoint, preset):
     pace = {"preset": preset, "segment_size": SIZE, "bank_size": 5, "max_insertions": 2}
-    if preset == "gentle":
-        # More than its own, for another bank to be seen.
-        pace["alpha"] = 0.1
+    pace |= STRONGER.get(preset, {})
     first, after = make_prompt(1, 3 * SIZE + 5), make_prompt(2, 2 * SIZE + 3)
     model = Remembering(checkpoint("qwen2"), **pace)
     oracle = OracleModel(checkpoint("qwen2"), {**pace, "layers": model.layers})

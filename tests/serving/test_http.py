@@ -28,7 +28,8 @@ MAX_TOKENS = 24
 def server(model, tmp_path_factory):
     """The base URL of ``pacellm serve`` with an API key."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [*PACELLM, "serve", str(model), "--bank-size", "50", *ENGINE]
+    # More alpha than the default's, for memory to be seen in what is said.
+    command = [*PACELLM, "serve", str(model), "--bank-size", "50", "--alpha", "0.1", *ENGINE]
     with serving([*command, "--api-key", KEY, "--served-model-name", "tiny"], log) as url:
         yield url
         assert "pacellm: memory in layers 1, 3 of 4, preset gentle" in log.read_text()
@@ -76,7 +77,7 @@ def test_chat_streams_say_what_chat_says_and_what_the_engine_says_offline(client
 import json, sys
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], dtype="float32", max_model_len=4096, kv_cache_memory_bytes=64 << 20,
-          additional_config={"pacellm": {"bank_size": 50}})
+          additional_config={"pacellm": {"bank_size": 50, "alpha": 0.1}})
 params = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]))
 print("SAID", json.dumps(llm.chat(json.loads(sys.argv[2]), params)[0].outputs[0].text))
 """
@@ -104,7 +105,7 @@ def token_logprobs(server, settings):
 def test_a_request_sets_its_own_memory(server):
     settings = {
         "engine's": {},
-        "the same, said": {"pacellm_alpha": 0.02},
+        "the same, said": {"pacellm_alpha": 0.1},
         "strong": {"pacellm": '{"alpha": 1.0, "noise": 0.9}'},
         "off": {"pacellm_enabled": False},
         "off, as text": {"pacellm_enabled": "false"},
@@ -116,7 +117,7 @@ def test_a_request_sets_its_own_memory(server):
     assert said["engine's"] == said["the same, said"]
     assert said["off"] == said["off, as text"]
     for one, other in itertools.combinations(("engine's", "strong", "off"), 2):
-        assert said[one] != pytest.approx(said[other], abs=1e-3)
+        assert said[one] != pytest.approx(said[other], abs=1e-2)
 
 
 def test_bad_request_settings_are_a_400_with_a_sentence(server):
