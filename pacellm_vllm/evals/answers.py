@@ -76,10 +76,19 @@ class Offline:
         ]
 
     def loglikelihood(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        outputs = self._run([ids for ids, _ in prompts], 1, [], prompt_logprobs=0)
+        # Choices of one long question share its prefix, which vLLM would compute again for each:
+        # where it has a prefix, there are no log-probabilities of its tokens.
+        cached = self._logprobs([ids for ids, _ in prompts], skip_reading_prefix_cache=False)
+        short = [
+            i
+            for i, ((ids, n), output) in enumerate(zip(prompts, cached, strict=True))
+            if len(ids) - n <= (output.num_cached_tokens or 0)
+        ]
+        whole = self._logprobs([prompts[i][0] for i in short]) if short else []
+        outputs = dict(enumerate(cached)) | dict(zip(short, whole, strict=True))
         scored = []
-        for (ids, n), output in zip(prompts, outputs, strict=True):
-            entries = zip(ids[-n:], output.prompt_logprobs[-n:], strict=True)
+        for i, (ids, n) in enumerate(prompts):
+            entries = zip(ids[-n:], outputs[i].prompt_logprobs[-n:], strict=True)
             found = [entry[token] for token, entry in entries]
             scored.append((sum(e.logprob for e in found), all(e.rank == 1 for e in found)))
         return scored
@@ -91,15 +100,17 @@ class Offline:
                 -entry[token].logprob
                 for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
             ]
-            for ids, output in zip(
-                prompts, self._run(prompts, 1, [], prompt_logprobs=0), strict=True
-            )
+            for ids, output in zip(prompts, self._logprobs(prompts), strict=True)
         ]
 
     def describe(self) -> dict[str, Any]:
         from pacellm_vllm.serving.report import describe_engine
 
         return describe_engine(config_of(self.llm))
+
+    def _logprobs(self, prompts: Sequence[list[int]], **more: Any) -> Any:
+        # Entries of a cached prefix are unwritten memory: no text is made of them.
+        return self._run(prompts, 1, [], prompt_logprobs=0, detokenize=False, **more)
 
     def _run(self, prompts: Sequence[Any], max_tokens: int, stop: list[str], **more: Any) -> Any:
         from vllm import SamplingParams

@@ -8,6 +8,10 @@ import random
 from itertools import islice
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from pacellm_vllm.evals.text import KEYS, NEEDLE, QUESTION, sentences
 
 SENTENCES = 12
@@ -30,6 +34,38 @@ def needle(seed, sentences_=SENTENCES):
         value = rng.randrange(10, 100)
         text.insert(rng.randrange(len(text)), NEEDLE.format(key=key, value=value))
     return " ".join(text), QUESTION.format(key=keys[-1]), str(value)
+
+
+def scored(model):
+    """Prompts as (ids, n), and of each what transformers says of its last n ids: their
+    log-probability, and whether each is the likeliest, which is so of the first two.
+
+    Three are one question with continuations; the last is the first's second half.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text, question, answer = needle("loglikelihood", 2)
+    asked = tokenizer(f"{text} {question}").input_ids
+    whole = [
+        tokenizer(f"{text} {question}{end}").input_ids
+        for end in (f" {answer}", f" {answer}. The", " farmer the")
+    ]
+    prompts = [(ids, len(ids) - len(asked)) for ids in whole] + [(whole[0], len(whole[0]) // 2)]
+    truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = []
+    for ids, n in prompts:
+        with torch.no_grad():
+            logits = truth(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        last = torch.tensor(ids[-n:])
+        value = logits.gather(1, last[:, None]).sum().item()
+        expected.append((value, bool((logits.argmax(-1) == last).all())))
+    assert [greedy for _, greedy in expected] == [True, True, False, False]
+    return prompts, expected
+
+
+def assert_near(a, b):
+    """``a`` and ``b``: lists of (log-probability, greedy)."""
+    assert [greedy for _, greedy in a] == [greedy for _, greedy in b]
+    assert [value for value, _ in a] == pytest.approx([value for value, _ in b], abs=1e-3)
 
 
 def write_lines(path, rows):

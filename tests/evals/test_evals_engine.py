@@ -3,11 +3,13 @@
 import json
 from statistics import fmean
 
+import benchmark_files
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm_vllm.cli import main
+from pacellm_vllm.evals.answers import Offline, offline_engine
 
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
 GRID = ["--needles", "3", "--digits", "2", "--max-tokens", "3", "--depths", "0,100"]
@@ -53,6 +55,21 @@ def test_needles_of_a_session_and_again_after_an_interruption(tiny, tmp_path):
     (tmp_path / "items.jsonl").write_text("".join(lines[:-2]) + lines[-2][:9])
     assert main(words) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_a_score_takes_from_the_prefix_cache_what_it_does_not_score(tiny):
+    prompts, expected = benchmark_files.scored(tiny)
+    with offline_engine(tiny, None, {**ENGINE, "max_model_len": 128}) as llm:
+        answerer, outputs, generate = Offline(llm), [], llm.generate
+        llm.generate = lambda *args, **more: outputs.append(generate(*args, **more)) or outputs[-1]
+        benchmark_files.assert_near(answerer.loglikelihood(prompts[:3]), expected[:3])
+        [cold] = outputs
+        assert cold[0].num_cached_tokens == 0
+        benchmark_files.assert_near(answerer.loglikelihood(prompts), expected)
+        _, warm, again = outputs
+    assert [output.num_cached_tokens for output in warm] == [48] * 4
+    assert [output.prompt_token_ids for output in again] == [prompts[3][0]]
+    assert again[0].num_cached_tokens == 0
 
 
 def transformers_losses(model, text, tokens):

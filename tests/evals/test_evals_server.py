@@ -6,7 +6,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import benchmark_files
 import pytest
-import torch
 from servers import FORKED, serving
 
 from pacellm_vllm.cli import main
@@ -88,7 +87,7 @@ def test_benchmarks_are_answered_as_in_this_process(tiny, tiny_server, tmp_path)
     assert there["tasks"]["infinitebench_passkey"]["scores"]["official"] > 0
     for a, b in zip(results(tmp_path / "here"), results(tmp_path / "there"), strict=True):
         if a["id"].startswith("mmlu"):
-            assert_near(a.pop("output"), b.pop("output"))
+            benchmark_files.assert_near(a.pop("output"), b.pop("output"))
         assert a == b
 
     words = [*SUITE, *data, *of(tiny_server), "--route", "chat"]
@@ -100,31 +99,13 @@ def test_benchmarks_are_answered_as_in_this_process(tiny, tiny_server, tmp_path)
     assert messages["tasks"]["niah_single_1@256"]["scores"]["official"] > 0
 
 
-def assert_near(a, b):
-    assert [greedy for _, greedy in a] == [greedy for _, greedy in b]
-    assert [value for value, _ in a] == pytest.approx([value for value, _ in b], abs=1e-3)
-
-
 def test_a_loglikelihood_is_that_of_transformers(tiny, tiny_server):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    text, question, answer = benchmark_files.needle("loglikelihood", 2)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    prompts, expected = [], []
-    for continuation in (f" {answer}", f" {answer}. The", " farmer the"):
-        ids = tokenizer(f"{text} {question}{continuation}").input_ids
-        n = len(ids) - len(tokenizer(f"{text} {question}").input_ids)
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
-        last = torch.tensor(ids[-n:])
-        value = logits.gather(1, last[:, None]).sum().item()
-        prompts.append((ids, n))
-        expected.append((value, bool((logits.argmax(-1) == last).all())))
+    prompts, expected = benchmark_files.scored(tiny)
     # Memory acts after a segment.
     assert len(prompts[0][0]) < 64
-    assert [greedy for _, greedy in expected] == [True, True, False]
-    assert_near(Server(tiny_server, "tiny", "none").loglikelihood(prompts), expected)
+    benchmark_files.assert_near(
+        Server(tiny_server, "tiny", "none").loglikelihood(prompts), expected
+    )
 
 
 class Plain(BaseHTTPRequestHandler):
