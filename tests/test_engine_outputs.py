@@ -5,6 +5,7 @@ import functools
 import pytest
 from checkpoints import MIXTURES, WITHOUT_ACTIVATIONS
 from engines import NATIVE, blocks, engine
+from oracle import STRONGER
 from test_engine_oracle import (
     MAX_TOKENS_OF_OTHERS,
     SHAPES,
@@ -14,8 +15,8 @@ from test_engine_oracle import (
 
 SHAPE = SHAPES["odd bank, replacements"]
 # The preset whose site is "auto": what has no activations to remember gives its outputs.
-PACE = {"layers": [1, 3], **SHAPE}
-OUTPUT = {"preset": "official", "site": "output", **PACE}
+PACE = {"layers": [1, 3], **SHAPE, **STRONGER["gentle"]}
+OUTPUT = {"preset": "official", "site": "output", "layers": [1, 3], **SHAPE}
 LENGTHS = [20, 64, 150]
 MAX_TOKENS = 40
 

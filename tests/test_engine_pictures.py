@@ -10,7 +10,7 @@ from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoin
 from test_engine_oracle import GAP, clearest
 from vllm import SamplingParams
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5, "alpha": 0.1}
 PICTURES = [make_picture(seed) for seed in range(2)]
 LENGTHS = (20, 90, 150)
 MAX_TOKENS = 24

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -85,20 +86,13 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         fast_build: bool = False,
     ) -> BankMetadata:
         common = common_attn_metadata
-        # Exact but for asynchronous scheduling of drafts, which is refused at start-up.
-        lengths = common.seq_lens_cpu_upper_bound
-        if lengths is None:
-            lengths = common.seq_lens.cpu()
-        requests = common.num_reqs
+        lengths, requests = lengths_of(common), common.num_reqs
         starts = common.query_start_loc_cpu[: requests + 1]
-        # Model runner V2 says where in its request table each row is (padding is nowhere); in V1
-        # the batch itself is the table.
-        rows = range(requests) if common.req_idx is None else common.req_idx.tolist()
-        settings = [self._settings.get(row) for row in rows]
+        rows = rows_of(common)
+        settings = self.settings_of(rows)
         if self._tables is not None:
             own = self._own_rules(rows, settings)
             table, begins, ends = common.block_table_tensor, starts.numpy(), lengths.numpy()
-            ends = ends[:requests]
             if common.max_query_len == 1 and requests == common.num_actual_tokens:
                 step = self._tables.of_singles(table, ends * np.diff(begins), own)
             else:
@@ -111,7 +105,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
             prefilling = common.is_prefilling[:requests].tolist()
         pieces = cut_pieces(
             starts.tolist(),
-            lengths[:requests].tolist(),
+            lengths.tolist(),
             layout,
             self._rules,
             settings,
@@ -121,6 +115,10 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         asked = {i: key for i, row in enumerate(rows) if (key := self._settings.asked(row))}
         plain = PlainStep.of(common.block_table_tensor, pieces, layout.drafts > 0, asked)
         return BankMetadata(plain=plain, journal=self._settings.journal if asked else None)
+
+    def settings_of(self, rows: Iterable[int]) -> list[RequestSettings | None]:
+        """What the request in each of ``rows_of`` has set; None for one that has set nothing."""
+        return [self._settings.get(row) for row in rows]
 
     def _own_rules(
         self, rows: Iterable[int], settings: Sequence[RequestSettings | None]
@@ -147,6 +145,20 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         assert self._tables is not None, "only decode steps of the kernels are captured whole"
         table = common_attn_metadata.block_table_tensor
         return BankMetadata(device=self._tables.of_singles(table, nobody, {}))
+
+
+def lengths_of(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Tokens of each request when the step is done, on the host."""
+    # Exact but for asynchronous scheduling of drafts, which is refused at start-up.
+    lengths = common.seq_lens_cpu_upper_bound
+    return (common.seq_lens.cpu() if lengths is None else lengths)[: common.num_reqs]
+
+
+def rows_of(common: CommonAttentionMetadata) -> Sequence[int]:
+    """Where ``BatchSettings`` has each request of the step."""
+    # Model runner V2 says where in its request table each row is (padding is nowhere); in V1
+    # the batch itself is the table.
+    return range(common.num_reqs) if common.req_idx is None else common.req_idx.tolist()
 
 
 def most_requests(vllm_config: VllmConfig) -> int:

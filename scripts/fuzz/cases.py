@@ -322,6 +322,9 @@ def _pace(rng: random.Random, architecture: str, block: int | None) -> dict[str,
     }
     if rng.random() < 0.3:
         pace["alpha"] = round(rng.uniform(0.1, 1), 2)
+    elif pace["preset"] == "gentle":
+        # With its own a wrong bank may not show.
+        pace["alpha"] = 0.1
     return pace
 
 

@@ -34,8 +34,8 @@ STEPS = [[75, 7], [20, 1], [1, 40], [2, 4]]
         (604, torch.bfloat16, torch.float32, "paper", 1812, {}),
         (344, torch.bfloat16, None, "official", 512, {"negative_k": 0}),
         (72, torch.float16, None, "paper", 1500, LONG_LISTS),
-        (62, torch.float32, None, "gentle", 2048, {"noise": 0.5}),
-        (72, torch.bfloat16, None, "gentle", 1500, LONG_LISTS),
+        (62, torch.float32, None, "gentle", 2048, {"noise": 0.5, "alpha": 0.1}),
+        (72, torch.bfloat16, None, "gentle", 1500, LONG_LISTS | {"alpha": 0.7}),
     ],
 )
 def test_kernels_equal_the_plain_ops(width, dtype, bank_dtype, preset, page_bytes, settings):

@@ -9,8 +9,9 @@ from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoin
 from servers import FORKED, serving
 from transformers import AutoProcessor
 
-PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5}
+PACE = {"layers": [1, 3], "bank_size": 23, "segment_size": 32, "max_insertions": 5, "alpha": 0.1}
 FLAGS = ["--layers", "1,3", "--bank-size", "23", "--segment-size", "32", "--max-insertions", "5"]
+FLAGS += ["--alpha", "0.1"]
 ENGINE = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "64"]
 ENGINE += ["--block-size", "16"]
 ENGINE += ["--kv-cache-memory-bytes", str(64 << 20), "--mm-hasher-algorithm", "sha256"]

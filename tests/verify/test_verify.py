@@ -15,22 +15,23 @@ from test_engine_oracle import clear_cases
 from pacellm_vllm.cli import main
 from pacellm_vllm.memory import backend, manager
 from pacellm_vllm.memory.store import PagedStore
+from pacellm_vllm.request import RequestSettings
 from pacellm_vllm.verify import engines
 from pacellm_vllm.verify.engines import Variant
-from pacellm_vllm.verify.replay import Recording, recording
+from pacellm_vllm.verify.replay import Recording, loud, recording
 from pacellm_vllm.verify.truth import true_outputs
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 32 << 20, "block_size": 16}
-# Strong, so that a wrong bank shows in an answer.
-PACE = ["--segment-size", "64", "--bank-size", "40", "--alpha", "0.9"]
+# With the default alpha a wrong bank hardly shows in an answer.
+PACE = ["--segment-size", "64", "--bank-size", "40"]
 
 
-def verify(tmp_path, capsys, *more):
+def verify(tmp_path, capsys, *more, **engine):
     """The exit status, each check's verdict and detail by name, and what was printed."""
     found = tmp_path / "found.json"
     arguments = ["verify", str(TINY), "--device", "cpu", *PACE, "--json", str(found)]
-    status = main([*arguments, "--engine", json.dumps(ENGINE), *more])
+    status = main([*arguments, "--engine", json.dumps({**ENGINE, **engine}), *more])
     checks = json.loads(found.read_text())["checks"]
     by_name = {check["name"].partition(",")[0].split()[0]: check for check in checks}
     return status, by_name, capsys.readouterr().out
@@ -51,12 +52,15 @@ def test_a_sound_installation(tmp_path, capsys):
         "CUDA": "not reached",
     }
     assert "not reached: CUDA graphs." in said
+    for name in ("chunks", "preemption", "from"):
+        assert "tokens as in float64" in checks[name]["detail"]
     assert said.count("| median |") == 1 or "| | median |" in said
     assert "For a bug report:" in said
     assert str(TINY.parent) not in said
 
 
-def test_a_wrong_sum_is_found(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_sum_is_found(tmp_path, capsys, monkeypatch, dtype):
     """The products of a decode step, which are read in place, forget a row's first number."""
     products = PagedStore.products
 
@@ -64,7 +68,7 @@ def test_a_wrong_sum_is_found(tmp_path, capsys, monkeypatch):
         products(store, torch.cat([a.new_zeros(200), a[200:]]), out)
 
     monkeypatch.setattr(PagedStore, "products", short)
-    status, checks, _ = verify(tmp_path, capsys)
+    status, checks, _ = verify(tmp_path, capsys, dtype=dtype)
     assert status == 1
     assert "memory's" in faults(checks)
     assert "another sum than float64" in checks["memory's"]["detail"]
@@ -124,6 +128,8 @@ def test_what_a_device_can_run_is_compared_too(tmp_path, capsys, monkeypatch):
     status, checks, said = verify(tmp_path, capsys, "--long", "700")
     assert status == 1
     assert checks["sound"]["verdict"] == "same"
+    # Nothing of the memory itself is recorded in these.
+    assert "only, verify --alpha 0.5 as well" in checks["sound"]["detail"]
     assert faults(checks) == {"broken"}
     assert checks["impossible"]["verdict"] == checks["attention"]["verdict"] == "not reached"
     assert "NONE_SUCH" in checks["attention"]["detail"]
@@ -136,7 +142,9 @@ def test_what_a_device_can_run_is_compared_too(tmp_path, capsys, monkeypatch):
 def test_the_truth_is_the_oracles(checkpoint, preset):
     """Its arithmetic on an engine's activations, and the engine's, both near the oracle's."""
     pace = {"layers": [1, 3], "preset": preset, "bank_size": 23, "segment_size": 32}
-    [(prompt, tokens, _)] = clear_cases(checkpoint(), pace, [300], 16)
+    own = RequestSettings.of(loud(0))
+    strong = {**pace, "alpha": own.alpha}
+    [(prompt, tokens, _)] = clear_cases(checkpoint(), strong, [300], 16)
     given = {1: [], 3: []}
     gave = {1: [], 3: []}
 
@@ -148,16 +156,16 @@ def test_the_truth_is_the_oracles(checkpoint, preset):
                 gave[index].append(found[0].flatten(0, -2))
             return found
 
-    oracle = Told(checkpoint(), pace)
+    oracle = Told(checkpoint(), strong)
     assert oracle.generate(prompt, 16)[0] == tokens
     with engine(checkpoint(), pace, max_num_seqs=1) as running:
         with recording(running.llm) as layers:
-            running.tokens([prompt], 16)
+            running.generate([prompt], 16, extra_args=loud(0))
         assert [one.layer.index for one in layers] == [1, 3]
         assert all(isinstance(one, Recording) for one in layers)
         for one in layers:
             a, o = (torch.cat(parts[one.layer.index]) for parts in (given, gave))
-            truth = true_outputs(a, one.layer.rules, torch.float32)
+            truth = true_outputs(a, own.applied_to(one.layer.rules), torch.float32)
             assert torch.allclose(truth.outputs, o, atol=1e-4, rtol=1e-4)
             assert one.mistake() is None
             assert one.compared() == 315
