@@ -21,8 +21,6 @@ from pacellm_vllm.verify.truth import Truth, true_outputs
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Decisions this close to a tie may fall either way in the engine's float32.
 _TIE = 2e-6
-
-
 # The engine's own may be so low that a wrong bank is less than rounding.
 _ALPHA = 0.9
 
