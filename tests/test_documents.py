@@ -81,6 +81,8 @@ def test_commands_that_a_document_shows_are_known(document):
             if path.suffix == ".sh":
                 continue  # they pass arguments on
             parts = [path, *path.with_suffix("").glob("*.py"), *ROOT.glob("scripts/soaking/*.py")]
+            if "add_engine(" in path.read_text():
+                parts.append(ROOT / "pacellm_vllm/evals/arguments.py")
             source = "".join(part.read_text() for part in parts)
             for flag in flags:
                 assert f'"{flag}"' in source, line
