@@ -128,14 +128,28 @@ def test_what_a_device_can_run_is_compared_too(tmp_path, capsys, monkeypatch):
     status, checks, said = verify(tmp_path, capsys, "--long", "700")
     assert status == 1
     assert checks["sound"]["verdict"] == "same"
-    # Nothing of the memory itself is recorded in these.
-    assert "only, verify --alpha 0.5 as well" in checks["sound"]["detail"]
     assert faults(checks) == {"broken"}
     assert checks["impossible"]["verdict"] == checks["attention"]["verdict"] == "not reached"
     assert "NONE_SUCH" in checks["attention"]["detail"]
     assert checks["a"]["verdict"] == "answered"
     assert "1 of 9 checks found a fault" in said
     assert "PACELLM_TEST_BREAK" not in os.environ
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", False), ("bfloat16", True)])
+def test_answers_that_memory_hardly_moves_say_so(dtype, said):
+    """Where rounding may be as much, equal answers do not tell of the memory."""
+    answers = {
+        "on": engines.Said([[5]], [[-1.0]], 0),
+        "off": engines.Said([[5]], [[-1.1]], 0),
+    }
+    verification = engines.Verification("m", {}, {}, [[1]], tell=lambda check: None)
+    verification.about = {"engine": {"dtype": dtype}}
+    verification._true = answers
+    verification._compare("CUDA graphs", "an answer depends on graphs", answers)
+    [check] = verification.checks
+    assert check.verdict == "same"
+    assert ("memory moves them by 1.0e-01 only, verify --alpha 0.5" in check.detail) is said
 
 
 @pytest.mark.parametrize("preset", ["gentle", "official", "paper"])
