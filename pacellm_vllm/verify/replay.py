@@ -78,8 +78,7 @@ class Recording:
             gave = seen.whole(seen.gave)
             size = truth.outputs.float().abs().amax(dim=1).clamp_min(1e-6)
             error = (gave.float() - truth.outputs.float()).abs().amax(dim=1) / size
-            sure = (truth.gap < _TIE).cumsum(0) == 0
-            wrong = (~(error <= _ROUNDING[gave.dtype]) & sure).nonzero().flatten()
+            wrong = (~(error <= _ROUNDING[gave.dtype]) & _sure(truth)).nonzero().flatten()
             if len(wrong):
                 position = int(wrong[0])
                 step = "decode" if seen.steps()[position] == 1 else "prompt"
@@ -91,7 +90,7 @@ class Recording:
 
     def compared(self) -> int:
         """Tokens, of each request those before its first decision within rounding of a tie."""
-        return sum(int(((truth.gap < _TIE).cumsum(0) == 0).sum()) for _, truth in self._truths)
+        return sum(int(_sure(truth).sum()) for _, truth in self._truths)
 
     @cached_property
     def _truths(self) -> list[tuple[Seen, Truth]]:
@@ -102,6 +101,11 @@ class Recording:
             stored = self.layer.config.stored_dtype(a.dtype)
             found.append((seen, true_outputs(a, own.applied_to(self.layer.rules), stored)))
         return found
+
+
+def _sure(truth: Truth) -> torch.Tensor:
+    """[T] bool: the tokens before the first decision within rounding of a tie."""
+    return (truth.gap < _TIE).cumsum(0) == 0
 
 
 @contextlib.contextmanager
