@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -79,7 +80,7 @@ class PaceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    layers: Literal["auto"] | tuple[int, ...] = Field(
+    layers: Literal["auto"] | tuple[StrictInt, ...] = Field(
         "auto", description="0-based decoder layers that carry memory; auto: the paper's depths"
     )
     preset: Preset = Field(
@@ -90,19 +91,29 @@ class PaceConfig(BaseModel):
         "experts, too), or auto: activations where all layers have them"
     )
     bank_size: int = Field(100, ge=1, le=1024, strict=True, description="slots M of one bank")
-    theta_high: float = Field(ge=-1, le=1, description="similarity above: replaced by memory")
-    theta_low: float = Field(ge=-1, le=1, description="similarity at or below: left as it is")
+    theta_high: float = Field(
+        ge=-1, le=1, strict=True, description="similarity above: replaced by memory"
+    )
+    theta_low: float = Field(
+        ge=-1, le=1, strict=True, description="similarity at or below: left as it is"
+    )
     top_k: int = Field(5, ge=1, le=1024, strict=True, description="most similar slots blended in")
     negative_k: int = Field(2, ge=0, le=1024, strict=True, description="least similar slots used")
-    noise: float = Field(ge=0, le=1, description="weight of the least similar slots (lambda)")
-    alpha: float = Field(ge=0, le=1, description="share of the blend in the FFN activation")
+    noise: float = Field(
+        ge=0, le=1, strict=True, description="weight of the least similar slots (lambda)"
+    )
+    alpha: float = Field(
+        ge=0, le=1, strict=True, description="share of the blend in the FFN activation"
+    )
     segment_size: int = Field(
         1024, ge=1, le=1 << 20, strict=True, description="tokens that read one committed bank"
     )
     max_insertions: int = Field(
         ge=0, le=1024, strict=True, description="used slots replaced per segment, at most"
     )
-    momentum: float = Field(0.5, ge=0, le=1, description="share of the old slot kept in a merge")
+    momentum: float = Field(
+        0.5, ge=0, le=1, strict=True, description="share of the old slot kept in a merge"
+    )
     clip: bool = Field(
         strict=True, description="no slot is longer, when blended in, than the token that reads it"
     )

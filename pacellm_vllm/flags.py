@@ -42,4 +42,8 @@ def _number_or_text(text: str) -> Any:
     return text
 
 
-_PARSERS = {"layers": _layers, "experts": parse_experts}
+def _true_or_false(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+_PARSERS = {"layers": _layers, "experts": parse_experts, "clip": _true_or_false}

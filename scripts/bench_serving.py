@@ -1,4 +1,4 @@
-"""What memory costs a running engine: the same model, shape and load in up to six variants.
+"""What memory costs a running engine: the same model, shape and load variant by variant.
 
     python scripts/bench_serving.py --shape mid --json out.json
 
@@ -8,6 +8,7 @@
                costs beyond it is its own
     pa2, pa4   memory in two layers, in four
     pa2ce      memory in two layers, and experts as --experts says (made while loading)
+    pa2@paper  memory by that preset (any of the last three, any preset)
 
 Weights are random: vLLM's own (``load_format="dummy"``), or with ``pa2ce``, which orders what it
 loads, a checkpoint written for the run. Prompts draw on a few token ids, so that tokens recur
@@ -96,10 +97,13 @@ class Worker:
         }
         if args.kv_gib:
             self.settings["kv_cache_memory_bytes"] = int(args.kv_gib * 2**30)
-        if variant[2:3].isdigit():
-            layers = memory_layers(SHAPES[args.shape]["layers"], int(variant[2]))
+        kind, _, preset = variant.partition("@")
+        if kind[2:3].isdigit():
+            layers = memory_layers(SHAPES[args.shape]["layers"], int(kind[2]))
             pace = {"layers": layers, "segment_size": args.segment, **json.loads(args.pace)}
-            if variant.endswith("ce"):
+            if preset:
+                pace["preset"] = preset
+            if kind.endswith("ce"):
                 pace["experts"] = json.loads(args.experts)
             self.settings["hf_overrides"] = {"architectures": ["PaceQwen2ForCausalLM"]}
             self.settings["additional_config"] = {"pacellm": pace}
@@ -377,7 +381,7 @@ def main() -> None:
     if args.dtype == "auto":
         args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     variants = args.variants.split(",")
-    args.weights = any(variant.endswith("ce") for variant in variants)
+    args.weights = any(variant.partition("@")[0].endswith("ce") for variant in variants)
     facts: dict[str, dict[str, Any]] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -1,5 +1,6 @@
 """``pacellm serve`` builds the right vllm command or says what is wrong; configs/ are valid."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -16,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pacellm_vllm import cli
 from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.flags import add_settings, settings_of
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving import command
 
@@ -61,6 +63,7 @@ def test_what_the_user_gives_to_vllm_is_kept(checkpoint):
     [
         ({"layers": [99]}, [], "layers = 99 is not allowed; it must be from 0 to 3"),
         ({"bank_size": 0}, [], "bank_size = 0 is not allowed"),
+        ({"clip": "yes"}, [], "clip = 'yes' is not allowed; it must be true or false"),
         ({"alpha": "much"}, [], "alpha = 'much' is not allowed; it must be a number from 0 to 1"),
         (
             {"layers": [1]},
@@ -129,6 +132,20 @@ def test_serve_prints_the_command_and_runs_it(checkpoint, capsys, monkeypatch):
     assert ran[:2] == ["vllm", "serve"]
     settings = vllm_args(printed[2:]).additional_config["pacellm"]
     assert settings == {"layers": [1, 3], "theta_low": 0.1}
+
+
+def test_every_setting_can_be_given_as_a_flag(checkpoint):
+    settings = PaceConfig.from_sources({"preset": "official", "layers": [1, 2]})
+    words = [checkpoint()]
+    for name, value in settings.model_dump(exclude={"experts"}).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    add_settings(parser)
+    given = settings_of(parser.parse_args(list(map(str, words))))
+    assert PaceConfig.from_sources(given) == settings
+    assert len(given) == len(PaceConfig.model_fields) - 1
 
 
 def test_no_flag_of_ours_hides_one_of_vllms():

@@ -72,6 +72,10 @@ def test_max_insertions_defaults_to_sixteen_or_the_bank():
         ({"bank_size": 0}, ["bank_size", "0", "from 1 to 1024"]),
         ({"bank_size": 7.5}, ["bank_size", "7.5", "an integer"]),
         ({"bank_size": True}, ["bank_size", "True"]),
+        ({"alpha": True}, ["alpha", "True", "from 0 to 1"]),
+        ({"theta_high": "0.9"}, ["theta_high", "'0.9'", "a number"]),
+        ({"layers": [True, 2]}, ["layers", "True"]),
+        ({"layers": ["3"]}, ["layers", "'3'"]),
         ({"preset": "best"}, ["preset", "best", '"gentle", "official" or "paper"']),
         ({"site": "input"}, ["site", "input", '"auto", "activation" or "output"']),
         (

@@ -64,6 +64,17 @@ def test_unsupported_features(settings, sentence, checkpoint):
     assert sentence in str(refusal.value)
 
 
+@pytest.mark.parametrize("pace", [PACE, {"experts": {"num_experts": 4}}])
+def test_a_front_end_that_would_check_nothing(pace, checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with (
+        pytest.raises(ValueError, match="pacellm") as refusal,
+        engine(checkpoint(), pace=pace),
+    ):
+        pass
+    assert "does not work with vLLM's Rust front end" in str(refusal.value)
+
+
 def test_memory_for_an_architecture_without_it_is_no_silent_no_op(checkpoint):
     with (
         pytest.raises(ValueError, match="pacellm") as refusal,

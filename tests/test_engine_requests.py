@@ -11,6 +11,7 @@ from patches import ours_in_vllm
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 
 from pacellm_vllm.compat import PATCHED
 from pacellm_vllm.memory.batch import NoSettings
@@ -200,6 +201,26 @@ def test_bad_settings_fail_the_request_alone(extra, sentence, running):
     # One of a list of prompts, so which.
     assert re.search(r"[^.] \(request '\d+'\)\.$", str(refusal.value))
     assert len(ask(running, [(prompt, None)])[0].outputs[0].token_ids) == MAX_TOKENS
+
+
+def test_the_engine_refuses_what_no_front_end_has_checked(running):
+    """As one in another language, or on another machine, would send it."""
+    sent = EngineCoreRequest(
+        request_id="unchecked",
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(extra_args={"pacellm_alpha": 7}),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    with pytest.raises(VLLMValidationError, match=r"alpha = 7 .* \(request 'unchecked'\)\.$"):
+        running.core.preprocess_add_request(sent)
+    sent.sampling_params.extra_args = {"pacellm_alpha": 0.7}
+    request, _ = running.core.preprocess_add_request(sent)
+    assert request.request_id == "unchecked"
 
 
 def test_an_engine_with_experts_alone_refuses_settings():

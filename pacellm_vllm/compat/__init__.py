@@ -52,6 +52,7 @@ from pacellm_vllm.compat.ops import (
 from pacellm_vllm.compat.patching import PATCHED
 from pacellm_vllm.compat.pool import (
     add_block_hash_key,
+    check_taken_requests,
     copy_blocks_before_forward,
     evictable_blocks,
     keep_out_of_events,

@@ -54,7 +54,7 @@ PATCHED = {
         "vllm.v1.worker.gpu_model_runner:add_kv_sharing_layers_to_kv_cache_groups",
         "vllm.v1.worker.gpu.attn_utils:add_kv_sharing_layers_to_kv_cache_groups",
     ),
-    "key_hashes_of": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
+    "take_requests": ("vllm.v1.engine.core:EngineCore.preprocess_add_request",),
     # Added, where all others are wrapped.
     "add_engine_method": ("vllm.v1.engine.core:EngineCore.pacellm_pool_report",),
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from pacellm_vllm.compat.patching import patch
+from pacellm_vllm.sentences import of_request
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -58,9 +59,10 @@ def keep_out_of_events(
     pool._emit_block_removed_events = emit_removed  # type: ignore[assignment, method-assign]
 
 
-# Pools that hold banks, and what hashes the blocks of requests in their engines.
+# Pools that hold banks, what hashes the blocks of requests in their engines, and what checks these.
 _keyed_pools: WeakSet[BlockPool] = WeakSet()
 _keyed_hashers: WeakSet[Callable[..., Any]] = WeakSet()
+_checks: WeakKeyDictionary[BlockPool, Callable[[EngineCoreRequest], None]] = WeakKeyDictionary()
 
 
 def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None], pool: BlockPool) -> None:
@@ -78,15 +80,37 @@ def add_block_hash_key(key: Callable[[Request], tuple[str, str] | None], pool: B
         ours = key(request) if request._block_hasher in _keyed_hashers else None
         return ((*(keys or ()), ours) if ours else keys), next_mm
 
-    def told(original: Callable[..., Any], core: EngineCore, request: EngineCoreRequest) -> Any:
-        manager = getattr(core.scheduler, "kv_cache_manager", None)
-        if core.request_block_hasher and manager and manager.block_pool in _keyed_pools:
-            key_hashes_of(core.request_block_hasher)
-        return original(core, request)
-
     patch("add_block_hash_key", keyed)
     # A request knows its hasher and no engine, the engine its hasher.
-    patch("key_hashes_of", told)
+    patch("take_requests", _taken)
+
+
+def check_taken_requests(check: Callable[[EngineCoreRequest], None], pool: BlockPool) -> None:
+    """Have the engine with ``pool`` refuse requests for which ``check(request)`` raises.
+
+    It raises ``ValueError``, which ends the request with that sentence (in vLLM 0.32 with an error
+    that does not say it).
+    Symptom: a front end without our checks, as vLLM's in Rust, passes everything on, and what the
+    scheduler raises ends the engine.
+    Can go when an engine asks its plugins about the requests it takes.
+    """
+    _checks[pool] = check
+    patch("take_requests", _taken)
+
+
+def _taken(original: Callable[..., Any], core: EngineCore, request: EngineCoreRequest) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    manager = getattr(core.scheduler, "kv_cache_manager", None)
+    pool = manager.block_pool if manager else None
+    if core.request_block_hasher and pool in _keyed_pools:
+        key_hashes_of(core.request_block_hasher)
+    if pool in _checks:
+        try:
+            _checks[pool](request)
+        except ValueError as error:
+            raise VLLMValidationError(of_request(error, request.request_id)) from None
+    return original(core, request)
 
 
 def key_hashes_of(hasher: Callable[..., Any]) -> None:

@@ -9,11 +9,13 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from pacellm_vllm.compat import (
     add_block_hash_key,
     add_engine_method,
+    check_taken_requests,
     copy_blocks_before_forward,
     count_cached_tokens_without,
     evictable_blocks,
@@ -31,7 +33,7 @@ from pacellm_vllm.memory.counts import PoolCounts
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.ops.rules import MemoryRules
-from pacellm_vllm.request import key_of, settings_of
+from pacellm_vllm.request import RequestSettings, key_of, settings_of
 from pacellm_vllm.sentences import of_request
 
 logger = plugin_logger()
@@ -101,6 +103,7 @@ class PagedBankManager(CircularBufferManager):
         hash_turns_by_their_own()
         count_cached_tokens_without(type(kv_cache_spec))
         add_block_hash_key(_hash_key, self.block_pool)
+        check_taken_requests(_check_settings, self.block_pool)
 
     def _count_evicted(self, hashes: Iterable[BlockHashWithGroupId]) -> None:
         self._counts.evicted += count_snapshots(hashes)
@@ -403,6 +406,12 @@ def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
         return True
     # The last token sampled is never computed.
     return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
+
+
+def _check_settings(request: EngineCoreRequest) -> None:
+    """``PaceConfigError`` for settings that this package's front end would have refused."""
+    params = request.sampling_params
+    RequestSettings.of(params.extra_args if params else None)
 
 
 def _pool_report(core: Any) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequest
@@ -42,6 +42,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
     config = read_config(vllm_config)
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise PaceConfigError(
+            "pacellm: this package does not work with vLLM's Rust front end, which would check no "
+            "settings of requests and has neither sessions nor reports; unset "
+            "VLLM_USE_RUST_FRONTEND."
+        )
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers:
         _check_memory(vllm_config)

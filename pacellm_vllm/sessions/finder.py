@@ -32,6 +32,27 @@ class Match:
     sure: float
 
 
+class Counts:
+    """How often words, by their hashes, are in texts: of ``rows`` [texts, all hashes].
+
+    Columns are kept for the words that there are, not for all 2^20 hashes.
+    """
+
+    def __init__(self, rows: sparse.csr_matrix) -> None:
+        self._words, columns = np.unique(rows.indices, return_inverse=True)
+        shape = (rows.shape[0], len(self._words))
+        self._counts = sparse.csr_matrix((rows.data, columns, rows.indptr), shape).tocsc()
+        self.lengths = np.asarray(self._counts.sum(1)).ravel()
+
+    def of(self, words: np.ndarray) -> np.ndarray:
+        """[texts, len(words)]"""
+        counts = np.zeros((len(self.lengths), len(words)))
+        known = np.isin(words, self._words)
+        columns = np.searchsorted(self._words, words[known])
+        counts[:, known] = self._counts[:, columns].toarray()
+        return counts
+
+
 class Finder:
     """Counts of words by page, and BM25 over them. Pages are numbered by the caller."""
 
@@ -41,7 +62,7 @@ class Finder:
             token_pattern=_WORD.pattern, norm=None, alternate_sign=False
         )
         self._rows: dict[int, sparse.csr_matrix] = {}
-        self._all: sparse.csc_matrix | None = None
+        self._all: Counts | None = None
         self._usual_length = 1.0
 
     def add(self, texts: dict[int, str]) -> None:
@@ -71,11 +92,11 @@ class Finder:
         order = np.argsort(-scores, kind="stable")
         return [Match(numbers[i], float(scores[i]), float(sure[i])) for i in order if scores[i] > 0]
 
-    def counted(self, texts: Sequence[str]) -> sparse.csc_matrix:
+    def counted(self, texts: Sequence[str]) -> Counts:
         """Texts that are no pages, for :meth:`best_of`."""
-        return self._count.transform(texts).tocsc()
+        return Counts(self._count.transform(texts))
 
-    def best_of(self, texts: sparse.csc_matrix, query: str) -> float:
+    def best_of(self, texts: Counts, query: str) -> float:
         """The best score that one of ``texts``, which are no pages, has for ``query``."""
         words = self._words(query)
         return float(self._scores(texts, words)[0].max()) if len(words) else 0.0
@@ -83,22 +104,20 @@ class Finder:
     def _words(self, query: str) -> np.ndarray:
         return np.unique(self._count.transform([query]).indices)
 
-    def _pages(self) -> sparse.csc_matrix:
+    def _pages(self) -> Counts:
         if self._all is None:
-            self._all = sparse.vstack(list(self._rows.values()), format="csc")
+            self._all = Counts(sparse.vstack(list(self._rows.values()), format="csr"))
             # The page of a mean word: texts end in pages of a word or two.
-            lengths = np.asarray(self._all.sum(1)).ravel()
+            lengths = self._all.lengths
             self._usual_length = max((lengths**2).sum() / max(lengths.sum(), 1), 1)
         return self._all
 
-    def _scores(self, texts: sparse.csc_matrix, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """BM25 [n] of ``texts`` [n, words], and how rare each of ``words`` is among the pages."""
-        every = self._pages()
-        having = (every[:, words].toarray() > 0).sum(0)
-        rarity = np.log1p((every.shape[0] - having + 0.5) / (having + 0.5))
-        counts = texts[:, words].toarray()
-        lengths = np.asarray(texts.sum(1)).ravel()
-        norm = _K1 * (1 - _B + _B * lengths / self._usual_length)
+    def _scores(self, texts: Counts, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """BM25 [n] of ``texts``, and how rare each of ``words`` is among the pages."""
+        having = (self._pages().of(words) > 0).sum(0)
+        rarity = np.log1p((len(self._rows) - having + 0.5) / (having + 0.5))
+        counts = texts.of(words)
+        norm = _K1 * (1 - _B + _B * texts.lengths / self._usual_length)
         return (rarity * counts * (_K1 + 1) / (counts + norm[:, None])).sum(1), rarity
 
 

@@ -1,5 +1,6 @@
 """Sessions' pages: what is kept, shared, replaced and given up; and which of them are found."""
 
+import pickle
 import random
 
 import numpy as np
@@ -139,6 +140,13 @@ def test_pages_are_found_by_their_words_whatever_came_and_went():
         )
     assert finder.find("nowhere ?") == []
     assert Finder().find("w3") == []
+
+
+def test_a_look_up_leaves_nothing_behind_but_the_words_of_the_pages():
+    finder = Finder()
+    finder.add({0: "a page of a few words"})
+    assert [match.page for match in finder.find("few words")] == [0]
+    assert len(pickle.dumps(finder)) < 10_000
 
 
 class Words:
