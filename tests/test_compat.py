@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm import LLM, platforms, triton_utils
 from vllm.config import (
     CompilationConfig,
+    CUDAGraphMode,
     ModelConfig,
     ParallelConfig,
     VllmConfig,
@@ -493,6 +494,15 @@ def test_an_operator_finds_its_layer_and_its_metadata_in_a_step_of_vllms():
         assert compat.metadata_of_step() == {"a.memory": "metadata"}
     with set_forward_context(None, config):
         assert compat.metadata_of_step() is None
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_step_says_whether_a_piece_of_it_is_captured(mode, capturing, monkeypatch):
+    """``in_graph_piece``"""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with set_forward_context(None, VllmConfig(), cudagraph_runtime_mode=mode):
+        assert compat.in_graph_piece() == (capturing and mode == CUDAGraphMode.PIECEWISE)
 
 
 def test_layers_that_share_caches_are_still_told_by_an_attribute_that_not_all_have():

@@ -92,6 +92,29 @@ def test_drafts_right_and_wrong_leave_the_oracles_tokens(shape, schedule, checkp
         assert running.all_blocks_are_back()
 
 
+def test_a_prompt_that_ends_where_banks_are_copied_leaves_no_copy_unwritten(checkpoint):
+    """A bank is copied by the step that reads the next token, here the first one with drafts."""
+    pace = {"preset": "official", "layers": [1, 3], **SHAPES["long segments"]}
+    settings = SCHEDULES["chunks, cache"]
+    with (
+        engine(checkpoint(), pace, speculative_config=ngram(), **settings) as running,
+        poisoned_pages(running),
+    ):
+        interval = running.memories()[1].spec.grid.interval
+        for length in (interval, 2 * interval):
+            [(longer, truth, _)] = clear_cases(checkpoint(), pace, [length + 10], MAX_TOKENS)
+            first = longer[:length]
+            known, _ = OracleModel(checkpoint(), pace).generate(first, DRAFTS + 1)
+            draft_from(running, [first + known, longer + truth])
+            # Not as far as the next segment's end, whose bank would be found instead.
+            assert running.tokens([first], DRAFTS + 1) == [known]
+            hits = running.metric("vllm:prefix_cache_hits")
+            assert running.tokens([longer], MAX_TOKENS) == [truth]
+            assert running.metric("vllm:prefix_cache_hits") - hits == length
+        assert accepted_and_rejected(running)[0] > 0
+        assert running.all_blocks_are_back()
+
+
 def test_drafts_follow_each_requests_own_settings(checkpoint):
     oracle = OracleModel(checkpoint(), PACE)
     prompt, truths = clear_prompt(oracle, 90)

@@ -1,6 +1,8 @@
 """What a request is told of its memory: every token's kind and source are the oracle's."""
 
 import json
+import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from test_engine_oracle import clear_cases
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.batch import WithDrafts, WithKernels
 from pacellm_vllm.memory.journal import KINDS, Journal, LayerAnswer
+from pacellm_vllm.ops.lookup import LookUp
 from pacellm_vllm.ops.update import Committed, Progress
 
 PACE = {"layers": [1, 3], "preset": "official", "bank_size": 37, "segment_size": 32}
@@ -216,6 +219,7 @@ def test_memory_of_reports_is_bounded():
     class Rules:
         segment_size, theta_high, theta_low = 4, 0.7, 0.3
 
+    Rules.thresholds = (0.3, 0.7)
     journal = Journal(most_tokens=100, most_answers=5)
     done = Committed(valid=4, filled=4, merged=[], replaced=[], dropped=0, usage=[1] * 4)
     for i in range(50):
@@ -235,3 +239,35 @@ def test_memory_of_reports_is_bounded():
     assert journal.experts("few", 1) is None
     assert journal.experts("many", 2) == {"layers": [1]}
     assert set(KINDS.values()) == set(LayerAnswer().report()["tokens"])
+
+
+def test_a_similarity_that_is_the_threshold_is_told_as_what_it_was_taken_for():
+    """Tensors are compared with a threshold in float32, which may be above or below the number."""
+    rules = PaceConfig.from_sources({"theta_low": 0.3, "theta_high": 0.7, "segment_size": 2})
+    means = torch.tensor([0.3, 0.7])
+    found = LookUp(torch.zeros(2, 4), means, torch.zeros(2, 1, dtype=torch.int64))
+    kinds = [found.low(rules.rules()).sum(), found.mid(rules.rules()).sum()]
+    assert kinds == [1, 1]
+    done = Committed(valid=1, filled=0, merged=[], replaced=[0], dropped=0, usage=[1])
+    journal = Journal()
+    journal.note("r\nx", 1, 0, rules.rules(), Progress(0, 1, 1, done, means, found.top), [(0, 1.0)])
+    report = journal.report("r")[1]
+    assert report["kinds"] == "lm"
+    assert [slot["source"] for slot in report["slots"]] == [0]
+
+
+def test_reports_of_many_commits_take_no_more_than_those_of_many_tokens():
+    """Each keeps what every slot holds: with short segments that is most of it."""
+    rules = PaceConfig.from_sources({"bank_size": 64, "segment_size": 8}).rules()
+    most = 20_000
+    journal = Journal(most_tokens=most)
+    done = Committed(valid=64, filled=0, merged=[3], replaced=[], dropped=8, usage=[1000] * 64)
+    tracemalloc.start()
+    for i in range(4000):
+        again = replace(done, usage=[1000 + i] * 64)
+        piece = Progress(0, 0, 8, again, [0.1] * 8, [[0]] * 8)
+        journal.note(f"{i // 10}\nx", 1, i % 10 * 8, rules, piece, [(1, 0.5)] * 64)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert journal.report("399")[1]["tokens"]["low"] == 80
+    assert taken < 3 * 16 * most

@@ -52,6 +52,10 @@ def test_bad_settings(pace, sentence, checkpoint):
             {"kv_offloading_size": 1},
             "does not work with KV offloading: attention's blocks would come back",
         ),
+        (
+            {"kv_sharing_fast_prefill": True},
+            "does not work with fast prefill: layers that share caches compute the last tokens",
+        ),
         ({"runner": "pooling", "convert": "embed"}, "does not work with the pooling runner"),
     ],
 )
@@ -279,6 +283,16 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
         check_engine(config)
 
 
+def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
+    config = engine_config(checkpoint())
+    parallel = config.parallel_config
+    parallel.enable_expert_parallel = True
+    parallel.tensor_parallel_size = parallel.data_parallel_size = 2
+    assert parallel.use_sequence_parallel_moe
+    with pytest.raises(PaceConfigError, match="expert parallelism of shared tokens: each tensor"):
+        check_engine(config)
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value", "sentence"),
     [
@@ -287,6 +301,7 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
         ("parallel", "decode_context_parallel_size", 2, "context parallelism: a bank"),
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),
+        ("cache", "kv_sharing_fast_prefill", True, "fast prefill: layers that share caches"),
     ],
 )
 def test_features_this_machine_cannot_start(part, field, value, sentence, checkpoint):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
 from pacellm_vllm.memory import layer
@@ -40,6 +41,37 @@ def test_metadata_that_names_no_bank_is_an_error_and_not_a_profiling_run(metadat
     assert message.startswith(f"pacellm: vLLM ran {NAME} with attention metadata of type ")
     assert type(metadata).__name__ in message
     assert "\n" not in message
+
+
+def test_a_graph_piece_is_refused(monkeypatch):
+    memory = SimpleNamespace()
+    context = SimpleNamespace(
+        no_compile_layers={NAME: memory},
+        attn_metadata=None,
+        cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    a = SimpleNamespace(is_cuda=True)
+    with (
+        override_forward_context(context),
+        pytest.raises(RuntimeError, match="sees no requests; pass --enforce-eager"),
+    ):
+        layer._memory_op(a, None, NAME)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_layer_that_is_given_some_of_the_tokens_only_is_an_error(rows):
+    """As mixtures of experts are whose ranks share tokens out; padding is more rows, not fewer."""
+    ran = []
+    memory = SimpleNamespace(prefix=NAME, _run_plain=lambda *args: ran.append(args))
+    metadata = SimpleNamespace(device=None, plain=SimpleNamespace(num_tokens=3))
+    a = torch.randn(rows, 8)
+    if rows == 3:
+        PaceMemory.run(memory, a, a, metadata)
+        assert ran
+    else:
+        with pytest.raises(RuntimeError, match="was given 2 of the step's 3 tokens"):
+            PaceMemory.run(memory, a, a, metadata)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["the whole", "a part"])

@@ -46,7 +46,7 @@ def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=
     )
 
 
-def make_manager(blocks, caching, drafts=0, groups=1, events=False, **sizes):
+def make_manager(blocks, caching, drafts=0, groups=1, events=False, watermark=0.0, **sizes):
     kv_cache_utils.init_none_hash(sha256)
     attention = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
@@ -73,6 +73,7 @@ def make_manager(blocks, caching, drafts=0, groups=1, events=False, **sizes):
         hash_block_size=BLOCK,
         enable_caching=caching,
         enable_kv_cache_events=events,
+        watermark=watermark,
     )
 
 
@@ -232,6 +233,30 @@ def test_copies_made_in_this_step_are_found_in_the_next():
         manager.free(request)
     manager.new_step_starts()
     assert all(block.ref_cnt == 0 for block in manager.block_pool.blocks if not block.is_null)
+
+
+@pytest.mark.parametrize("spare", range(0, 60, 10))
+def test_copies_keep_no_request_waiting_behind_the_watermark(spare):
+    layout, tokens = bank_spec().layout, 8 * SEGMENT
+    need = tokens // BLOCK + layout.pages_for(tokens)
+    blocks = 1 + need + 20 + spare
+    manager = make_manager(blocks, caching=True, watermark=20 / blocks)
+    assert manager.watermark_blocks == 20
+    request = make_request("r", list(range(tokens)), caching=True)
+    manager.new_step_starts()
+    assert manager.allocate_slots(request, tokens, has_scheduled_reqs=True) is not None
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_streamed_requests_are_counted(caching):
+    manager = make_manager(400, caching)
+    ours = manager.coordinator.single_type_managers[BANK]
+    requests = [make_request(name, [1] * 99, caching, resumable=name != "c") for name in "abc"]
+    for request in requests:
+        manager.allocate_slots(request, 99)
+    assert ours.counts().sessions == 2
+    manager.free(requests[0])
+    assert ours.counts().sessions == 1
 
 
 def test_copies_of_a_forward_that_never_ran_are_not_found():

@@ -66,6 +66,7 @@ from pacellm_vllm.compat.requests import (
     prepare_requests,
 )
 from pacellm_vllm.compat.scheduler import (
+    blocks_kept_free,
     count_cached_tokens_without,
     groups_in_hand,
     hash_turns_by_their_own,
@@ -81,4 +82,9 @@ from pacellm_vllm.compat.server import (
     engine_ranks,
     metrics_registry,
 )
-from pacellm_vllm.compat.step import layer_in_step, metadata_of_step, rows_of_requests
+from pacellm_vllm.compat.step import (
+    in_graph_piece,
+    layer_in_step,
+    metadata_of_step,
+    rows_of_requests,
+)

@@ -105,7 +105,7 @@ def _taken(original: Callable[..., Any], core: EngineCore, request: EngineCoreRe
     pool = manager.block_pool if manager else None
     if core.request_block_hasher and pool in _keyed_pools:
         key_hashes_of(core.request_block_hasher)
-    if pool in _checks:
+    if pool is not None and pool in _checks:
         try:
             _checks[pool](request)
         except ValueError as error:

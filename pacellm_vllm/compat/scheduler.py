@@ -59,6 +59,20 @@ def groups_in_hand() -> int:
     return len(_managers(held[0])) if held else 2
 
 
+def blocks_kept_free() -> int:
+    """Blocks that must stay free where the request in hand is placed: if it waits, a watermark.
+
+    Symptom: managers are not told of it, and one that takes more than it must for a request keeps
+    that request waiting.
+    Can go when managers are told how much they may take.
+    """
+    from vllm.v1.request import RequestStatus
+
+    held = _in_hand.get()
+    waits = held and held[1].status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+    return held[0].watermark_blocks if held and waits else 0
+
+
 def managers_of(core: EngineCore) -> Sequence[SingleTypeKVCacheManager]:
     """Of all KV cache groups of an engine, one each.
 

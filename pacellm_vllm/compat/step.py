@@ -31,6 +31,20 @@ def metadata_of_step() -> Any:
     return get_forward_context().attn_metadata
 
 
+def in_graph_piece() -> bool:
+    """Whether what runs is being captured as a piece of a model, by the stream of this device.
+
+    Symptom: vLLM cuts models at operators that it is told of, but not within other operators, and
+    what is inside one is captured with the metadata of a step that has no requests.
+    Can go when an operator within another one is cut out as well.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    mode = get_forward_context().cudagraph_runtime_mode
+    return mode == CUDAGraphMode.PIECEWISE and torch.cuda.is_current_stream_capturing()
+
+
 def rows_of_requests(rows: int) -> torch.Tensor | None:
     """Which of a step's rows are tokens of requests, [rows] bool on the device, and not padding.
 

@@ -34,7 +34,8 @@ _UNKNOWN = -1
 class Journal:
     """Answers by key, an id that its request knows and behind a newline what makes it unique.
 
-    At most ``most_tokens`` tokens, counted once a layer, and ``most_answers`` answers are kept.
+    At most ``most_tokens`` tokens, counted once a layer and two more for each slot of a commit,
+    and ``most_answers`` answers are kept.
     """
 
     def __init__(self, most_tokens: int = MOST_TOKENS, most_answers: int = MOST_ANSWERS) -> None:
@@ -123,9 +124,9 @@ class Answer:
     experts: "dict[int, LayerExperts]" = field(default_factory=dict)
 
     def size(self) -> int:
-        """In tokens, counted once a layer."""
-        memory = sum(len(layer) for layer in self.memory.values())
-        return memory + sum(len(layer) for layer in self.experts.values())
+        """In tokens, by how much memory it takes."""
+        memory = sum(layer.size() for layer in self.memory.values())
+        return memory + sum(layer.size() for layer in self.experts.values())
 
 
 class LayerAnswer:
@@ -142,13 +143,18 @@ class LayerAnswer:
         self._slot = array("h")
         self._source = array("i")
         # After each commit: where it was, what it did, and each slot's source and merges.
-        self._commits: list[tuple[int, Committed, list[int], list[int]]] = []
+        self._commits: list[tuple[int, Committed, array[int], array[int]]] = []
+        self._slots_kept = 0
         # After the last one: each slot's nearest other one.
         self._nearest: Sequence[tuple[int, float]] = ()
         self._rules: MemoryRules | None = None
 
     def __len__(self) -> int:
         return len(self._kinds)
+
+    def size(self) -> int:
+        """In tokens, by how much memory it takes: a slot of a commit is two of them."""
+        return len(self) + 2 * self._slots_kept
 
     def read(
         self,
@@ -157,8 +163,8 @@ class LayerAnswer:
         progress: Progress,
         nearest: Sequence[tuple[int, float]],
     ) -> int:
-        """Returns how many tokens more than before are held."""
-        before = len(self)
+        """Returns how much :meth:`size` has grown."""
+        before = self.size()
         self._rules = rules
         self._go_to(position, "c")
         sources, _ = self._slots()
@@ -174,14 +180,14 @@ class LayerAnswer:
         if progress.committed is not None:
             self._commit(progress.committed, rules)
             self._nearest = nearest
-        return len(self) - before
+        return self.size() - before
 
     def pass_by(self, position: int, count: int) -> int:
         """Tokens without a bank; returns as :meth:`read`."""
-        before = len(self)
+        before = self.size()
         self._go_to(position, "c")
         self._go_to(position + count, "n")
-        return len(self) - before
+        return self.size() - before
 
     def summary(self) -> dict[str, Any]:
         """``tokens`` by kind, number of ``commits``, of ``slots`` in use, and the ``settings`` that
@@ -250,8 +256,8 @@ class LayerAnswer:
             ],
         }
 
-    def _slots(self) -> tuple[list[int], list[int]]:
-        return self._commits[-1][2:] if self._commits else ([], [])
+    def _slots(self) -> "tuple[array[int], array[int]]":
+        return self._commits[-1][2:] if self._commits else (array("i"), array("i"))
 
     def _go_to(self, position: int, letter: str) -> None:
         """Forget what was read from ``position`` on (a request preempted begins anew), or say of
@@ -262,7 +268,7 @@ class LayerAnswer:
             for column in (self._kinds, self._similarity, self._slot, self._source):
                 del column[position:]
             while self._commits and self._commits[-1][0] > position:
-                self._commits.pop()
+                self._slots_kept -= self._commits.pop()[1].valid
                 self._nearest = [(_UNKNOWN, 0.0)] * len(self._slots()[0])
         elif missing:
             self._kinds.extend(letter.encode() * missing)
@@ -273,16 +279,17 @@ class LayerAnswer:
     def _commit(self, done: Committed, rules: MemoryRules) -> None:
         end = len(self)
         asked = (at for at in range(end - rules.segment_size, end) if chr(self._kinds[at]) in "le")
-        sources, merges = map(list, self._slots())
+        sources, merges = (column[:] for column in self._slots())
         # Of a bank from the prefix cache it is not known here whose tokens it holds.
         unknown = done.valid - len(sources)
-        sources += [_UNKNOWN] * unknown
-        merges += [0] * unknown
+        sources.extend([_UNKNOWN] * unknown)
+        merges.extend([0] * unknown)
         for slot in done.merged:
             merges[slot] += 1
         for slot in _in_order(done):
-            sources[slot], merges[slot] = next(asked), 0
+            sources[slot], merges[slot] = next(asked, _UNKNOWN), 0
         self._commits.append((end, done, sources, merges))
+        self._slots_kept += done.valid
 
 
 class LayerExperts:
@@ -294,18 +301,18 @@ class LayerExperts:
         self._bits = bytearray()
         self._width = -(-num_experts // 8)
 
-    def __len__(self) -> int:
-        """In tokens of a :class:`LayerAnswer`, by how much memory they take."""
+    def size(self) -> int:
+        """In tokens of a :class:`LayerAnswer`, by how much memory it takes."""
         return -(-len(self._bits) // 16)
 
     def read(self, position: int, chosen: torch.Tensor) -> int:
         """As :meth:`LayerAnswer.read`, ``chosen`` [n, K] bool."""
-        before = len(self)
+        before = self.size()
         begin = position * self._width
         del self._bits[begin:]
         self._bits.extend(bytes(begin - len(self._bits)))
         self._bits.extend(np.packbits(chosen.numpy(), axis=1).tobytes())
-        return len(self) - before
+        return self.size() - before
 
     def report(self) -> dict[str, Any]:
         """``num_experts``; ``tokens`` that computed each; ``chosen``, hexadecimal digits, as many
@@ -330,6 +337,7 @@ def _kind(mean_top: float, rules: MemoryRules) -> str:
         return "u"
     if mean_top == float("-inf"):
         return "e"
-    if mean_top > rules.theta_high:
+    theta_low, theta_high = rules.thresholds
+    if mean_top > theta_high:
         return "h"
-    return "m" if mean_top > rules.theta_low else "l"
+    return "m" if mean_top > theta_low else "l"

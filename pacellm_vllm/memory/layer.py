@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from pacellm_vllm.compat import (
     add_splitting_op,
     eager_in_graphs,
+    in_graph_piece,
     layer_in_step,
     layers_by_name,
     metadata_of_step,
@@ -95,7 +96,17 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         return out.view(a.shape)
 
     def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
-        """Advance every request's bank by its tokens of this step."""
+        """Advance every request's bank by its tokens of this step.
+
+        ``RuntimeError`` where ``a`` has fewer rows than the step has tokens.
+        """
+        step = metadata.device or metadata.plain
+        assert step is not None
+        if step.num_tokens > len(a):
+            raise RuntimeError(
+                f"pacellm: {self.prefix} was given {len(a)} of the step's {step.num_tokens} "
+                "tokens, and cannot tell which; serve the model without pacellm."
+            )
         if metadata.device is not None:
             self._run_kernels(a, out, metadata.device)
         else:
@@ -190,6 +201,11 @@ def note_experts(layer: int, chosen: torch.Tensor) -> None:
 def _memory_op(a: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     layer, metadata = layer_in_step(layer_name), metadata_of_step()
     layer.was_called = True
+    if a.is_cuda and in_graph_piece():
+        raise RuntimeError(
+            f"pacellm: {layer_name} would be captured in a CUDA graph together with other layers, "
+            "where it sees no requests; pass --enforce-eager."
+        )
     layer.check_whole(a)
     # None is all a profiling run has: no pages exist yet.
     if metadata is None:

@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 from pacellm_vllm.compat import (
     add_block_hash_key,
     add_engine_method,
+    blocks_kept_free,
     check_taken_requests,
     copy_blocks_before_forward,
     count_cached_tokens_without,
@@ -224,7 +225,7 @@ class PagedBankManager(CircularBufferManager):
             return need
         planned = self._worth_copying(total_computed_tokens, num_tokens_main_model)
         if planned:
-            spare -= self._reserved_for_others(request_id)
+            spare -= self._reserved_for_others(request_id) + blocks_kept_free()
             while planned and spare < self._pages_of(planned):
                 planned.pop()
             self._planned_copies[request_id] = planned
@@ -249,6 +250,8 @@ class PagedBankManager(CircularBufferManager):
     ) -> list[KVCacheBlock]:
         """Place a request: its pages, the snapshot it hit copied into them, pages for copies."""
         held = self.req_to_blocks[request_id]
+        if request := request_in_hand():
+            self._requests[request_id] = request
         before = len(held)
         if self._holds_no_bank(request_id):
             if not held:
@@ -292,8 +295,7 @@ class PagedBankManager(CircularBufferManager):
         raise NotImplementedError(of_request(sentence, request_id))
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Remember the request: banks are cached when a step has made copies, or a request ends."""
-        self._requests[request.request_id] = request
+        """Nothing yet: banks are cached when a step has made copies, or a request ends."""
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """What a request held, after its copies and its own bank were left in the cache."""
@@ -375,6 +377,9 @@ class PagedBankManager(CircularBufferManager):
         if self._grid is None or not self.enable_caching or request is None:
             return []
         if not takes_copies(num_tokens - computed):
+            return []
+        if self._layout.drafts and computed >= request.num_prompt_tokens:
+            # Drafts may be among its tokens, and then ``cut_pieces`` copies nothing.
             return []
         hashes = request.block_hashes
         known = min(self._cache.hashed_tokens(hashes), request.num_prompt_tokens)

@@ -231,6 +231,16 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             vllm_config.kv_transfer_config is not None,
             "tokens computed elsewhere carry no memory; drop --kv-transfer-config",
         ),
+        "expert parallelism of shared tokens": (
+            parallel.use_sequence_parallel_moe,
+            "each tensor parallel rank computes some of the tokens only, and its banks need all; "
+            "drop --enable-expert-parallel, or serve without data parallelism",
+        ),
+        "fast prefill": (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "layers that share caches compute the last tokens of a prompt only, and banks need "
+            "all; drop --kv-sharing-fast-prefill",
+        ),
         # vLLM turns it into a KV transfer after this check.
         "KV offloading": (
             vllm_config.cache_config.kv_offloading_size is not None,

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+
+import numpy as np
 
 
 class UpdateRule(Enum):
@@ -37,3 +40,8 @@ class MemoryRules:
 
     high_weight = 1.0
     mid_weight = 0.5
+
+    @cached_property
+    def thresholds(self) -> tuple[float, float]:
+        """``theta_low`` and ``theta_high`` as in float32, which is how tensors are compared."""
+        return float(np.float32(self.theta_low)), float(np.float32(self.theta_high))

@@ -117,9 +117,10 @@ def _advance(
     valid, mids, lows = counts
     segment, offset = divmod(position, rules.segment_size)
     _enhance(store, a, out, found, rules)
-    high = found.mean_top > rules.theta_high
-    low = found.mean_top <= rules.theta_low
-    mid = rules.theta_low < found.mean_top <= rules.theta_high
+    theta_low, theta_high = rules.thresholds
+    high = found.mean_top > theta_high
+    low = found.mean_top <= theta_low
+    mid = theta_low < found.mean_top <= theta_high
     paper = rules.update is UpdateRule.PAPER
 
     if low:
