@@ -68,11 +68,20 @@ def _add_inspect(commands: Any) -> None:
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     # vLLM takes seconds to import: not for --help or a typo.
     from pacellm_vllm.platform import check_platform
-    from pacellm_vllm.serving.command import all_plugins, run_vllm, serve_arguments, shown
+    from pacellm_vllm.serving.command import (
+        all_plugins,
+        check_plugins,
+        run_vllm,
+        serve_arguments,
+        shown,
+    )
 
     arguments = serve_arguments(args.model, settings_of(args), rest)
     check_platform()
-    plugins = None if "VLLM_PLUGINS" in os.environ else all_plugins()
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        check_plugins(named)
+    plugins = all_plugins() if named is None else None
     print(shown(arguments, plugins), flush=True)
     if plugins:
         os.environ["VLLM_PLUGINS"] = plugins

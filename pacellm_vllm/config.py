@@ -6,9 +6,8 @@ Read from the checkpoint's ``config.json`` key ``"pacellm"``, then from vLLM's
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,6 +22,9 @@ from pacellm_vllm import CONFIG_KEY as CONFIG_KEY
 from pacellm_vllm.experts.settings import ExpertsConfig, merge_experts
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 from pacellm_vllm.sentences import first_mistake, not_allowed
+
+if TYPE_CHECKING:
+    import torch
 
 Preset = Literal["gentle", "official", "paper"]
 Site = Literal["auto", "activation", "output"]
@@ -233,8 +235,10 @@ class PaceConfig(BaseModel):
         """The same with its ``site`` decided."""
         return self.model_copy(update={"site": site})
 
-    def stored_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+    def stored_dtype(self, model_dtype: "torch.dtype") -> "torch.dtype":
         """The dtype a bank's slots are stored in."""
+        import torch
+
         return model_dtype if self.bank_dtype == "auto" else torch.float32
 
     def rules(self) -> MemoryRules:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,23 @@ def test_wrong_requests_are_refused_in_one_sentence(settings, rest, sentence, ch
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("text", ["a: [", "8000", "- port", "caf\xe9: \xff"])
+def test_a_file_of_flags_that_is_none_is_refused(text, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(PaceConfigError, match="is not YAML with a flag on each line"):
+        command.serve_arguments("model", {}, ["--config", str(file)])
+
+
+@pytest.mark.parametrize("named", ["", "other", "pacellm_cpu,pacellm_http"])
+def test_plugins_that_leave_memory_out_are_refused(named, checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", named)
+    monkeypatch.setattr(vllm_cli, "main", lambda: pytest.fail("vLLM was started"))
+    assert cli.main(["serve", str(checkpoint())]) == 2
+    assert "keeps vLLM from loading this package; unset it" in capsys.readouterr().err
+    command.check_plugins("other,pacellm")
+
+
 def test_a_model_without_memory_is_refused(tmp_path, capsys):
     config = {"model_type": "zamba2", "architectures": ["Zamba2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -146,6 +164,15 @@ def test_every_setting_can_be_given_as_a_flag(checkpoint):
     given = settings_of(parser.parse_args(list(map(str, words))))
     assert PaceConfig.from_sources(given) == settings
     assert len(given) == len(PaceConfig.model_fields) - 1
+
+
+def test_help_does_not_wait_for_vllm():
+    script = "import sys, pacellm_vllm.cli; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "pydantic" in done.stdout.split()
+    assert {"vllm", "torch", "sklearn", "transformers"}.isdisjoint(done.stdout.split())
 
 
 def test_no_flag_of_ours_hides_one_of_vllms():

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from pacellm_vllm.compat import checkpoint_config, close, config_of
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
@@ -149,6 +151,7 @@ def offline_engine(
     """A ``vllm.LLM`` of ``model`` with memory as in ``{"pacellm": memory}``, or without any.
 
     ``arguments`` are its other arguments. It is taken down at the end, so the next can start.
+    Raises ``EvalError`` for what vLLM, or this package in it, refuses.
     """
     from vllm import LLM
 
@@ -163,11 +166,23 @@ def offline_engine(
     named = base if memory is None else pace
     overrides = {**given.pop("hf_overrides", {}), "architectures": [named]}
     check_platform()
-    llm = LLM(model=model, hf_overrides=overrides, **given)
+    try:
+        llm = LLM(model=model, hf_overrides=overrides, **given)
+    except ValidationError as error:
+        # As vLLM's own configuration wraps what is wrong with it, a sentence of ours too.
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        ours = "" if said.startswith("pacellm: ") else "pacellm: the engine cannot be made: "
+        raise EvalError(ours + said) from None
     try:
         yield llm
     finally:
         close(llm)
+
+
+def check_settings(model: str, settings: Sequence[Setting], engine: Mapping[str, Any]) -> None:
+    """Raise ``PaceConfigError`` for a setting that ``model`` cannot be served with."""
+    for setting in settings:
+        expected_config(model, setting.memory, bool(engine.get("trust_remote_code", False)))
 
 
 def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str | None]:
@@ -179,13 +194,18 @@ def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str
     return base, pace_architecture(named)
 
 
-def expected_config(model: str, memory: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What an engine of ``model`` with ``{"pacellm": memory}`` says its configuration is."""
+def expected_config(
+    model: str, memory: Mapping[str, Any] | None, trust_remote_code: bool = False
+) -> dict[str, Any] | None:
+    """What an engine of ``model`` with ``{"pacellm": memory}`` says its configuration is.
+
+    Raises ``PaceConfigError`` for one that it would refuse.
+    """
     from pacellm_vllm.models.settings import as_json, beside_checkpoint
 
     if memory is None:
         return None
-    config = checkpoint_config(model)
+    config = checkpoint_config(model, trust_remote_code)
     stored = beside_checkpoint(getattr(config, CONFIG_KEY, None), model)
     layers = config.get_text_config().num_hidden_layers
     return as_json(PaceConfig.from_sources(stored, memory), layers)

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def add_engine(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def guarded(run: Callable[[argparse.Namespace], int | None], command: str) -> Callable[..., int]:
-    """``run(args, rest)`` of ``command``: 2, and one sentence, for what was asked wrongly."""
+    """``run(args, rest)`` of ``command``: 2, and one sentence, for what was asked wrongly.
+
+    3, and where it came from, for errors that nobody foresaw.
+    """
 
     def run_guarded(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
         if rest:
@@ -46,6 +50,9 @@ def guarded(run: Callable[[argparse.Namespace], int | None], command: str) -> Ca
         except (EvalError, PaceConfigError) as error:
             print(error, file=sys.stderr)
             return 2
+        except Exception:
+            traceback.print_exc()
+            return 3
 
     return run_guarded
 
@@ -102,6 +109,29 @@ def given(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The JSON object of flag ``--name``, empty without one."""
     text = getattr(args, name)
     return parse_object(text, f"--{name}") if text else {}
+
+
+def positions(model: str, engine: Mapping[str, Any]) -> int | None:
+    """How many tokens an engine of ``model`` has room for, if that is said anywhere."""
+    from pacellm_vllm.compat import checkpoint_config
+
+    if "max_model_len" in engine:
+        return int(engine["max_model_len"])
+    name = "max_position_embeddings"
+    overrides = engine.get("hf_overrides") or {}
+    config = checkpoint_config(model, bool(engine.get("trust_remote_code", False)))
+    found = overrides.get(name, getattr(config.get_text_config(), name, None))
+    return None if found is None else int(found)
+
+
+def require_room(model: str, engine: Mapping[str, Any], tokens: int, what: str) -> None:
+    """``EvalError`` where ``what``, of so many ``tokens`` with its answer, is too long."""
+    room = positions(model, engine)
+    if room is not None and tokens > room:
+        raise EvalError(
+            f"pacellm: {what} needs {tokens} tokens with its answer, and this engine has room for "
+            f"{room}; ask for less, or raise max_model_len in --engine if the model goes that far."
+        )
 
 
 def servers_of(urls: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:

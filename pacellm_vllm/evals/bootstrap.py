@@ -8,6 +8,8 @@ from scipy.stats import bootstrap
 
 RESAMPLES = 10_000
 
+# Fewer items have intervals that are too narrow: of one item it is a point.
+FEWEST = 10
 # How much lower an interval may reach for "no worse": 0.6 points of 100.
 NO_WORSE = -0.006
 
@@ -23,13 +25,15 @@ class Difference:
 
     @property
     def better(self) -> bool:
-        return self.low > 0
+        return self.low > 0 and self.items >= FEWEST
 
     @property
     def verdict(self) -> str:
         """What the interval allows to say, for scores from 0 to 1."""
         if self.mean == self.low == self.high == 0:
             return "equal on every item"
+        if self.items < FEWEST:
+            return "too few items"
         if self.better:
             return "better"
         if self.high < 0:
@@ -54,20 +58,24 @@ def grouped_difference(
 ) -> Difference:
     """``paired_difference`` of several tasks: the mean of their means, or of all their items.
 
-    Each task's items are resampled among themselves.
+    Each task's items are resampled among themselves; where a task has fewer than ``FEWEST``, all
+    items together, which is as wide or wider.
     """
     total = sum(len(a) for a, _ in pairs)
     rng = np.random.default_rng(seed)
-    mean, means = 0.0, np.zeros(RESAMPLES)
+    # What an item adds to the mean of its task's resamples.
+    parts = []
     for a, b in pairs:
         if len(a) != len(b) or not len(a):
             raise ValueError(
                 f"paired scores of the same items are needed, got {len(a)} and {len(b)}"
             )
         share = len(a) / total if by_size else 1 / len(pairs)
-        differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-        mean += share * float(differences.mean())
-        means += share * _resampled_means(differences, rng)
+        parts.append(share * (np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)))
+    mean = sum(float(part.mean()) for part in parts)
+    if min(map(len, parts)) < FEWEST:
+        parts = [np.concatenate([part * (total / len(part)) for part in parts])]
+    means = sum(_resampled_means(part, rng) for part in parts)
     low, high = np.quantile(means, [0.025, 0.975])
     return Difference(mean, float(low), float(high), total)
 

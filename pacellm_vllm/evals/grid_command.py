@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.evals.arguments import add_model, at_least, given, list_of, read_tokenizer
+from pacellm_vllm.evals.arguments import (
+    add_model,
+    at_least,
+    given,
+    list_of,
+    read_tokenizer,
+    require_room,
+)
 from pacellm_vllm.evals.records import Records
 from pacellm_vllm.evals.settings import Setting
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
     add_model(parser, batch=8)
-    parser.add_argument("--lengths", type=list_of(int, 1), default=(4096, 8192, 16384, 32768))
+    parser.add_argument("--lengths", type=list_of(int, 1), default=(4096, 8192, 16384, 32000))
     parser.add_argument("--depths", type=list_of(float, 0, 100), default=(0, 25, 50, 75, 100))
     parser.add_argument("--samples", type=at_least(1), default=5, help="items per cell (5)")
     parser.add_argument("--needles", type=at_least(1), default=1, help="one is asked for (1)")
@@ -29,9 +36,13 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def started(
-    args: argparse.Namespace, settings: Sequence[Setting]
+    args: argparse.Namespace, settings: Sequence[Setting], **more: Any
 ) -> Iterator[tuple[Any, Any, Records, dict[str, Any]]]:
-    """The grid, the tokenizer, the results so far and what they were measured with."""
+    """The grid, the tokenizer, the results so far and what they were measured with.
+
+    ``more`` is part of the latter.
+    """
+    from pacellm_vllm.evals.answers import check_settings
     from pacellm_vllm.evals.niah import Grid
 
     # Before a model is loaded: pictures come last and must not be what fails.
@@ -58,8 +69,10 @@ def started(
         "configs": {setting.name: setting.memory for setting in settings},
         "engine": given(args, "engine"),
         "server": bool(getattr(args, "base_url", None)),
+        **more,
     }
     tokenizer = read_tokenizer(args.model)
+    check_settings(args.model, settings, described["engine"])
     if grid.chat:
         require_chat_template(tokenizer)
     with Records(args.out / "items.jsonl", described) as records:
@@ -80,6 +93,10 @@ def measure(
 
     total = len(grid.lengths) * len(grid.depths) * grid.samples
     engine = given(args, "engine")
+    longest = max(grid.lengths)
+    if not servers:
+        what = f"a prompt of {longest} tokens (--lengths)"
+        require_room(args.model, engine, longest + grid.max_tokens, what)
     engine.setdefault("max_model_len", max(grid.lengths) + grid.max_tokens)
     engine.setdefault("seed", args.seed)
     for setting in settings:

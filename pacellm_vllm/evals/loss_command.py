@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.evals.arguments import (
     add_config_names,
     add_model,
     at_least,
     given,
     read_tokenizer,
+    require_room,
 )
 from pacellm_vllm.evals.records import Records
 from pacellm_vllm.evals.settings import parse_settings
@@ -37,7 +37,7 @@ def add_parser(kinds: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pacellm_vllm.evals.answers import Offline, offline_engine
+    from pacellm_vllm.evals.answers import Offline, expected_config, offline_engine
     from pacellm_vllm.evals.loss import as_markdown, measure, ranges, read_texts, write_report
     from pacellm_vllm.evals.plots import require_matplotlib
 
@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
         "configs": {setting.name: setting.memory for setting in settings},
         "engine": given(args, "engine"),
     }
-    engine = {"max_model_len": args.tokens + 1, "seed": args.seed, **given(args, "engine")}
-    segments = [
-        PaceConfig.from_sources(setting.memory).segment_size
-        for setting in settings
-        if setting.memory is not None
-    ]
-    positions = ranges(args.tokens, args.step, min(segments, default=args.tokens))
+    trusted = bool(described["engine"].get("trust_remote_code", False))
+    served = [expected_config(args.model, setting.memory, trusted) for setting in settings]
+    # Experts act from the first token on, memory from its second segment on.
+    acts = [one["segment_size"] if one["layers"] else 0 for one in served if one]
+    positions = ranges(args.tokens, args.step, min(acts, default=args.tokens))
+    require_room(args.model, described["engine"], args.tokens + 1, "a text (--tokens)")
+    engine = {"max_model_len": args.tokens + 1, "seed": args.seed, **described["engine"]}
     with Records(args.out / "items.jsonl", described) as records:
         for setting in settings:
             if all((setting.name, text.id) in records.done for text in texts):

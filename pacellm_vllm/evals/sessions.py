@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pacellm_vllm.evals.answers import Offline
 from pacellm_vllm.evals.niah import Grid, Item, Needle, draw_needles, haystack, prompt_of, result
-from pacellm_vllm.evals.records import Records
+from pacellm_vllm.evals.records import EvalError, Records
 
 # The question alone; behind as much of the text as the window holds; in the text's session.
 ARMS = ("alone", "window", "session")
@@ -77,6 +77,12 @@ def run_sessions(
 
 def _ask(grid: Grid, told: Told, answerer: Offline, records: Records, piece: int) -> None:
     window = answerer.max_model_len - grid.max_tokens - max(map(len, told.questions))
+    if window < 1 or piece >= answerer.max_model_len:
+        raise EvalError(
+            f"pacellm: this engine has room for {answerer.max_model_len} tokens, which is no text "
+            f"beside a question and its answer, or no --piece of {piece}; raise max_model_len in "
+            "--engine, or feed smaller pieces."
+        )
     name = f"{grid.seed}/{told.length}/{told.sample}"
     for arm in ARMS:
         missing = [d for d in grid.depths if (arm, told.id(d)) not in records.done]

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if args.needles != 1:
         raise EvalError("pacellm: --needles: sessions hide one needle at each depth; drop it.")
     memory = {"layers": [], "session_tokens": 2 * max(args.lengths), **given(args, "memory")}
-    with started(args, [Setting("session", memory)]) as (grid, tokenizer, records, described):
+    setting = Setting("session", memory)
+    with started(args, [setting], piece=args.piece) as (grid, tokenizer, records, described):
         engine = given(args, "engine")
         engine.setdefault("seed", args.seed)
         with offline_engine(args.model, memory, engine) as llm:

@@ -66,8 +66,8 @@ def _named(name: str, shared: Mapping[str, Any]) -> dict[str, Any] | None:
         return with_experts
     if experts:
         return {"preset": preset, "layers": shared.get("layers", "auto"), **with_experts}
-    # A preset by name is memory alone.
-    return {"preset": preset, **({"experts": None} if "experts" in shared else {})}
+    # A preset by name is memory alone, whatever a clustered checkpoint says of itself.
+    return {"preset": preset, "experts": None}
 
 
 def parse_object(text: str, flag: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pacellm_vllm.evals.arguments import (
     at_least,
     given,
     list_of,
+    positions,
     read_tokenizer,
     servers_of,
 )
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         data = DataDirectory(args.data)
         stay_offline()
 
-    from pacellm_vllm.evals.answers import answering
+    from pacellm_vllm.evals.answers import answering, check_settings
     from pacellm_vllm.evals.prompts import require_chat_template
     from pacellm_vllm.evals.protocol import Ask, plan
     from pacellm_vllm.evals.suite import load, longest_generation, missing, run_tasks
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from pacellm_vllm.evals.tasks import Library
 
     tokenizer = read_tokenizer(args.model)
+    check_settings(args.model, settings, given(args, "engine"))
     library = Library(tasks, args.model, data, args.lengths)
     ask = Ask("", args.max_length, chat, args.num_fewshot)
     asks, categories = plan(library, tasks, args.protocol, ask)
@@ -112,9 +114,8 @@ def run(args: argparse.Namespace) -> int:
     engine.setdefault("seed", args.seed)
     longest = [ask.max_length for ask in asks if ask.max_length is not None]
     if len(longest) == len(asks):
-        positions = _positions(args.model, engine)
         wanted = max(longest) + longest_generation(loaded) + _TEMPLATE_ROOM
-        engine.setdefault("max_model_len", min(positions or wanted, wanted))
+        engine.setdefault("max_model_len", min(positions(args.model, engine) or wanted, wanted))
     described = {
         "versions": {
             "pacellm-vllm": __version__,
@@ -161,15 +162,3 @@ def _refuse_choices(loaded: Any) -> None:
                 f"pacellm: {task.ask.task} scores given answers, which chat completions cannot; "
                 "ask with --route completions."
             )
-
-
-def _positions(model: str, engine: dict[str, Any]) -> int | None:
-    """Positions that the model has, as its configuration or the engine's arguments say."""
-    from pacellm_vllm.compat import checkpoint_config
-
-    name = "max_position_embeddings"
-    overrides = engine.get("hf_overrides") or {}
-    trusted = bool(engine.get("trust_remote_code", False))
-    config = checkpoint_config(model, trusted).get_text_config()
-    found = overrides.get(name, getattr(config, name, None))
-    return None if found is None else int(found)

@@ -4,15 +4,10 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pacellm_vllm.experts.errors import ExpertsError
-from pacellm_vllm.experts.settings import ClusterSettings
-from pacellm_vllm.models.table import experts_architecture
-
-# Repeated here: torch and scikit-learn take seconds to import, not for --help or a typo.
-FEATURES = ("gate", "gate_up", "activations")
-ASSIGNMENTS = ("auto", "flow", "swaps")
+from pacellm_vllm.experts.settings import Assignment, ClusterSettings, Features
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -33,7 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--features",
-        choices=FEATURES,
+        choices=get_args(Features),
         default="gate",
         help="what neurons are compared by: rows of the gate projection (default), of gate and "
         "up, or given activations",
@@ -46,7 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the first centres (0)")
     parser.add_argument(
         "--assignment",
-        choices=ASSIGNMENTS,
+        choices=get_args(Assignment),
         default="auto",
         help="exact (flow, needs OR-tools) or swaps; default: flow where installed",
     )
@@ -77,7 +72,9 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
     if rest:
         print(f"pacellm: unknown argument {rest[0]!r} of pacellm cluster.", file=sys.stderr)
         return 2
+    # vLLM, torch and scikit-learn take seconds to import: not for --help or a typo.
     from pacellm_vllm.experts.rewrite import cluster_checkpoint
+    from pacellm_vllm.models.table import experts_architecture
 
     settings = ClusterSettings(args.experts, args.features, args.seed, args.assignment)
     # An ordinary kill has to clean up as Ctrl-C does.

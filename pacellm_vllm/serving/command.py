@@ -72,6 +72,15 @@ def all_plugins() -> str:
     return ",".join(sorted(names | {"pacellm_http"}))
 
 
+def check_plugins(named: str) -> None:
+    """``PaceConfigError`` where a value of VLLM_PLUGINS leaves this package out."""
+    if "pacellm" not in named.split(","):
+        raise PaceConfigError(
+            f"pacellm: VLLM_PLUGINS = {named!r} keeps vLLM from loading this package; unset it, or "
+            f"make it {all_plugins()}."
+        )
+
+
 def run_vllm(arguments: Sequence[str]) -> None:
     """Run vLLM's command in this process, which has imported most of it already."""
     from vllm.entrypoints.cli.main import main
@@ -138,7 +147,16 @@ def _check_file(rest: Sequence[str]) -> None:
         path = Path(value or (words[i + 1] if i + 1 < len(words) else ""))
         if not path.is_file():
             raise PaceConfigError(f"pacellm: --config {str(path)!r} is not a file.")
-        names = {str(name).replace("_", "-") for name in yaml.safe_load(path.read_text()) or {}}
+        try:
+            found = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = None
+        if not isinstance(found, dict):
+            raise PaceConfigError(
+                f"pacellm: --config {str(path)!r} is not YAML with a flag on each line, such as "
+                "port: 8000."
+            )
+        names = {str(name).replace("_", "-") for name in found}
         for name in _MERGED:
             if name.removeprefix("--") in names:
                 raise PaceConfigError(

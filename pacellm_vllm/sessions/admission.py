@@ -38,10 +38,16 @@ def session_key(name: str, salt: str | None) -> bytes:
 
 def check_sessions(vllm_config: VllmConfig) -> None:
     """Raise ``PaceConfigError`` where an engine cannot keep sessions."""
+    parallel = vllm_config.parallel_config
     refusals = {
         "several API servers": (
             api_processes(vllm_config) > 1,
             "each would know its own requests only; pass --api-server-count 1",
+        ),
+        "a load balancer in front of several servers": (
+            parallel.data_parallel_size > 1
+            and (parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb),
+            "each would know its own requests only; let one server start all ranks",
         ),
         "no tokenizer": (
             vllm_config.model_config.skip_tokenizer_init,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
+from pacellm_vllm.evals.arguments import add_engine, given, guarded, positions, read_model
 from pacellm_vllm.evals.records import EvalError, version_of, write_whole
 from pacellm_vllm.flags import add_settings, settings_of
 
@@ -94,10 +94,27 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Token ids of plain English, of some segments each."""
+    """Token ids of plain English, of some segments each.
+
+    ``EvalError`` where there is no memory to verify, or no room for such texts.
+    """
     from pacellm_vllm.evals.text import sentences
+    from pacellm_vllm.verify.engines import ANSWER
 
     tokenizer, config = read_model(args)
+    if not config.layers:
+        raise EvalError(
+            "pacellm: no layer of this model has memory, so there is nothing to verify; give "
+            "--layers auto."
+        )
+    room = positions(args.model, given(args, "engine"))
+    longest = int(max(_LENGTHS) * config.segment_size)
+    if room is not None and longest + ANSWER + 1 > room:
+        fits = int((room - ANSWER - 1) / max(_LENGTHS))
+        raise EvalError(
+            f"pacellm: texts of several segments of {config.segment_size} tokens are longer than "
+            f"the {room} tokens that this engine has room for; give --segment-size {fits} or less."
+        )
     prompts: list[list[int]] = []
     for i, length in enumerate(_LENGTHS):
         wanted = int(length * config.segment_size)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -17,6 +17,8 @@ from pacellm_vllm.compat import config_of
 from pacellm_vllm.evals.answers import offline_engine
 from pacellm_vllm.memory.layer import memory_layers
 from pacellm_vllm.verify.replay import loud, recording
+
+T = TypeVar("T")
 
 ANSWER = 24
 # Nats by which a log-probability may move without a fault, in float32 and in half precision.
@@ -290,26 +292,33 @@ class Verification:
 
     def _varied(self, several: Mapping[str, Any], variant: Variant) -> None:
         with patch.dict(os.environ, variant.env):
-            said = self._ask_where_possible(variant.name, {**several, **variant.engine})
+            engine = {**several, **variant.engine}
+            said = self._where_possible(variant.name, engine, self._ask_prompts)
         if said:
             self._compare(variant.name, f"an answer depends on {variant.name}", said)
 
     def _backend(self, several: Mapping[str, Any], name: str) -> None:
         """Graphs against no graphs: two backends round differently."""
         name, engine = f"attention backend {name}", {**several, "attention_backend": name}
-        eager = self._ask_where_possible(name, engine)
-        graphs = eager and self._ask_where_possible(name, {**engine, "enforce_eager": False})
+        replayed = {**engine, "enforce_eager": False}
+        eager = self._where_possible(name, engine, self._ask_prompts)
+        graphs = eager and self._where_possible(name, replayed, self._ask_prompts)
         if graphs:
             blame = "an answer depends on whether graphs are replayed"
             self._compare(f"{name}, graphs", blame, graphs, truth=eager)
 
-    def _ask_where_possible(self, name: str, engine: Mapping[str, Any]) -> dict[str, Said] | None:
+    def _ask_prompts(self, llm: Any) -> dict[str, Said]:
+        return _ask_all(llm, self.prompts)
+
+    def _where_possible(
+        self, name: str, engine: Mapping[str, Any], ask: Callable[[Any], T]
+    ) -> T | None:
         """What an engine says; None, and a line in the table, where it cannot be made or fails."""
         verdict = "not reached"
         try:
             with self._open(engine) as llm:
                 verdict = "FAULT"
-                return _ask_all(llm, self.prompts)
+                return ask(llm)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             self._note(Check(name, verdict, reason[-1]))
@@ -318,11 +327,17 @@ class Verification:
     def _long(self, tokens: int) -> None:
         words = max(self.prompts, key=len)
         prompt = (words * (tokens // len(words) + 1))[:tokens]
-        with self._open({"max_model_len": tokens + ANSWER + 1, "max_num_seqs": 1}) as llm:
+        name = f"a request of {tokens} tokens"
+        engine = {"max_model_len": tokens + ANSWER + 1, "max_num_seqs": 1}
+
+        def ask(llm: Any) -> float:
             begun = time.perf_counter()
             _ask(llm, [prompt], None, prompt_logprobs=None)
-            took = time.perf_counter() - begun
-        self._note(Check(f"a request of {tokens} tokens", "answered", f"in {took:.1f} s"))
+            return time.perf_counter() - begun
+
+        took = self._where_possible(name, engine, ask)
+        if took is not None:
+            self._note(Check(name, "answered", f"in {took:.1f} s"))
 
     def _time(self, llm: Any) -> None:
         """Seconds of all requests with memory on and off, by turns."""

@@ -1,6 +1,6 @@
 """The plain truth: what a request's memory gives in one layer, in float64 and without pages.
 
-Nothing of ``ops`` is used: a fault there is to show.
+Of ``ops`` only the settings are used: a fault there is to show.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
 
 _FLOOR = 1e-8
 _MOST_SQUARE = 1e30
+# Of what tokens above theta_high recall, of what those below it do, and of these themselves.
+_HIGH, _MID = 1.0, 0.5
+_SELF = {UpdateRule.OFFICIAL: 0.0, UpdateRule.PAPER: 0.5}
 
 
 @dataclass
@@ -104,8 +107,8 @@ def _blend(
     if rules.negative_k and rules.noise:
         bottom = sims.sort(dim=1, stable=True).indices[:, : rules.negative_k]
         noise = rules.noise * mean_of(bottom)
-    high = rules.high_weight * recalled + noise
-    mid = rules.mid_weight * recalled + rules.mid_self_weight * x + noise
+    high = _HIGH * recalled + noise
+    mid = _MID * recalled + _SELF[rules.update] * x + noise
     found = torch.where((best > rules.theta_high)[:, None], high, mid)
     blended = (1 - rules.alpha) * x + rules.alpha * found
     return torch.where((best > rules.theta_low)[:, None], blended, x)

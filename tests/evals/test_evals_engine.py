@@ -55,6 +55,9 @@ def test_needles_of_a_session_and_again_after_an_interruption(tiny, tmp_path):
     (tmp_path / "items.jsonl").write_text("".join(lines[:-2]) + lines[-2][:9])
     assert main(words) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
+    # Pages would be cut elsewhere.
+    words[words.index("128")] = "96"
+    assert main(words) == 2
 
 
 def test_a_score_takes_from_the_prefix_cache_what_it_does_not_score(tiny):

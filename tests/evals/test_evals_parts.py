@@ -1,6 +1,7 @@
 """The pieces of an evaluation: intervals, records, items, scores, choices."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.evals.answers import expected_config
 from pacellm_vllm.evals.bootstrap import paired_difference
 from pacellm_vllm.evals.niah import Grid, exact_match, make_items
 from pacellm_vllm.evals.records import EvalError, Records
@@ -177,8 +179,8 @@ def test_a_length_too_short_for_its_needles_is_refused():
 def test_configurations_by_name_and_by_json():
     off, official, paper = parse_settings("off,official,paper", {"segment_size": 64})
     assert off == Setting("off", None)
-    assert official.memory == {"segment_size": 64, "preset": "official"}
-    assert paper.memory == {"segment_size": 64, "preset": "paper"}
+    assert official.memory == {"segment_size": 64, "preset": "official", "experts": None}
+    assert paper.memory == {"segment_size": 64, "preset": "paper", "experts": None}
     plain, mine = parse_settings('{"plain": null, "mine": {"alpha": 0.5}}', {"alpha": 0.1})
     assert (plain.memory, mine.memory) == (None, {"alpha": 0.5})
     with pytest.raises(EvalError, match="'offical' is not known"):
@@ -187,6 +189,60 @@ def test_configurations_by_name_and_by_json():
         parse_settings("off,off", {})
     with pytest.raises(PaceConfigError, match="alpha = 2"):
         parse_settings('{"mine": {"alpha": 2}}', {})
+
+
+def test_memory_alone_is_what_a_preset_names_on_a_clustered_checkpoint_too(tiny, tmp_path):
+    config = json.loads((Path(tiny) / "config.json").read_text())
+    config["pacellm"] = {"experts": {"path": "."}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    [gentle] = parse_settings("gentle", {})
+    found = expected_config(str(tmp_path), gentle.memory)
+    assert (found["experts"], found["preset"]) == (None, "gentle")
+    assert found["layers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["niah", "--memory", '{"layers": [99]}'], "layers = 99 is not allowed"),
+        (["loss", "--memory", '{"layers": [99]}'], "layers = 99 is not allowed"),
+        (["sweep", "--try", '{"layers": [[99]]}'], "layers = 99 is not allowed"),
+        (["niah", "--lengths", "64,990000"], "a prompt of 990000 tokens (--lengths) needs 990016"),
+        (["loss", "--tokens", "990000"], "a text (--tokens) needs 990001 tokens with its"),
+        (
+            ["niah", "--lengths", "64,500", "--engine", '{"max_model_len": 512}'],
+            "needs 516 tokens with its answer, and this engine has room for 512",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_to_its_end_is_not_begun(words, sentence, tiny, tmp_path, capsys):
+    def begun(*args, **more):
+        raise AssertionError("an engine was made")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.LLM", begun)
+        assert main(["eval", words[0], tiny, "--out", str(tmp_path), *words[1:]]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("pacellm: ")
+    assert said.count("\n") == 1
+
+
+def test_an_engine_that_refuses_is_a_sentence_and_what_nobody_foresaw_another_status(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    words = ["eval", "niah", tiny, "--out", str(tmp_path), "--lengths", "64", "--quiet"]
+    assert (
+        main([*words, "--configs", "gentle", "--engine", '{"kv_sharing_fast_prefill": true}']) == 2
+    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("pacellm: memory does not work with fast prefill: ")
+    assert "[type=" not in said
+    assert main([*words, "--configs", "off", "--engine", '{"max_num_batched_tokens": 0}']) == 2
+    assert "pacellm: the engine cannot be made: " in capsys.readouterr().err
+    monkeypatch.setattr("vllm.LLM", lambda **more: 1 / 0)
+    assert main([*words, "--configs", "off"]) == 3
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_sweep_tries_one_thing_at_a_time_or_everything():
@@ -205,7 +261,7 @@ def test_a_sweep_recommends_the_best_and_warns_when_it_is_not_better(tmp_path, g
     scores = {"off": 0.0, "bad": -1.0, "good": gain}
     with Records(tmp_path / "items.jsonl", {}) as records:
         for name, score in scores.items():
-            for sample in range(6):
+            for sample in range(40):
                 extra = {"length": 64, "sample": sample, "exact": score}
                 records.add({**result(name, f"64/0/{sample}"), **extra})
         table, text = choose(records, [bad, good], {"model": "m"})

@@ -33,6 +33,22 @@ from pacellm_vllm.evals.tasks import Library, Messages, build_items, metric_of, 
 )
 def test_what_an_interval_allows_to_say(low, mean, high, verdict):
     assert Difference(mean, low, high, 10).verdict == verdict
+    few = Difference(mean, low, high, 9)
+    assert few.verdict == (verdict if low == high else "too few items")
+    assert not few.better
+
+
+@pytest.mark.parametrize(
+    ("tasks", "items", "by_size"), [(57, 1, True), (57, 2, True), (14, 5, False)]
+)
+def test_many_small_tasks_are_told_apart_no_more_often_than_an_interval_says(tasks, items, by_size):
+    """95 % of intervals hold the truth: of one item a task, resampled alone, none would."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for trial in range(60):
+        pairs = [(np.zeros(items), rng.choice([-1.0, 1.0], items)) for _ in range(tasks)]
+        wrong += grouped_difference(pairs, by_size, seed=trial).verdict in ("better", "worse")
+    assert wrong <= 7
 
 
 def test_a_category_is_a_mean_of_tasks_or_of_items():
@@ -53,7 +69,7 @@ def test_named_configurations_with_experts():
     settings = parse_settings("off,official,ce,paper+ce", shared)
     assert [setting.memory for setting in settings] == [
         None,
-        {"segment_size": 64, "layers": [1], "preset": "official"},
+        {"segment_size": 64, "layers": [1], "preset": "official", "experts": None},
         {"experts": {"num_experts": 64}},
         {
             "segment_size": 64,

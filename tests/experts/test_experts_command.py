@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from pacellm_vllm.experts import command
 from pacellm_vllm.experts.orders import EXPERTS_JSON
-from pacellm_vllm.experts.settings import Assignment, Features
 
 
 @pytest.fixture
@@ -112,8 +111,3 @@ def test_layers_are_lists_and_ranges(text, layers):
 def test_other_layers_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="12,26"):
         command.parse_layers(text)
-
-
-def test_choices_are_those_of_the_library():
-    assert Features.__args__ == command.FEATURES
-    assert Assignment.__args__ == command.ASSIGNMENTS

@@ -125,14 +125,16 @@ def test_what_a_device_can_run_is_compared_too(tmp_path, capsys, monkeypatch):
     ]
     monkeypatch.setattr(engines, "device_variants", lambda: variants)
     monkeypatch.setattr(engines, "attention_backends", lambda: ["NONE_SUCH"])
-    status, checks, said = verify(tmp_path, capsys, "--long", "700")
+    status, checks, said = verify(tmp_path, capsys, "--long", "700,999999")
     assert status == 1
     assert checks["sound"]["verdict"] == "same"
     assert faults(checks) == {"broken"}
     assert checks["impossible"]["verdict"] == checks["attention"]["verdict"] == "not reached"
     assert "NONE_SUCH" in checks["attention"]["detail"]
-    assert checks["a"]["verdict"] == "answered"
-    assert "1 of 9 checks found a fault" in said
+    table = said.partition("For a bug report:")[0].splitlines()
+    longs = [line.split()[:2] for line in table if " a request of " in line]
+    assert longs == [["answered", "a"], ["not", "reached"]]
+    assert "1 of 10 checks found a fault" in said
     assert "PACELLM_TEST_BREAK" not in os.environ
 
 
@@ -191,4 +193,10 @@ def test_bad_arguments_are_refused_in_a_sentence(capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert main(["verify", str(TINY), "--engine", '{"tensor_parallel_size": 2}']) == 2
     assert "cannot have tensor_parallel_size" in capsys.readouterr().err
+    assert main(["verify", str(TINY), "--layers", "99"]) == 2
+    assert "layers = 99 is not allowed; it must be from 0 to" in capsys.readouterr().err
+    assert main(["verify", str(TINY), "--layers", "", "--session-tokens", "9"]) == 2
+    assert "no layer of this model has memory" in capsys.readouterr().err
+    assert main(["verify", str(TINY), "--engine", '{"max_model_len": 300}']) == 2
+    assert "give --segment-size 80 or less" in capsys.readouterr().err
     assert main(["verify", str(TINY), "--nonsense"]) == 2
