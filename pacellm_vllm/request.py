@@ -139,7 +139,7 @@ class RequestSettings(BaseModel):
     def applied_to(self, rules: MemoryRules) -> MemoryRules:
         """The engine's ``rules`` as this request wants them."""
         if not self.enabled:
-            # A session's bank goes on recording, for a later turn that may want it.
+            # A bank of streamed input goes on recording, for a later turn that may want it.
             return replace(rules, alpha=0.0)
         return replace(rules, **self.overrides())
 
@@ -212,7 +212,7 @@ class _Read:
 def _read(request: Any) -> _Read:
     params = request.sampling_params
     read = getattr(request, "_pacellm", None)
-    # The next turn of a session brings other parameters.
+    # The next turn of streamed input brings other parameters.
     if read is None or read.params is not params:
         try:
             settings = RequestSettings.of(params.extra_args if params else None)

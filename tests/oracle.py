@@ -1,8 +1,8 @@
 """The oracle: PaceLLM's memory, of activations or of FFN outputs, in plain PyTorch.
 
-It is written from the design alone, shares no code with the package, and is meant to be read
-beside section 1 of the design. It is slow on purpose: one request, one bank per layer, loops over
-tokens.
+It is written from the rules alone, shares no code with the package, and is meant to be read
+beside `docs/architecture.md`, "The rules". It is slow on purpose: one request, one bank per layer,
+loops over tokens.
 
 Shapes: T tokens, S tokens in a segment, D = FFN intermediate size (of outputs: hidden size),
 M = bank slots, V = vocabulary.

@@ -254,9 +254,9 @@ def test_streamed_requests_are_counted(caching):
     requests = [make_request(name, [1] * 99, caching, resumable=name != "c") for name in "abc"]
     for request in requests:
         manager.allocate_slots(request, 99)
-    assert ours.counts().sessions == 2
+    assert ours.counts().streams == 2
     manager.free(requests[0])
-    assert ours.counts().sessions == 1
+    assert ours.counts().streams == 1
 
 
 def test_copies_of_a_forward_that_never_ran_are_not_found():

@@ -90,7 +90,7 @@ class PoolCounts:
     Snapshots of committed banks ``published`` to the prefix cache, ``hit`` (restored from it, or
     taken over) with the ``hit_tokens`` they stand for, and ``evicted`` (a snapshot's first page
     was). Now: ``blocks_held`` by requests' banks, ``requests`` that are running or waiting with
-    pages, and ``sessions`` of streamed input among all that were placed.
+    pages, and ``streams`` of input among all that were placed.
     """
 
     published: int = 0
@@ -99,7 +99,7 @@ class PoolCounts:
     evicted: int = 0
     blocks_held: int = 0
     requests: int = 0
-    sessions: int = 0
+    streams: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

@@ -118,7 +118,7 @@ class PagedBankManager(CircularBufferManager):
             self._counts,
             blocks_held=sum(pages),
             requests=sum(count > 0 for count in pages),
-            sessions=sum(bool(request.resumable) for request in self._requests.values()),
+            streams=sum(bool(request.resumable) for request in self._requests.values()),
         )
 
     def _log_start(self, spec: Any) -> None:
@@ -405,7 +405,7 @@ class PagedBankManager(CircularBufferManager):
 
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
     if request is None or request.sampling_params is None or request.resumable:
-        # A session may grow, and its next turn may turn the memory on again.
+        # Streamed input may grow, and its next turn may turn the memory on again.
         return False
     if not settings_of(request).enabled:
         return True

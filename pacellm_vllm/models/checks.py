@@ -69,7 +69,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         check_request(RequestSettings.of(params.extra_args), config, params.n)
 
     check_http_requests(is_ours, check)
-    prepare_requests(_why_no_sessions, _extra_args, _admit)
+    prepare_requests(_why_no_streams, _extra_args, _admit)
     if config.session_tokens:
         check_sessions(vllm_config)
         follow_answers(ended)
@@ -139,7 +139,7 @@ def _settings_class(vllm_config: VllmConfig) -> type[BatchSettings]:
     return WithDrafts if vllm_config.speculative_config else BatchSettings
 
 
-def _why_no_sessions(vllm_config: VllmConfig) -> str | None:
+def _why_no_streams(vllm_config: VllmConfig) -> str | None:
     """Why an engine takes no streamed input; None where it may, as every engine without memory."""
     if not carries_memory(vllm_config) or not vllm_config.scheduler_config.async_scheduling:
         return None

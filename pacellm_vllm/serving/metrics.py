@@ -35,7 +35,7 @@ _POOL_COUNTERS = {
 _POOL_GAUGES = {
     "blocks_held": ("pacellm:bank_blocks", "KV blocks that requests' banks hold now."),
     "requests": ("pacellm:bank_requests", "Requests that hold a bank now."),
-    "sessions": ("pacellm:sessions", "Sessions of streamed input that are open now."),
+    "streams": ("pacellm:streamed_requests", "Requests of streamed input that are open now."),
 }
 
 

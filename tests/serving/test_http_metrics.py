@@ -239,7 +239,7 @@ def test_snapshots_and_blocks(two_servers):
     # The last token is always computed, so whole segments below 300.
     assert new("pacellm:snapshot_hit_tokens_total") == 256
     assert after["pacellm:bank_blocks"]["0",] == after["pacellm:bank_requests"]["0",] == 0
-    assert after["pacellm:sessions"]["0",] == 0
+    assert after["pacellm:streamed_requests"]["0",] == 0
     body = {"model": "tiny", "prompt": make_prompt(51, 300), "max_tokens": 3500, "stream": True}
     with requests.post(
         f"{two_servers}/v1/completions",
