@@ -2,8 +2,8 @@
 
 ``cases`` makes an engine and its requests from a seed, ``models`` writes the checkpoints, ``drive``
 runs the engine, ``truth`` is the oracle's answer to what was said, ``hits`` bounds what the prefix
-cache may say, ``events`` what is told of it, ``verdict`` puts all together, ``breaks`` are faults
-put in on purpose, ``children`` runs engines in processes of their own, ``own`` tells
+cache may say, ``events`` what is told of it, ``judge`` and ``verdict`` put all together, ``breaks``
+are faults put in on purpose, ``children`` runs engines in processes of their own, ``own`` tells
 vLLM's faults from ours.
 """
 
