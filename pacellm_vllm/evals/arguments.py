@@ -116,7 +116,9 @@ def positions(model: str, engine: Mapping[str, Any]) -> int | None:
     from pacellm_vllm.compat import checkpoint_config
 
     if "max_model_len" in engine:
-        return int(engine["max_model_len"])
+        # vLLM takes others than numbers, too, such as "32k".
+        length = engine["max_model_len"]
+        return length if isinstance(length, int) and length > 0 else None
     name = "max_position_embeddings"
     overrides = engine.get("hf_overrides") or {}
     config = checkpoint_config(model, bool(engine.get("trust_remote_code", False)))
