@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
     settings = parse_settings(args.configs, given(args, "memory"))
     names = [setting.name for setting in settings]
     tokenizer = read_tokenizer(args.model)
+    given_engine = given(args, "engine")
+    trusted = bool(given_engine.get("trust_remote_code", False))
+    served = [expected_config(args.model, setting.memory, trusted) for setting in settings]
+    require_room(args.model, given_engine, args.tokens + 1, "a text (--tokens)")
     texts = read_texts(args.text, args.texts, args.tokens, tokenizer, args.seed)
     described = {
         "version": __version__,
@@ -52,15 +56,12 @@ def run(args: argparse.Namespace) -> int:
         "texts": [text.id for text in texts],
         "tokens": args.tokens,
         "configs": {setting.name: setting.memory for setting in settings},
-        "engine": given(args, "engine"),
+        "engine": given_engine,
     }
-    trusted = bool(described["engine"].get("trust_remote_code", False))
-    served = [expected_config(args.model, setting.memory, trusted) for setting in settings]
     # Experts act from the first token on, memory from its second segment on.
     acts = [one["segment_size"] if one["layers"] else 0 for one in served if one]
     positions = ranges(args.tokens, args.step, min(acts, default=args.tokens))
-    require_room(args.model, described["engine"], args.tokens + 1, "a text (--tokens)")
-    engine = {"max_model_len": args.tokens + 1, "seed": args.seed, **described["engine"]}
+    engine = {"max_model_len": args.tokens + 1, "seed": args.seed, **given_engine}
     with Records(args.out / "items.jsonl", described) as records:
         for setting in settings:
             if all((setting.name, text.id) in records.done for text in texts):
