@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from session_truth import Truth
 from transformers import AutoTokenizer
+from vllm.config import VllmConfig
 
-from pacellm_vllm.sessions.admission import session_key
+from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.sessions.admission import check_sessions, session_key
 from pacellm_vllm.sessions.finder import Finder
 from pacellm_vllm.sessions.reading import SessionReader
 from pacellm_vllm.sessions.store import PAGE_TOKENS, SessionStore, passage
@@ -140,6 +143,21 @@ def test_pages_are_found_by_their_words_whatever_came_and_went():
         )
     assert finder.find("nowhere ?") == []
     assert Finder().find("w3") == []
+
+
+@pytest.mark.parametrize("balancer", ["data_parallel_external_lb", "data_parallel_hybrid_lb"])
+def test_servers_behind_a_balancer_keep_no_sessions(balancer):
+    config = VllmConfig()
+    served = SimpleNamespace(
+        parallel_config=config.parallel_config,
+        model_config=SimpleNamespace(skip_tokenizer_init=False),
+    )
+    check_sessions(served)
+    config.parallel_config.data_parallel_size = 2
+    check_sessions(served)
+    setattr(config.parallel_config, balancer, True)
+    with pytest.raises(PaceConfigError, match="a load balancer in front of several servers"):
+        check_sessions(served)
 
 
 def test_a_look_up_leaves_nothing_behind_but_the_words_of_the_pages():
