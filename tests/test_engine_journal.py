@@ -218,8 +218,8 @@ def test_a_span_tells_what_memory_did(case, checkpoint, spans):
 def test_memory_of_reports_is_bounded():
     class Rules:
         segment_size, theta_high, theta_low = 4, 0.7, 0.3
+        thresholds = theta_low, theta_high
 
-    Rules.thresholds = (0.3, 0.7)
     journal = Journal(most_tokens=100, most_answers=5)
     done = Committed(valid=4, filled=4, merged=[], replaced=[], dropped=0, usage=[1] * 4)
     for i in range(50):

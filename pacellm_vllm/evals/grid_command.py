@@ -97,7 +97,7 @@ def measure(
     if not servers:
         what = f"a prompt of {longest} tokens (--lengths)"
         require_room(args.model, engine, longest + grid.max_tokens, what)
-    engine.setdefault("max_model_len", max(grid.lengths) + grid.max_tokens)
+    engine.setdefault("max_model_len", longest + grid.max_tokens)
     engine.setdefault("seed", args.seed)
     for setting in settings:
         if sum(name == setting.name for name, _ in records.done) == total:

@@ -376,10 +376,8 @@ class PagedBankManager(CircularBufferManager):
         request = request_in_hand()
         if self._grid is None or not self.enable_caching or request is None:
             return []
-        if not takes_copies(num_tokens - computed):
-            return []
-        if self._layout.drafts and computed >= request.num_prompt_tokens:
-            # Drafts may be among its tokens, and then ``cut_pieces`` copies nothing.
+        drafts = self._layout.drafts if computed >= request.num_prompt_tokens else 0
+        if not takes_copies(num_tokens - computed, drafts):
             return []
         hashes = request.block_hashes
         known = min(self._cache.hashed_tokens(hashes), request.num_prompt_tokens)

@@ -57,8 +57,9 @@ def cut_pieces(
         own = settings[request] if request < len(settings) else None
         mine = own.applied_to(rules) if own is not None else rules
         prompt = request < len(prefilling) and prefilling[request]
-        has_drafts = 1 < end - begin <= 1 + layout.drafts and not prompt
-        copies = grid if grid and takes_copies(end - begin) and not has_drafts else None
+        drafts = 0 if prompt else layout.drafts
+        has_drafts = 1 < end - begin <= 1 + drafts
+        copies = grid if grid and takes_copies(end - begin, drafts) else None
         last, end = end, begin + 1 if has_drafts else end
         while begin < end:
             n = min(end - begin, size - position % size)

@@ -47,10 +47,10 @@ class SnapshotGrid:
         return range(first, first + self.layout.committed_pages(position))
 
 
-def takes_copies(tokens_in_step: int) -> bool:
-    """Whether a request with so many tokens in a step may be copied in it.
+def takes_copies(tokens_in_step: int, drafts: int = 0) -> bool:
+    """Whether a request with so many tokens in a step, ``drafts`` of them at most, may be copied.
 
-    Decode steps, which a graph may hold, have nothing to copy, and a prompt's last token alone
-    looks like one.
+    Scheduler and worker must both say so. Decode steps, which a graph may hold, have nothing to
+    copy, and a prompt's last token alone looks like one; nor is a bank copied beside drafts.
     """
-    return tokens_in_step > 1
+    return tokens_in_step > 1 + drafts
