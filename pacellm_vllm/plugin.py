@@ -45,9 +45,14 @@ def _register() -> None:
 
 
 def _check_engine(vllm_config: "VllmConfig") -> None:
-    from pacellm_vllm.models.checks import check_engine
+    from pacellm_vllm.models.checks import carries_memory, check_engine, is_traced
 
     check_engine(vllm_config)
+    if carries_memory(vllm_config) and is_traced(vllm_config):
+        # Servers without tracing import nothing of it.
+        from pacellm_vllm.serving.tracing import hold_request_spans
+
+        hold_request_spans()
 
 
 def _check_not_configured(vllm_config: "VllmConfig") -> None:

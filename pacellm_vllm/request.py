@@ -162,6 +162,14 @@ def journal_key(params: Any) -> str | None:
     return (params.extra_args or {}).get(_JOURNAL_KEY)
 
 
+def ids_of(answer_id: str) -> tuple[str, str]:
+    """The request ids that may stand behind the id of an answer, as a client was told it.
+
+    Of a route that takes several prompts, vLLM writes behind it which prompt, from 0.
+    """
+    return answer_id, f"{answer_id}-0"
+
+
 def keep_reading(extra_args: Any, reading: list[Any] | None) -> Any:
     """``extra_args`` with what a request read of its session; a client's own word is dropped."""
     rest = _without(extra_args, _READING_KEY)

@@ -27,6 +27,23 @@ def of_request(sentence: object, request_id: Any) -> str:
     return f"{str(sentence).removesuffix('.')} (request {shown(request_id)})."
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library raised, or the error's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_refusal(subject: str, refusals: Mapping[str, tuple[bool, str]]) -> str | None:
+    """One sentence: the first of ``refusals`` that was found, and what to do; None where none was.
+
+    They are, by what ``subject`` ("memory does", "experts do") does not work with, whether that is
+    so here, and why with what to do instead.
+    """
+    for what, (found, why) in refusals.items():
+        if found:
+            return f"pacellm: {subject} not work with {what}: {why}."
+    return None
+
+
 def not_allowed(name: str, value: Any, allowed: str, where: str = "") -> str:
     """One sentence: which field, its value, and what it must be; ``where`` it was given."""
     return f"pacellm: {name} = {shown(value)} is not allowed{where}; it must be {allowed}."

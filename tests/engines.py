@@ -96,9 +96,7 @@ class Engine:
         )
 
     def tokens(self, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any) -> list[Any]:
-        return [
-            list(out.outputs[0].token_ids) for out in self.generate(prompts, max_tokens, **sampling)
-        ]
+        return tokens_of(self.generate(prompts, max_tokens, **sampling))
 
     def metric(self, name: str) -> float:
         """The sum of one counter, such as ``vllm:num_preemptions``."""
@@ -121,6 +119,11 @@ class Engine:
         assert self.all_blocks_are_back()
         assert self.llm.reset_prefix_cache()
         return self
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    """The first answer's tokens of each output of vLLM's."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def prompt_logprobs(output: Any) -> list[float]:

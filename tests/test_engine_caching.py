@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import make_prompt
-from engines import BLOCK_SIZE, blocks, engine, poisoned_pages
+from engines import BLOCK_SIZE, blocks, engine, poisoned_pages, tokens_of
 from oracle import OracleModel
 from test_engine_oracle import GAP, clear_cases
 from vllm import SamplingParams
@@ -17,10 +17,6 @@ PACE = {
 }
 MAX_TOKENS = 40
 SETTINGS = {"pace": PACE, "max_num_batched_tokens": 128, "enable_prefix_caching": True}
-
-
-def tokens_of(outputs):
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def cached(outputs):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 from checkpoints import make_prompt
-from engines import NATIVE, blocks, engine, prompt_logprobs
+from engines import NATIVE, blocks, engine, prompt_logprobs, tokens_of
 from oracle import OracleModel
 from pictures import FAMILIES, SeeingOracle, make_picture, make_seeing_checkpoint
 from test_engine_oracle import GAP, clearest
@@ -67,10 +67,6 @@ def seeing_engine(path, arch, **settings):
     # vLLM's default hashes pictures by a package that a CPU needs for nothing else.
     hashes = {"mm_hasher_algorithm": "sha256"}
     return engine(path, pace_of(arch), skip_tokenizer_init=False, **hashes, **settings)
-
-
-def tokens_of(outputs):
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.mark.parametrize(("arch", "tokens"), [("idefics3", 48), *((arch, 256) for arch in CAUSAL)])

@@ -11,6 +11,7 @@ from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
 from pacellm_vllm.flags import settings_of
+from pacellm_vllm.sentences import first_line
 
 
 def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
@@ -162,10 +163,9 @@ def read_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EvalError(
-            f"pacellm: the tokenizer of {model!r} cannot be read ({reason}); MODEL must be a "
-            "checkpoint directory or a hub name."
+            f"pacellm: the tokenizer of {model!r} cannot be read ({first_line(error)}); MODEL must "
+            "be a checkpoint directory or a hub name."
         ) from None
 
 
@@ -174,17 +174,14 @@ def read_model(args: argparse.Namespace) -> tuple[Any, PaceConfig]:
 
     ``EvalError`` where either cannot be read.
     """
-    from transformers import AutoTokenizer
-
     from pacellm_vllm.compat import checkpoint_config
 
+    tokenizer = read_tokenizer(args.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
         hf_config = checkpoint_config(args.model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EvalError(
-            f"pacellm: the tokenizer or configuration of {args.model!r} cannot be read ({reason}); "
+            f"pacellm: the configuration of {args.model!r} cannot be read ({first_line(error)}); "
             "MODEL must be a checkpoint directory or a hub name."
         ) from None
     return tokenizer, PaceConfig.from_sources(

@@ -8,6 +8,7 @@ from jinja2.exceptions import TemplateError
 
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.tasks import Messages
+from pacellm_vllm.sentences import first_line
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def rendered_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
     except (ValueError, TemplateError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EvalError(
-            f"pacellm: the tokenizer has no chat template that fits ({reason}); ask without --chat."
+            f"pacellm: the tokenizer has no chat template that fits ({first_line(error)}); "
+            "ask without --chat."
         ) from None
 
 

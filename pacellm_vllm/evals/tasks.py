@@ -18,6 +18,7 @@ import numpy as np
 from pacellm_vllm.evals import questions
 from pacellm_vllm.evals.data import DataDirectory
 from pacellm_vllm.evals.records import EvalError
+from pacellm_vllm.sentences import first_line
 
 # Folders of lm-eval's tasks to look for a name first: reading all of them takes half a minute.
 _FOLDERS = ("longbench", "infinitebench", "ruler", "mmlu/default")
@@ -161,10 +162,9 @@ class Library:
         except ImportError as error:
             raise EvalError(f"pacellm: lm-eval's {name} cannot be loaded: {error}") from None
         except (OSError, ConnectionError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise EvalError(
-                f"pacellm: the data of {name} cannot be read ({reason}); put its files in a "
-                "directory and name it with --data (docs/evaluation.md)."
+                f"pacellm: the data of {name} cannot be read ({first_line(error)}); put its "
+                "files in a directory and name it with --data (docs/evaluation.md)."
             ) from None
         _refuse(name, task)
         return task

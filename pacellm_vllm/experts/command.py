@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.settings import Assignment, ClusterSettings, Features
+from pacellm_vllm.sentences import first_line
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -124,9 +125,9 @@ def find_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().split("\n")[0]
         raise ExpertsError(
-            f"pacellm: {model} is neither a directory nor a model that can be downloaded: {first}"
+            f"pacellm: {model} is neither a directory nor a model that can be downloaded: "
+            f"{first_line(error)}"
         ) from error
 
 

@@ -29,6 +29,7 @@ from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
 from pacellm_vllm.platform import CPU_WORKER
 from pacellm_vllm.request import RequestSettings, is_ours, with_journal_key
+from pacellm_vllm.sentences import first_refusal
 from pacellm_vllm.sessions.admission import admit, check_request, check_sessions, ended
 
 logger = plugin_logger()
@@ -73,11 +74,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config.session_tokens:
         check_sessions(vllm_config)
         follow_answers(ended)
-    if layers and is_traced(vllm_config):
-        # Servers without tracing import nothing of it.
-        from pacellm_vllm.serving.tracing import hold_request_spans
-
-        hold_request_spans()
 
 
 def _check_caching(vllm_config: VllmConfig, config: PaceConfig) -> None:
@@ -255,9 +251,9 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "memory is tested for generation only; serve the base architecture",
         ),
     }
-    for what, (found, why) in refusals.items():
-        if found:
-            raise PaceConfigError(f"pacellm: memory does not work with {what}: {why}.")
+    refusal = first_refusal("memory does", refusals)
+    if refusal:
+        raise PaceConfigError(refusal)
 
 
 def _takes_pictures(model: Any) -> bool:

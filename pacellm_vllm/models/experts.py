@@ -20,6 +20,7 @@ from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
 from pacellm_vllm.experts.settings import ExpertsConfig, check_ranks
 from pacellm_vllm.models.ffn import FeedForward
 from pacellm_vllm.models.routed import RoutedExperts, way_of
+from pacellm_vllm.sentences import first_refusal
 
 logger = plugin_logger()
 
@@ -161,9 +162,9 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             f"weights must pass through the model's loader; use one of {', '.join(LOAD_FORMATS)}",
         ),
     }
-    for what, (found, why) in refusals.items():
-        if found:
-            raise ExpertsError(f"pacellm: experts do not work with {what}: {why}.")
+    refusal = first_refusal("experts do", refusals)
+    if refusal:
+        raise ExpertsError(refusal)
     plan = plan_experts(vllm_config, config)
     check_ranks(plan.num_experts, parallel.tensor_parallel_size)
 

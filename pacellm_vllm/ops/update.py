@@ -182,14 +182,14 @@ def peek(
     a: torch.Tensor,
     position: int,
     rules: MemoryRules,
-    reduce: Reduce | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The outputs of :func:`advance`, which see; the bank stays as it is."""
+    reduce: Reduce | None,
+    out: torch.Tensor,
+) -> None:
+    """Put into ``out`` what :func:`advance`, which see, would; the bank stays as it is."""
     _, header = _header_at(store, position, rules)
     valid = int(header.valid)
     keys, values = store.read_keys(valid), store.read_values(valid)
-    return look_up(a, keys, values, rules, reduce, header.squares[:valid], out).output
+    look_up(a, keys, values, rules, reduce, header.squares[:valid], out)
 
 
 def _header_at(store: BankStore, position: int, rules: MemoryRules) -> tuple[torch.Tensor, Header]:

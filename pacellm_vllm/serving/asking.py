@@ -8,6 +8,7 @@ from vllm.engine.protocol import EngineClient
 from pacellm_vllm.compat import ask_all_cores, ask_all_engines, engine_ranks
 from pacellm_vllm.memory.manager import POOL_METHOD
 from pacellm_vllm.models.checks import carries_memory
+from pacellm_vllm.request import ids_of
 from pacellm_vllm.serving.report import (
     ANSWER_EXPERTS_METHOD,
     ANSWER_METHOD,
@@ -60,12 +61,8 @@ async def ask_experts(client: EngineClient, answer_id: str, layer: int) -> dict[
 
 
 async def _ask_of(client: EngineClient, answer_id: str, method: str, *args: Any) -> list[Any]:
-    """What the workers of one engine say that knows of the answer; empty where none does.
-
-    What a client is told of ``/v1/completions`` is the id of all its prompts; behind it vLLM writes
-    which prompt, from 0.
-    """
-    for request_id in (answer_id, f"{answer_id}-0"):
+    """What the workers of one engine say that knows of the answer; empty where none does."""
+    for request_id in ids_of(answer_id):
         for workers in await ask_all_engines(client, method, request_id, *args):
             known = [found for found in workers if found is not None]
             if known:

@@ -14,6 +14,7 @@ import yaml
 from pacellm_vllm.compat import checkpoint_config
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
+from pacellm_vllm.sentences import first_line
 
 _MERGED = ("--hf-overrides", "--additional-config")
 _PLUGIN_GROUPS = (
@@ -104,7 +105,7 @@ def _read_checkpoint(model: str, rest: Sequence[str]) -> Any:
         known, _ = flags.parse_known_args(list(rest))
         return checkpoint_config(model, known.trust_remote_code, known.revision)
     except (OSError, ValueError, argparse.ArgumentError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        reason = first_line(error).rstrip(".:")
         raise PaceConfigError(
             f"pacellm: the configuration of {model!r} cannot be read ({reason}); MODEL must be a "
             "checkpoint directory or a hub name."

@@ -18,7 +18,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from pacellm_vllm.compat import api_processes
 from pacellm_vllm.config import PaceConfig, PaceConfigError
-from pacellm_vllm.request import RequestSettings, keep_reading, reading_of
+from pacellm_vllm.request import RequestSettings, ids_of, keep_reading, reading_of
+from pacellm_vllm.sentences import first_refusal
 
 if TYPE_CHECKING:
     from pacellm_vllm.sessions.reading import SessionReader
@@ -54,9 +55,9 @@ def check_sessions(vllm_config: VllmConfig) -> None:
             "words are looked up, and tokens are none; drop --skip-tokenizer-init",
         ),
     }
-    for what, (found, why) in refusals.items():
-        if found:
-            raise PaceConfigError(f"pacellm: session_tokens does not work with {what}: {why}.")
+    refusal = first_refusal("session_tokens does", refusals)
+    if refusal:
+        raise PaceConfigError(refusal)
 
 
 def check_request(settings: RequestSettings, config: PaceConfig, answers: int) -> None:
@@ -136,13 +137,10 @@ def session_counts(processor: InputProcessor) -> dict[str, int]:
 
 
 def reading_for(processor: InputProcessor, answer_id: str) -> dict[str, Any] | None:
-    """What a request has read, by the id that a client was told; None where it named no session.
-
-    A route of several prompts writes behind its id which one, from 0.
-    """
+    """What a request has read, by the id that a client was told; None where it named no session."""
     reader = getattr(processor, "_pacellm_sessions", None)
     notes = reader.notes if reader else {}
-    return notes.get(answer_id) or notes.get(f"{answer_id}-0")
+    return next(filter(None, map(notes.get, ids_of(answer_id))), None)
 
 
 def _reader(processor: InputProcessor, config: PaceConfig) -> "SessionReader":

@@ -14,6 +14,7 @@ from pacellm_vllm import __version__
 from pacellm_vllm.evals.arguments import add_engine, given, guarded, positions, read_model
 from pacellm_vllm.evals.records import EvalError, version_of, write_whole
 from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.platform import SWITCH
 
 _PACKAGES = ("vllm", "torch", "transformers", "triton")
 # Of prompts, in segments: one that has no bank to read, and some that end within one.
@@ -58,7 +59,7 @@ def _verify(args: argparse.Namespace) -> int:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if args.device == "cpu":
-        os.environ["PACELLM_CPU_PLATFORM"] = "1"
+        os.environ[SWITCH] = "1"
     engine = given(args, "engine")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pacellm_vllm.evals.text import KEYS, NEEDLE, QUESTION, sentences
 
 SENTENCES = 12
-# LongBench's tasks of the paper whose prompt ends with the item's own words.
-ANSWERABLE = ("triviaqa", "samsum", "trec")
 LONGBENCH = {
     "narrativeqa": "summary", "qasper": "paper", "multifieldqa_en": "text", "hotpotqa": "passages",
     "2wikimqa": "passages", "musique": "passages", "gov_report": "report", "qmsum": "meeting",

@@ -60,7 +60,6 @@ def similarity_kernel(
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
-    WORD_PAGE: tl.constexpr,
     WORD_STRIDE: tl.constexpr,
     GRAIN: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -233,7 +232,9 @@ def similarity(
         found.of_keys,
         splits // groups,
         SLOTS_START=banks.slots_start,
-        **banks.constants(rules),
+        **banks.constants(
+            rules, "SIZE", "SEGMENT", "WIDTH", "PAGE", "STRIDE", "WORD_STRIDE", "GRAIN"
+        ),
         SPLIT=SPLIT,
         KEYS=keys,
         BLOCK=BLOCK,
