@@ -12,7 +12,7 @@ from pacellm_vllm.evals.command import add_parser as add_eval
 from pacellm_vllm.evals.inspect import add_parser as add_inspect_memory
 from pacellm_vllm.experts.command import add_parser as add_cluster
 from pacellm_vllm.experts.inspect import add_parser as add_inspect_experts
-from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.flags import add_settings, given_settings
 from pacellm_vllm.verify.command import add_parser as add_verify
 
 
@@ -70,19 +70,19 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     from pacellm_vllm.platform import check_platform
     from pacellm_vllm.serving.command import (
         all_plugins,
+        as_typed,
         check_plugins,
         run_vllm,
         serve_arguments,
-        shown,
     )
 
-    arguments = serve_arguments(args.model, settings_of(args), rest)
+    arguments = serve_arguments(args.model, given_settings(args), rest)
     check_platform()
     named = os.environ.get("VLLM_PLUGINS")
     if named is not None:
         check_plugins(named)
     plugins = all_plugins() if named is None else None
-    print(shown(arguments, plugins), flush=True)
+    print(as_typed(arguments, plugins), flush=True)
     if plugins:
         os.environ["VLLM_PLUGINS"] = plugins
     run_vllm(arguments)

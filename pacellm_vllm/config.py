@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 Preset = Literal["gentle", "official", "paper"]
-Site = Literal["auto", "activation", "output"]
+SiteSetting = Literal["auto", "activation", "output"]
 DEFAULT_PRESET: Preset = "gentle"
 
 # Values the presets disagree on. `official` is the published code, `paper` its text (Sec. 4.4 and
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 # What was published remembers activations. Where a preset may also take outputs, models without
 # activations to remember carry memory as well.
-_SITES: dict[str, Site] = {"gentle": "auto", "official": "activation", "paper": "activation"}
+_SITES: dict[str, SiteSetting] = {"gentle": "auto", "official": "activation", "paper": "activation"}
 
 # The paper places its two memory layers at 12 and 26 of 28 (0-based, Sec. 4.4).
 PAPER_LAYERS, PAPER_DEPTH = (12, 26), 28
@@ -88,7 +88,7 @@ class PaceConfig(BaseModel):
     preset: Preset = Field(
         DEFAULT_PRESET, description="do no harm, the published code, or the paper's text"
     )
-    site: Site = Field(
+    site: SiteSetting = Field(
         description="what of an FFN is remembered: its activations, its outputs (of mixtures of "
         "experts, too), or auto: activations where all layers have them"
     )
@@ -231,7 +231,7 @@ class PaceConfig(BaseModel):
                 )
         return tuple(sorted(self.layers))
 
-    def at(self, site: Site) -> "PaceConfig":
+    def at(self, site: SiteSetting) -> "PaceConfig":
         """The same with its ``site`` decided."""
         return self.model_copy(update={"site": site})
 

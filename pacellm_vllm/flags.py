@@ -18,7 +18,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given."""
     fields = {name: getattr(args, name) for name in PaceConfig.model_fields}
     return {name: value for name, value in fields.items() if value is not None}

@@ -26,7 +26,7 @@ from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.store import unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
+from pacellm_vllm.ops.kernels.batch import numbers_of, piece_rows, tables_of
 from pacellm_vllm.ops.kernels.step import advance_batch
 from pacellm_vllm.ops.kernels.top_k import TALLY
 
@@ -77,7 +77,7 @@ def launch_all(dtype: torch.dtype, bank_dtype: torch.dtype, settings: Any, args:
     for tokens, reduce in ((1, None), (rules.segment_size, lambda buffer: buffer)):
         begin, pages = np.zeros(1), np.array([layout.num_pages])
         position = np.array([rules.segment_size])
-        rows = rows_of(begin, tokens, position, begin, pages, numbers_of([rules]))
+        rows = piece_rows(begin, tokens, position, begin, pages, numbers_of([rules]))
         tables = tables_of(rows, rules.segment_size)
         now = tables.on(*map(torch.from_numpy, (tables.pieces, tables.tiles)), table)
         a = torch.empty(tokens, args.width, dtype=dtype)

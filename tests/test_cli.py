@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pacellm_vllm import cli
 from pacellm_vllm.config import PaceConfig, PaceConfigError
-from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.flags import add_settings, given_settings
 from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving import command
 
@@ -161,7 +161,7 @@ def test_every_setting_can_be_given_as_a_flag(checkpoint):
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     add_settings(parser)
-    given = settings_of(parser.parse_args(list(map(str, words))))
+    given = given_settings(parser.parse_args(list(map(str, words))))
     assert PaceConfig.from_sources(given) == settings
     assert len(given) == len(PaceConfig.model_fields) - 1
 

@@ -10,7 +10,7 @@ from typing import Any
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
-from pacellm_vllm.flags import settings_of
+from pacellm_vllm.flags import given_settings
 from pacellm_vllm.sentences import first_line
 
 
@@ -185,5 +185,5 @@ def read_model(args: argparse.Namespace) -> tuple[Any, PaceConfig]:
             "MODEL must be a checkpoint directory or a hub name."
         ) from None
     return tokenizer, PaceConfig.from_sources(
-        getattr(hf_config, CONFIG_KEY, None), settings_of(args)
+        getattr(hf_config, CONFIG_KEY, None), given_settings(args)
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
 from pacellm_vllm.evals.records import EvalError, write_whole
-from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.flags import add_settings, given_settings
 
 
 def add_parser(things: Any) -> None:
@@ -108,7 +108,7 @@ def _record(
                 f"pacellm: --engine {name} = {engine[name]!r} is not possible here; a text is "
                 f"recorded with {value!r}, so drop it."
             )
-    with offline_engine(args.model, settings_of(args), {**engine, **ours}) as llm:
+    with offline_engine(args.model, given_settings(args), {**engine, **ours}) as llm:
         [refusal] = llm.collective_rpc(RECORD_METHOD)
         if refusal:
             raise EvalError(refusal)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pacellm_vllm.experts.cluster import cluster, resolve_assignment
 from pacellm_vllm.experts.settings import ClusterSettings
 
-FORMAT = 2
+CACHE_FORMAT = 2
 # Of one neuron, whose row has length 1.
 NO_INERTIA = 1e-5
 
@@ -48,7 +48,11 @@ class ResultCache:
     def key(self, features: torch.Tensor, settings: ClusterSettings) -> str:
         """sha256 over the format, the settings, and dtype, shape and bytes of ``features``."""
         about = {**asdict(settings), "assignment": resolve_assignment(settings.assignment)}
-        about |= {"format": FORMAT, "dtype": str(features.dtype), "shape": list(features.shape)}
+        about |= {
+            "format": CACHE_FORMAT,
+            "dtype": str(features.dtype),
+            "shape": list(features.shape),
+        }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(features.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.files import check_copies, find_tensors, read_json
-from pacellm_vllm.experts.layout import Entry, FeedForward, Moved, find_feed_forwards
+from pacellm_vllm.experts.layout import Entry, Moved, StoredFeedForward, find_feed_forwards
 from pacellm_vllm.experts.settings import Features
 from pacellm_vllm.sentences import not_allowed
 
@@ -96,7 +96,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def feed_forwards(checkpoint: Checkpoint, layers: Sequence[int] | None) -> dict[int, FeedForward]:
+def feed_forwards(
+    checkpoint: Checkpoint, layers: Sequence[int] | None
+) -> dict[int, StoredFeedForward]:
     count = checkpoint.num_layers
     chosen = sorted(set(range(count) if layers is None else layers))
     for layer in chosen:
@@ -114,7 +116,10 @@ def feed_forwards(checkpoint: Checkpoint, layers: Sequence[int] | None) -> dict[
 
 
 def read_features(
-    checkpoint: Checkpoint, ffn: FeedForward, features: Features, activations: Path | None = None
+    checkpoint: Checkpoint,
+    ffn: StoredFeedForward,
+    features: Features,
+    activations: Path | None = None,
 ) -> torch.Tensor:
     """What the neurons of one layer are compared by, [D, F] in the dtype it is stored in.
 

@@ -32,7 +32,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class StoredFeedForward:
     """The FFN of one decoder layer.
 
     ``inputs`` are its input projections, the gate first where there is one (the paper clusters
@@ -111,7 +111,7 @@ def bias_of(part: str) -> Moved | None:
 
 def find_feed_forwards(
     entries: Mapping[str, Entry], layers: Iterable[int]
-) -> dict[int, FeedForward]:
+) -> dict[int, StoredFeedForward]:
     """The FFN of each of ``layers``; all of them must be whole and named alike.
 
     Raises ``ExpertsError`` about a missing tensor, a shape or dtype that does not fit, a mixture
@@ -154,7 +154,9 @@ def _check_one_dense(layer: int, modules: Mapping[str, set[str]]) -> None:
         raise ExpertsError(f"pacellm: layer {layer} has {what}; {_KNOWN}.")
 
 
-def _checked(layer: int, module: str, names: _Names, entries: Mapping[str, Entry]) -> FeedForward:
+def _checked(
+    layer: int, module: str, names: _Names, entries: Mapping[str, Entry]
+) -> StoredFeedForward:
     def entry(projection: str) -> Entry:
         name = f"{module}.{projection}.weight"
         if name not in entries:
@@ -207,4 +209,4 @@ def _checked(layer: int, module: str, names: _Names, entries: Mapping[str, Entry
                 f"pacellm: {name} is part of an FFN, but not one of the tensors known there; "
                 "clustering could break the model, so nothing was written."
             )
-    return FeedForward(layer, neurons, tuple(weights), tuple(moved))
+    return StoredFeedForward(layer, neurons, tuple(weights), tuple(moved))

@@ -12,8 +12,8 @@ from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.layout import (
     OUTPUTS,
     Entry,
-    FeedForward,
     Moved,
+    StoredFeedForward,
     bias_of,
     find_feed_forwards,
     is_whole,
@@ -212,7 +212,7 @@ def _entry(tensor: torch.Tensor) -> Entry:
 
 
 def _gate_and_up(
-    tensors: dict[str, torch.Tensor], ffn: FeedForward
+    tensors: dict[str, torch.Tensor], ffn: StoredFeedForward
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows = [block for m in ffn.inputs for block in tensors[m.name].chunk(m.blocks)]
     return rows[0], rows[1] if ffn.gated else None

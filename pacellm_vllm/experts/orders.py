@@ -21,11 +21,11 @@ from pacellm_vllm.experts.settings import ClusterSettings
 EXPERTS_JSON = "pacellm_experts.json"
 # In a folder of its own: vLLM loads every safetensors file beside the shards as weights.
 EXPERTS_ORDERS = "pacellm_experts/orders.safetensors"
-FORMAT = 2
+DESCRIPTION_FORMAT = 2
 
 
 @dataclass(frozen=True)
-class LayerExperts:
+class DescribedLayer:
     """One layer of a description.
 
     ``neurons`` D, ``expert_size`` D / K, how well the experts fit (see ``Clustering``), and
@@ -45,7 +45,7 @@ class _Description(BaseModel):
     """What is read of a description."""
 
     num_experts: PositiveInt
-    layers: dict[NonNegativeInt, LayerExperts] = Field(min_length=1)
+    layers: dict[NonNegativeInt, DescribedLayer] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StoredExperts:
 
     folder: Path
     num_experts: int
-    layers: Mapping[int, LayerExperts]
+    layers: Mapping[int, DescribedLayer]
 
     def order_for(self, layer: int, gate: torch.Tensor) -> torch.Tensor | None:
         """The order [D] int64 for a layer whose gate has these rows [D, H].
@@ -114,7 +114,7 @@ def fingerprint(gate: torch.Tensor) -> str:
 def write_experts(
     folder: Path,
     settings: ClusterSettings,
-    layers: Mapping[int, LayerExperts],
+    layers: Mapping[int, DescribedLayer],
     orders: Mapping[int, torch.Tensor],
 ) -> None:
     """Write the description and the orders into ``folder``."""
@@ -122,7 +122,7 @@ def write_experts(
     path.parent.mkdir()
     save_file({f"layers.{layer}.order": order for layer, order in orders.items()}, path)
     description = {
-        "format": FORMAT,
+        "format": DESCRIPTION_FORMAT,
         **asdict(settings),
         "assignment": resolve_assignment(settings.assignment),
         "orders": EXPERTS_ORDERS,
@@ -138,10 +138,10 @@ def open_experts(path: str | Path) -> StoredExperts:
     """
     folder = _find(path)
     about: dict[str, Any] = read_json(folder / EXPERTS_JSON)
-    if about.get("format") != FORMAT:
+    if about.get("format") != DESCRIPTION_FORMAT:
         raise ExpertsError(
             f"pacellm: {folder / EXPERTS_JSON} has format {about.get('format')!r}, this version "
-            f"reads {FORMAT}; write it again with pacellm cluster."
+            f"reads {DESCRIPTION_FORMAT}; write it again with pacellm cluster."
         )
     try:
         found = _Description.model_validate(about)

@@ -26,8 +26,8 @@ from pacellm_vllm.experts.checkpoint import (
 )
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.folders import check_absent, clear_disk_errors, whole_directory
-from pacellm_vllm.experts.layout import FeedForward, find_feed_forwards, permute
-from pacellm_vllm.experts.orders import EXPERTS_JSON, LayerExperts, fingerprint, write_experts
+from pacellm_vllm.experts.layout import StoredFeedForward, find_feed_forwards, permute
+from pacellm_vllm.experts.orders import EXPERTS_JSON, DescribedLayer, fingerprint, write_experts
 from pacellm_vllm.experts.settings import (
     ClusterSettings,
     Features,
@@ -159,7 +159,7 @@ def write_permuted(
 
 def _cluster_layer(
     checkpoint: Checkpoint,
-    ffn: FeedForward,
+    ffn: StoredFeedForward,
     settings: ClusterSettings,
     activations: Path | None,
     store: ResultCache,
@@ -174,10 +174,10 @@ def _cluster_layer(
 
 
 def _describe(
-    checkpoint: Checkpoint, ffn: FeedForward, result: LayerResult, num_experts: int
-) -> LayerExperts:
+    checkpoint: Checkpoint, ffn: StoredFeedForward, result: LayerResult, num_experts: int
+) -> DescribedLayer:
     gate = read_features(checkpoint, ffn, "gate")
-    return LayerExperts(
+    return DescribedLayer(
         neurons=ffn.neurons,
         expert_size=ffn.neurons // num_experts,
         inertia=result.inertia,

@@ -23,7 +23,7 @@ from pacellm_vllm.ops.kernels.batch import (
     DeviceRound,
     Tables,
     numbers_of,
-    rows_of,
+    piece_rows,
     single_tables,
     tables_of,
 )
@@ -142,7 +142,7 @@ class DeviceTables:
         turn = np.arange(len(request)) - (turns.cumsum() - turns)[request]
         begin = np.maximum(first[request], (segment[request] + turn) * size)
         end = np.minimum(lengths[request], (segment[request] + turn + 1) * size)
-        rows = rows_of(
+        rows = piece_rows(
             begin + (starts[:-1] - first)[request],
             end - begin,
             begin,

@@ -90,7 +90,7 @@ def run_vllm(arguments: Sequence[str]) -> None:
     main()
 
 
-def shown(arguments: Sequence[str], plugins: str | None) -> str:
+def as_typed(arguments: Sequence[str], plugins: str | None) -> str:
     """The command as one would type it."""
     env = f"VLLM_PLUGINS={shlex.quote(plugins)} " if plugins else ""
     return env + shlex.join(["vllm", *arguments])

@@ -18,7 +18,7 @@ from pacellm_vllm.serving.report import SUMMARIES_METHOD, merge_reports
 logger = plugin_logger()
 
 # What ``HoldSpan`` is called with.
-Span = tuple[str, int, WriteSpan]
+EndedSpan = tuple[str, int, WriteSpan]
 
 
 def hold_request_spans() -> None:
@@ -44,7 +44,7 @@ class RequestSpans:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._waits = asyncio.iscoroutinefunction(engine.collective_rpc)
-        self._held: list[Span] = []
+        self._held: list[EndedSpan] = []
         self._writing: asyncio.Task[None] | None = None
         self._failed = False
 
@@ -78,7 +78,7 @@ class RequestSpans:
                 _write(some, engines)
 
 
-def _write(spans: list[Span], engines: list[list[dict[str, Any]]]) -> None:
+def _write(spans: list[EndedSpan], engines: list[list[dict[str, Any]]]) -> None:
     """``engines`` have for each worker the summaries by request."""
     for name, cached_tokens, write in spans:
         parts = [worker[name] for workers in engines for worker in workers if name in worker]

@@ -13,7 +13,7 @@ from typing import Any
 from pacellm_vllm import __version__
 from pacellm_vllm.evals.arguments import add_engine, given, guarded, positions, read_model
 from pacellm_vllm.evals.records import EvalError, version_of, write_whole
-from pacellm_vllm.flags import add_settings, settings_of
+from pacellm_vllm.flags import add_settings, given_settings
 from pacellm_vllm.platform import SWITCH
 
 _PACKAGES = ("vllm", "torch", "transformers", "triton")
@@ -74,7 +74,7 @@ def _verify(args: argparse.Namespace) -> int:
     def tell(check: Check) -> None:
         print(f"{check.verdict:<18} {check.name}: {check.detail}", flush=True)
 
-    done = Verification(args.model, settings_of(args), engine, prompts, tell, args.long)
+    done = Verification(args.model, given_settings(args), engine, prompts, tell, args.long)
     done.run()
     print(f"\n{done.overhead_table()}\n")
     failed = [check for check in done.checks if check.failed]

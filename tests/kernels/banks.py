@@ -9,7 +9,7 @@ from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.kernels.bank import DeviceBanks
-from pacellm_vllm.ops.kernels.batch import numbers_of, rows_of, tables_of
+from pacellm_vllm.ops.kernels.batch import numbers_of, piece_rows, tables_of
 from pacellm_vllm.ops.kernels.step import advance_batch
 from pacellm_vllm.ops.kernels.top_k import TALLY
 
@@ -17,7 +17,7 @@ from pacellm_vllm.ops.kernels.top_k import TALLY
 def rows_of_pieces(pieces):
     """What the device is told of ``pieces``, but for their tiles."""
     columns = [(p.begin, p.end - p.begin, p.position, p.request, p.pages) for p in pieces]
-    return rows_of(*np.array(columns).T, numbers_of(piece.rules for piece in pieces))
+    return piece_rows(*np.array(columns).T, numbers_of(piece.rules for piece in pieces))
 
 
 class Pool:

@@ -82,7 +82,7 @@ def numbers_of(rules: Iterable[MemoryRules]) -> np.ndarray:
     return np.array(numbers, dtype=np.float32).view(np.int32)
 
 
-def rows_of(
+def piece_rows(
     begin: np.ndarray,
     length: np.ndarray | int,
     position: np.ndarray,
@@ -104,7 +104,7 @@ def rows_of(
 
 
 def tables_of(rows: np.ndarray, size: int) -> Tables:
-    """The tables of one round, of pieces ``rows`` (see ``rows_of``) and segments of ``size``."""
+    """The tables of one round, of pieces ``rows`` (see ``piece_rows``) and segments of ``size``."""
     begin, length, position = rows[:, BEGIN], rows[:, LENGTH], rows[:, POSITION]
     offset = position % size
     end = offset + length
@@ -128,9 +128,9 @@ def tables_of(rows: np.ndarray, size: int) -> Tables:
 
 
 def single_tables(positions: np.ndarray, pages: np.ndarray, numbers: np.ndarray) -> Tables:
-    """``tables_of`` for a decode step: token i is request i's only one; see ``rows_of``."""
+    """``tables_of`` for a decode step: token i is request i's only one; see ``piece_rows``."""
     index = np.arange(len(positions), dtype=np.int32)
-    rows = rows_of(index, 1, positions, index, pages, numbers)
+    rows = piece_rows(index, 1, positions, index, pages, numbers)
     rows[:, FIRST_TILE], rows[:, TILES] = index, 1
     tiles = np.stack([index, index, np.ones_like(index), index], axis=1)
     return Tables(rows, tiles)
