@@ -139,7 +139,6 @@ class RequestSettings(BaseModel):
     def applied_to(self, rules: MemoryRules) -> MemoryRules:
         """The engine's ``rules`` as this request wants them."""
         if not self.enabled:
-            # A bank of streamed input goes on recording, for a later turn that may want it.
             return replace(rules, alpha=0.0)
         return replace(rules, **self.overrides())
 

@@ -31,6 +31,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.model_executor.layers import fused_moe as fused_moe_package
@@ -685,21 +686,47 @@ def test_cached_tokens_are_still_the_least_of_all_groups():
     assert (original(manager, request), manager.estimate_cached_tokens(request)) == (0, 96)
 
 
-def test_a_turn_is_still_hashed_before_it_has_its_parameters():
-    """The reason for ``hash_turns_by_their_own``."""
-    session = make_request("one", [1] * 20, caching=True)
-    session.append_output_token_ids([2])
-    session.num_computed_tokens, session.streaming_queue = 20, None
-    first, params = session.sampling_params, SamplingParams(max_tokens=3)
-    hashed = []
-    session.update_block_hashes = lambda: hashed.append(session.sampling_params)
-    turn = SimpleNamespace(
-        mm_features=None, prompt_token_ids=[3], arrival_time=0, sampling_params=params, max_tokens=3
+def test_a_later_turn_still_brings_parameters_of_its_own():
+    """The reason for ``watch_turns``, and what it does."""
+    added, checked = [], []
+
+    async def send(request):
+        added.append(request)
+
+    async def take(parameters, resumable=True):
+        request = engine_request("one", parameters)
+        request.resumable = resumable
+        await AsyncLLM._add_request(front, request, None, None, 0, None)
+
+    def check(config, first, later):
+        checked.append((config, first.max_tokens, later.max_tokens))
+        if first.max_tokens != later.max_tokens:
+            raise ValueError("pacellm: no.")
+
+    front = SimpleNamespace(
+        output_processor=OutputProcessor(None, log_stats=False),
+        engine_core=SimpleNamespace(add_request_async=send),
+        check_admission=lambda request_id: None,
+        log_requests=False,
+        vllm_config="a config",
     )
-    scheduler = SimpleNamespace(hash_block_size=16, log_stats=False)
-    inspect.unwrap(Scheduler._update_request_as_session)(scheduler, session, turn)
-    assert hashed == [first]
-    assert session.sampling_params is params
+    one, two = (SamplingParams(max_tokens=n, detokenize=False) for n in (1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsyncLLM, "_add_request", inspect.unwrap(AsyncLLM._add_request))
+        asyncio.run(take(one))
+        asyncio.run(take(two))
+        assert len(added) == 2
+        front.output_processor = OutputProcessor(None, log_stats=False)
+        compat.watch_turns(check)
+        for parameters in (one, one):
+            asyncio.run(take(parameters))
+        with pytest.raises(VLLMValidationError, match=r"^pacellm: no \(request 'one'\)\.$"):
+            asyncio.run(take(two))
+        # The turn after it is compared with the first one as well; the end of all is no turn.
+        asyncio.run(take(one))
+        asyncio.run(take(two, resumable=False))
+    assert len(added) == 6
+    assert checked == [("a config", 1, n) for n in (1, 2, 1)]
 
 
 def test_vllms_cpu_attention_still_keeps_layers_apart():

@@ -3,7 +3,7 @@
 import pytest
 from checkpoints import make_prompt
 from engines import NATIVE, engine
-from oracle import MemoryRules, OracleModel
+from oracle import OracleModel
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -17,23 +17,16 @@ PACE = {
     "max_insertions": 5,
 }
 OFF = {"pacellm_enabled": False}
-TURNS = {
-    "on": (None, None, None),
-    "on, off, on": (None, OFF, None),
-    "off, on": (OFF, None, None),
-    "another alpha": (None, {"pacellm_alpha": 0.7}, {"pacellm_alpha": 0.7}),
-}
+ASKS = {"on": None, "off": OFF, "another alpha": {"pacellm_alpha": 0.7}}
 MAX_TOKENS = 20
 
 
-def truth(oracle, prompts, asks):
+def truth(oracle, prompts, ask):
     """Each turn's tokens. The last token that a turn sampled is not read by the next."""
-    oracle._reset({})
+    own = {"alpha": 0.0} if ask == OFF else {"alpha": (ask or {}).get("pacellm_alpha", 0.2)}
+    oracle._reset(own)
     said = []
-    for prompt, ask in zip(prompts, asks, strict=True):
-        own = {"alpha": 0.0} if ask == OFF else {"alpha": (ask or {}).get("pacellm_alpha", 0.2)}
-        for bank in oracle.banks.values():
-            bank.rules = MemoryRules.of(**{**PACE, **own})
+    for prompt in prompts:
         tokens = [int(oracle._feed(prompt)[-1].argmax())]
         while len(tokens) < MAX_TOKENS:
             tokens.append(int(oracle._feed(tokens[-1:])[-1].argmax()))
@@ -64,13 +57,14 @@ def add_turn(running, name, prompt, ask, first):
     core.engine_core.add_request(request)
 
 
-@pytest.mark.parametrize("turns", TURNS)
-def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkpoint):
-    """L4: what a turn asks for holds for that turn, and its bank knows the whole session."""
-    oracle, asks = OracleModel(checkpoint(), PACE), TURNS[turns]
+@pytest.mark.parametrize("taken_back", [False, True])
+@pytest.mark.parametrize("asked", ASKS)
+def test_streamed_input_is_one_text_whose_bank_knows_all_turns(asked, taken_back, checkpoint):
+    """Also where it is taken back within its second turn, and read again from its beginning."""
+    oracle, ask = OracleModel(checkpoint(), PACE), ASKS[asked]
     for seed in range(40):
         prompts = [make_prompt(90 * seed + i, length) for i, length in enumerate((70, 45, 38))]
-        want, gap = truth(oracle, prompts, asks)
+        want, gap = truth(oracle, prompts, ask)
         if gap > GAP:
             break
     else:
@@ -78,10 +72,12 @@ def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkp
     with engine(checkpoint(), PACE, enable_prefix_caching=True) as running:
         for name in ("cold", "warm"):
             got = []
-            for i, (prompt, ask) in enumerate(zip(prompts, asks, strict=True)):
+            for i, prompt in enumerate(prompts):
                 add_turn(running, name, prompt, ask, first=i == 0)
                 tokens = []
-                for _ in range(200):
+                for step in range(200):
+                    if taken_back and (i, step) == (1, 5):
+                        running.core.scheduler.reset_prefix_cache(reset_running_requests=True)
                     outputs = running.core.step_fn()[0] or {}
                     for group in outputs.values():
                         for output in group.outputs:
@@ -91,7 +87,7 @@ def test_a_session_is_one_text_whose_turns_have_their_own_settings(turns, checkp
                 got.append(tokens)
             assert got == want, name
             running.llm.llm_engine.abort_request([name], internal=True)
-        # Who says the same text under the engine's settings finds nothing of other turns'.
+        # Who says the same text under the engine's settings finds nothing of another's.
         text = [*prompts[0], *want[0][:-1], *prompts[1], *want[1][:-1], *prompts[2], 7]
         cold, _ = oracle.generate(text, 8)
         if min(bank.closest_call for bank in oracle.banks.values()) > GAP:

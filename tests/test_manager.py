@@ -181,6 +181,10 @@ def test_a_request_that_does_not_fit_takes_nothing():
     ("drafts", "prompt", "computed", "hit"),
     [
         (0, 100, 2 * SEGMENT, 2 * SEGMENT),
+        # A turn of streamed input makes what was answered before part of the prompt.
+        (0, -100, 2 * SEGMENT, 2 * SEGMENT),
+        (3, -100, 2 * SEGMENT, 0),
+        (3, -100, 2 * SEGMENT + 3, 2 * SEGMENT),
         # The last three of these tokens may be drafts, which the bank does not hold yet.
         (3, 100, 2 * SEGMENT, 0),
         (3, 100, 2 * SEGMENT + 2, 0),
@@ -192,11 +196,14 @@ def test_a_request_that_does_not_fit_takes_nothing():
 def test_a_bank_that_drafts_may_be_missing_from_is_no_snapshot(drafts, prompt, computed, hit):
     manager = make_manager(400, True, drafts)
     tokens = list(range(4 * SEGMENT))
-    request = make_request("first", tokens[:prompt], True, max_tokens=200)
+    streamed, prompt = prompt < 0, abs(prompt)
+    request = make_request("first", tokens[:prompt], True, max_tokens=200, resumable=streamed)
     for length in sorted({prompt, computed}):
         request.append_output_token_ids(tokens[request.num_tokens : length + 1])
         manager.allocate_slots(request, length - request.num_computed_tokens)
         request.num_computed_tokens = length
+    if streamed:
+        request.num_prompt_tokens = computed + 40
     manager.free(request)
     again = make_request("again", tokens, True, max_tokens=200)
     assert manager.get_computed_blocks(again)[1] == hit
@@ -388,20 +395,19 @@ def test_tokens_still_in_flight_are_not_donated():
     assert manager.get_computed_blocks(again)[1] == 0
 
 
-def test_a_session_may_still_grow_and_pays_from_the_start():
+def test_streamed_input_may_still_grow_and_pays_from_the_start():
     manager = make_manager(400, caching=True)
     layout = bank_spec().layout
     off = {"pacellm_enabled": False}
     for name, resumable, extra in (
         ("short", False, None),
-        ("session", True, None),
-        # Its next turn may turn the memory on again.
+        ("streamed", True, None),
         ("off", True, off),
     ):
         request = make_request(name, [1] * 20, True, extra, max_tokens=4, resumable=resumable)
         manager.allocate_slots(request, 20)
         pages = held(manager, request, BANK)
-        if resumable:
+        if name == "streamed":
             assert len(pages) == layout.pages_for(20)
             assert 0 not in pages
         else:

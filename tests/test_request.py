@@ -255,7 +255,7 @@ def test_a_request_is_read_once(monkeypatch):
         assert key_of(request, RULES) == key(alpha=0.5)
     # The last of them is that of ``key`` itself.
     assert len(read) == 1 + 100
-    # A session's next turn brings other parameters.
+    # A next turn of streamed input brings other parameters.
     request.sampling_params = SimpleNamespace(extra_args=None)
     assert settings_of(request) == RequestSettings()
     assert key_of(request, RULES) == ""

@@ -64,12 +64,12 @@ from pacellm_vllm.compat.requests import (
     check_http_requests,
     keep_booleans,
     prepare_requests,
+    watch_turns,
 )
 from pacellm_vllm.compat.scheduler import (
     blocks_kept_free,
     count_cached_tokens_without,
     groups_in_hand,
-    hash_turns_by_their_own,
     managers_of,
     request_in_hand,
     watch_requests,

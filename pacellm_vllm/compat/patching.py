@@ -27,6 +27,7 @@ PATCHED = {
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
     ),
     "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
+    "watch_turns": ("vllm.v1.engine.async_llm:AsyncLLM._add_request",),
     "follow_answers": ("vllm.v1.engine.output_processor:OutputProcessor.add_request",),
     "answers_made": ("vllm.v1.engine.output_processor:RequestState.make_request_output",),
     # Where vLLM's tracing is on, and nowhere else.
@@ -42,9 +43,6 @@ PATCHED = {
     "add_block_hash_key": (
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
-    ),
-    "hash_turns_by_their_own": (
-        "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
     ),
     "count_cached_tokens_without": (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.estimate_cached_tokens",

@@ -120,3 +120,28 @@ def prepare_requests(
         return prepared
 
     patch("prepare_requests", checked)
+
+
+def watch_turns(check: Callable[[VllmConfig, SamplingParams, SamplingParams], None]) -> None:
+    """Call ``check(vllm_config, the first turn's parameters, its own)`` of each later turn.
+
+    It may raise ``ValueError``, which ends the streamed input with that sentence.
+    Symptom: a turn of streamed input may have parameters of its own, and a request that is
+    preempted is computed again from its beginning with its last turn's.
+    Can go when a request has one set of parameters.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    async def added(original: Callable[..., Any], engine: Any, request: Any, *args: Any) -> None:
+        states, first = engine.output_processor.request_states, request.sampling_params
+        if request.resumable and (state := states.get(request.request_id)) is not None:
+            first = state._pacellm_first
+            try:
+                check(engine.vllm_config, first, request.sampling_params)
+            except ValueError as error:
+                raise VLLMValidationError(of_request(error, request.external_req_id)) from None
+        await original(engine, request, *args)
+        if request.resumable and (state := states.get(request.request_id)) is not None:
+            state._pacellm_first = first
+
+    patch("watch_turns", added)

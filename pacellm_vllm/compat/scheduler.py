@@ -86,22 +86,6 @@ def _managers(manager: KVCacheManager) -> Sequence[SingleTypeKVCacheManager]:
     return manager.coordinator.single_type_managers
 
 
-def hash_turns_by_their_own() -> None:
-    """Let the blocks of a session's next turn be hashed with that turn's parameters.
-
-    Symptom: vLLM hashes the turn's tokens before it gives the request the turn's parameters, so a
-    key of :func:`add_block_hash_key` would be the last turn's, and other requests would find blocks
-    computed with other settings.
-    Can go when it changes parameters first.
-    """
-
-    def updated(original: Callable[..., Any], scheduler: Any, session: Request, update: Any) -> Any:
-        session.sampling_params = update.sampling_params
-        return original(scheduler, session, update)
-
-    patch("hash_turns_by_their_own", updated)
-
-
 def count_cached_tokens_without(spec: type) -> None:
     """Leave groups of ``spec`` out of what vLLM says a request has put into the prefix cache.
 

@@ -21,7 +21,6 @@ from pacellm_vllm.compat import (
     count_cached_tokens_without,
     evictable_blocks,
     groups_in_hand,
-    hash_turns_by_their_own,
     keep_out_of_events,
     managers_of,
     plugin_logger,
@@ -101,7 +100,6 @@ class PagedBankManager(CircularBufferManager):
         add_engine_method(POOL_METHOD, _pool_report)
         self._log_start(kv_cache_spec)
         watch_requests()
-        hash_turns_by_their_own()
         count_cached_tokens_without(type(kv_cache_spec))
         add_block_hash_key(_hash_key, self.block_pool)
         check_taken_requests(_check_settings, self.block_pool)
@@ -363,7 +361,9 @@ class PagedBankManager(CircularBufferManager):
         size = self._layout.segment_size
         computed = request.num_computed_tokens
         length = computed // size * size
-        drafts = self._layout.drafts if computed > request.num_prompt_tokens else 0
+        # Of streamed input the last turn's answer is part of the prompt by now.
+        sampled = request.resumable or computed > request.num_prompt_tokens
+        drafts = self._layout.drafts if sampled else 0
         if computed - drafts < length:
             return 0
         return length if length <= self._cache.hashed_tokens(request.block_hashes) else 0
@@ -402,13 +402,13 @@ class PagedBankManager(CircularBufferManager):
 
 
 def _needs_no_bank(request: Request | None, layout: BankLayout) -> bool:
-    if request is None or request.sampling_params is None or request.resumable:
-        # Streamed input may grow, and its next turn may turn the memory on again.
+    if request is None or request.sampling_params is None:
         return False
     if not settings_of(request).enabled:
         return True
-    # The last token sampled is never computed.
-    return request.num_prompt_tokens + request.max_tokens - 1 <= layout.segment_size
+    # Streamed input may grow. The last token sampled is never computed.
+    longest = request.num_prompt_tokens + request.max_tokens - 1
+    return not request.resumable and longest <= layout.segment_size
 
 
 def _check_settings(request: EngineCoreRequest) -> None:

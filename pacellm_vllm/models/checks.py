@@ -19,6 +19,7 @@ from pacellm_vllm.compat import (
     plugin_logger,
     prepare_requests,
     set_cpu_worker,
+    watch_turns,
 )
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.memory.backend import takes_kernels
@@ -71,6 +72,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     check_http_requests(is_ours, check)
     prepare_requests(_why_no_streams, _extra_args, _admit)
+    watch_turns(_check_turn)
     if config.session_tokens:
         check_sessions(vllm_config)
         follow_answers(ended)
@@ -119,8 +121,14 @@ def is_traced(vllm_config: VllmConfig) -> bool:
 
 def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:
     """What a request reads of its session; of other engines' nothing is looked at."""
-    if processor.vllm_config.model_config.architecture in ARCHITECTURES:
-        admit(processor, request, read_config)
+    if processor.vllm_config.model_config.architecture not in ARCHITECTURES:
+        return
+    if request.resumable and RequestSettings.of(request.sampling_params.extra_args).report:
+        raise PaceConfigError(
+            "pacellm: a report is about one answer, and streamed input has one for each turn; drop "
+            "pacellm_report."
+        )
+    admit(processor, request, read_config)
 
 
 def carries_memory(vllm_config: VllmConfig) -> bool:
@@ -144,6 +152,19 @@ def _why_no_streams(vllm_config: VllmConfig) -> str | None:
         "bank has read the token that vLLM takes back at the end of a turn; serve with "
         "--no-async-scheduling."
     )
+
+
+def _check_turn(vllm_config: VllmConfig, first: SamplingParams, later: SamplingParams) -> None:
+    """``PaceConfigError`` where a turn of streamed input changes what memory computes."""
+    if not carries_memory(vllm_config):
+        return
+    mine, its = (RequestSettings.of(params.extra_args) for params in (first, later))
+    if (mine.enabled, mine.overrides()) != (its.enabled, its.overrides()):
+        raise PaceConfigError(
+            "pacellm: a later turn of streamed input cannot change the memory's settings, because "
+            "a request that is preempted is computed again from its beginning under one set of "
+            "them; give every turn the settings of the first."
+        )
 
 
 def known_harm(config: PaceConfig) -> str | None:

@@ -75,10 +75,6 @@ class RequestCase:
     def is_session(self) -> bool:
         return len(self.turns) > 1
 
-    @property
-    def changes_settings(self) -> bool:
-        return any(turn.overrides != self.turns[0].overrides for turn in self.turns)
-
 
 @dataclass(frozen=True)
 class Wave:
@@ -155,7 +151,6 @@ class EngineCase:
                     "session": request.is_session,
                     "eager session": request.eager,
                     "session, asynchronous": request.is_session and self.asynchronous,
-                    "session that changes settings": request.changes_settings,
                     "aborted": request.abort_after is not None,
                     "several answers": request.n > 1,
                     "sampled": request.temperature > 0,
@@ -225,7 +220,6 @@ FEATURES = frozenset(
         "session",
         "eager session",
         "session, asynchronous",
-        "session that changes settings",
         "aborted",
         "several answers",
         "sampled",
@@ -387,7 +381,7 @@ class _Requests:
         }
         if self._sessions_left and rng.random() < 0.35:
             self._sessions_left -= 1
-            return self._session(name, settings, plain, common)
+            return self._session(name, settings, common)
         max_tokens = rng.choice([1, 2, rng.randint(3, 12), rng.randint(10, 40)])
         follows, tokens = None, self._prompt(wave, max_tokens)
         old = [request for request in self._before if not request.is_session and request.n == 1]
@@ -434,16 +428,10 @@ class _Requests:
         tail = make_prompt(rng.randrange(1 << 30), self._longest)
         return tuple(root[:cut] + tail[: length - cut])
 
-    def _session(
-        self, name: str, settings: dict[str, Any], plain: dict[str, Any], common: dict[str, Any]
-    ) -> RequestCase:
+    def _session(self, name: str, settings: dict[str, Any], common: dict[str, Any]) -> RequestCase:
         rng = self._rng
         number = rng.randint(2, 4)
         room = self._longest // number
-        changed = _spelled({**plain, "alpha": 0.55}, rng)
-        if rng.random() < 0.5:
-            changed = _spelled({} if plain.get("enabled") is False else {"enabled": False}, rng)
-        change = rng.randrange(1, number) if rng.random() < 0.25 else number
         turns = []
         for index in range(number):
             answer = rng.randint(1, max(min(20, room // 3), 1))
@@ -452,8 +440,7 @@ class _Requests:
             if index == 0 and rng.random() < 0.6:
                 tokens = rng.choice(self._roots)[:length]
             self._budget -= length
-            now = settings if index < change else changed
-            turns.append(Turn(tuple(tokens), answer, **now))
+            turns.append(Turn(tuple(tokens), answer, **settings))
         return RequestCase(name, tuple(turns), eager=rng.random() < 0.4, **common)
 
     def _some_settings(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _texts(record: Record, talk: Talk) -> Iterator[list[int]]:
     for other in record.talks.values():
         if other.wave > talk.wave:
             continue
-        if other.case.changes_settings or _key(other) == _key(talk):
+        if _key(other) == _key(talk):
             for answer in other.answers:
                 if other is not talk:
                     yield from _as_computed(answer)

@@ -89,8 +89,6 @@ def _stretches(talk: Talk, answer: Answer, turn: int, plain: bool) -> Iterator[S
     """What was read and said up to the end of a turn; a new turn forgets the last token said."""
     for i in range(turn + 1):
         overrides = {} if plain else talk.case.turns[i].overrides
-        if talk.case.is_session and "layers" in overrides:
-            overrides = {"alpha": 0.0}
         said = answer.tokens[i] if i == turn else answer.tokens[i][:-1]
         tokens = (*answer.prompts[i], *said)
         yield Stretch(tokens, tuple(sorted(overrides.items())))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oracle import MemoryRules, OracleModel
+from oracle import OracleModel
 
 # How far from a tie every decision must lie for two implementations to take it alike.
 GAP = 1e-6
@@ -13,7 +13,7 @@ GAP = 1e-6
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens that were read, or written, under one set of settings."""
+    """Tokens that were read, or written, in one turn."""
 
     tokens: tuple[int, ...]
     overrides: tuple[tuple[str, Any], ...] = ()
@@ -41,7 +41,7 @@ class Truth(OracleModel):
         self._known: dict[tuple[Stretch, ...], Reading] = {}
 
     def read(self, stretches: Sequence[Stretch]) -> Reading:
-        """What follows from an empty memory; later stretches may change settings."""
+        """What follows from an empty memory, under the first stretch's settings."""
         key = tuple(stretches)
         if key not in self._known:
             self._known[key] = self._read(key)
@@ -53,7 +53,6 @@ class Truth(OracleModel):
         text = [token for stretch in stretches for token in stretch.tokens]
         logits, sure = [], None
         for stretch in stretches:
-            self._change(dict(stretch.overrides))
             rest = list(stretch.tokens)
             while rest:
                 begin = self._position
@@ -67,9 +66,3 @@ class Truth(OracleModel):
         chosen = logprobs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
         best = logprobs.max(dim=-1).values.tolist()
         return Reading(chosen, best, len(text) if sure is None else sure)
-
-    def _change(self, overrides: dict[str, Any]) -> None:
-        """From here on by other settings. A session's bank goes on recording while it is off."""
-        rules = MemoryRules.of(**{**self.pace, **overrides})
-        for bank in self.banks.values():
-            bank.rules = rules
