@@ -161,12 +161,12 @@ def journal_key(params: Any) -> str | None:
     return (params.extra_args or {}).get(_JOURNAL_KEY)
 
 
-def ids_of(answer_id: str) -> tuple[str, str]:
+def ids_of(answer_id: str) -> tuple[str, ...]:
     """The request ids that may stand behind the id of an answer, as a client was told it.
 
-    Of a route that takes several prompts, vLLM writes behind it which prompt, from 0.
+    Of a route that takes several prompts or turns, vLLM writes behind it which one, from 0.
     """
-    return answer_id, f"{answer_id}-0"
+    return answer_id, f"{answer_id}-0", f"{answer_id}_0"
 
 
 def keep_reading(extra_args: Any, reading: list[Any] | None) -> Any:

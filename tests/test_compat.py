@@ -5,6 +5,7 @@ import asyncio
 import inspect
 import json
 import queue
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import vllm
+from fastapi import UploadFile
 from prometheus_client import REGISTRY
 from test_manager import BANK, make_manager, make_request, place
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -31,6 +33,8 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.logger import DEFAULT_LOGGING_CONFIG
@@ -383,17 +387,19 @@ def test_beam_search_still_drops_extra_arguments():
 
 
 OPENAI = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+SPEECH = (TranscriptionRequest, TranslationRequest)
 
 
 def test_streams_still_begin_before_parameters_are_checked():
     """The reason for ``check_http_requests``: nothing of a generator runs before it is asked."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
-    for protocol in OPENAI:
+    for protocol in (*OPENAI, *SPEECH):
         assert protocol.model_config["extra"] == "allow"
         prompt = {"prompt": "x"} if protocol is CompletionRequest else {}
+        prompt |= {"file": UploadFile(BytesIO())} if protocol in SPEECH else {}
         asked = protocol(model="m", messages=[], input="", vllm_xargs={"a": 1}, **prompt)
         assert asked.to_sampling_params(1, {}).extra_args == {"a": 1}
-    for protocol in (ChatCompletionRequest, CompletionRequest):
+    for protocol in (ChatCompletionRequest, CompletionRequest, *SPEECH):
         assert callable(protocol.to_beam_search_params)
 
 
@@ -411,6 +417,13 @@ def test_extra_arguments_over_http_are_still_typed_without_booleans():
         assert {name: (type(v), v) for name, v in read.items()} == {
             name: (type(v), v) for name, v in given["vllm_xargs"].items()
         }
+    for protocol in SPEECH:
+        assert get_type_hints(protocol)["vllm_xargs"] == typed
+        # A form's field.
+        form = {"file": UploadFile(BytesIO()), "vllm_xargs": '{"a": true, "b": 1}'}
+        read = protocol.model_validate(form).vllm_xargs
+        assert (read["a"], read["b"]) == (True, 1)
+        assert (type(read["a"]), type(read["b"])) == (bool, int)
 
 
 def test_a_block_is_found_under_a_hash_of_ours_and_counted_while_nobody_holds_it():

@@ -20,11 +20,19 @@ PATCHED = {
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+        "vllm.entrypoints.speech_to_text.transcription.protocol:"
+        "TranscriptionRequest.to_sampling_params",
+        "vllm.entrypoints.speech_to_text.translation.protocol:"
+        "TranslationRequest.to_sampling_params",
     ),
     "refuse_in_beam_search": (
         "vllm.entrypoints.openai.chat_completion.protocol:"
         "ChatCompletionRequest.to_beam_search_params",
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
+        "vllm.entrypoints.speech_to_text.transcription.protocol:"
+        "TranscriptionRequest.to_beam_search_params",
+        "vllm.entrypoints.speech_to_text.translation.protocol:"
+        "TranslationRequest.to_beam_search_params",
     ),
     "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
     "watch_turns": ("vllm.v1.engine.async_llm:AsyncLLM._add_request",),

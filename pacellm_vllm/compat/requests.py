@@ -64,6 +64,8 @@ def keep_booleans() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 
     value = bool | str | int | float | list[str | int | float]
     for protocol in (
@@ -71,6 +73,8 @@ def keep_booleans() -> None:
         ChatCompletionRequest,
         CompletionRequest,
         ResponsesRequest,
+        TranscriptionRequest,
+        TranslationRequest,
     ):
         field = protocol.model_fields["vllm_xargs"]
         if field.annotation != dict[str, value] | None:

@@ -16,13 +16,15 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from pacellm_vllm.compat import api_processes
+from pacellm_vllm.compat import api_processes, plugin_logger
 from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.request import RequestSettings, ids_of, keep_reading, reading_of
 from pacellm_vllm.sentences import first_refusal
 
 if TYPE_CHECKING:
     from pacellm_vllm.sessions.reading import SessionReader
+
+logger = plugin_logger()
 
 # Requests are prepared in several threads.
 _MAKING = Lock()
@@ -124,8 +126,12 @@ def ended(request: EngineCoreRequest) -> Callable[[Sequence[int]], None] | None:
     prompt = tokens[:place] + tokens[place + count :]
 
     def leave(answer: Sequence[int]) -> None:
-        with reader.store.lock:
-            reader.store.add(key, prompt, answer)
+        try:
+            with reader.store.lock:
+                reader.store.add(key, prompt, answer)
+        except Exception:
+            # vLLM's loop of answers, in which this runs, would end the server.
+            logger.exception("pacellm: an answer could not be left to its session.")
 
     return leave
 
@@ -188,3 +194,9 @@ def _check_prompt(request: EngineCoreRequest) -> None:
                 f"pacellm: a session keeps text, and {what} is none; drop pacellm_session or send "
                 "text only."
             )
+    # vLLM 0.33 only; it has compared their number with the prompt's before.
+    if getattr(request.sampling_params, "prompt_logprob_token_ids", None) is not None:
+        raise PaceConfigError(
+            "pacellm: prompt_logprob_token_ids has a row for each token of the prompt, and a "
+            "session may add some; drop one of the two."
+        )

@@ -1,9 +1,10 @@
 """SessionReader: what a request reads of its session before it is scheduled."""
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from uuid import uuid4
 
@@ -27,8 +28,9 @@ MARGIN_TOKENS = 16
 ASKING_TOKENS = 64
 # Of questions about something else 4 to 10 in 100 are surer (docs/recall.md, "The gate").
 SURE = 0.16
-# A page is in a prompt where most runs of so many of its tokens are.
+# A page is in a prompt where most runs of so many of its tokens, or all of a shorter page, are.
 _RUN_TOKENS = 8
+_MARKER = re.compile(r"<\S+>|\[\S+\]")
 _NOTES = 1000
 
 
@@ -49,7 +51,7 @@ class SessionReader:
         self.id = uuid4().hex
         self.store = store
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._markers = _markers_of(tokenizer)
         self._gap = tuple(tokenizer.encode("\n\n", add_special_tokens=False))
         # By request: what it has read, of the last ones.
         self.notes: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -100,7 +102,7 @@ class SessionReader:
         question is not looked up with it. With ``auto`` it is nothing that the prompt's first
         ``own`` tokens, or what is said before it is asked, have as much of.
         """
-        runs, finder = _runs(tokens), session.finder
+        runs, finder = cache(partial(_runs, tokens)), session.finder
         ways, before = queries(asked)
 
         @cache
@@ -143,15 +145,15 @@ class SessionReader:
         return begin, max(begin, end)
 
     def _ends_line(self, token: int) -> bool:
-        return token in self._special or self._tokenizer.decode([token]).endswith("\n")
+        return token in self._markers or self._tokenizer.decode([token]).endswith("\n")
 
     def _begins_line(self, token: int) -> bool:
-        return token in self._special or self._tokenizer.decode([token]).startswith("\n")
+        return token in self._markers or self._tokenizer.decode([token]).startswith("\n")
 
     def _joined(self, pages: Sequence[Page]) -> Iterator[int]:
         """``pages`` in the order in which they were read, with what stands around them.
 
-        Special tokens would end a message where there is none, so they are left out.
+        Markers would end a message where there is none, so they are left out.
         """
         chains: list[list[Page]] = []
         for page in sorted(pages, key=lambda page: page.number):
@@ -160,18 +162,32 @@ class SessionReader:
             else:
                 chains.append([page])
         for chain in chains:
-            yield from (t for t in passage(chain, MARGIN_TOKENS) if t not in self._special)
+            yield from (t for t in passage(chain, MARGIN_TOKENS) if t not in self._markers)
             yield from self._gap
 
 
-def _runs(tokens: np.ndarray) -> set[bytes]:
-    if len(tokens) < _RUN_TOKENS:
+def _markers_of(tokenizer: Any) -> frozenset[int]:
+    """Tokens that say where a message, a thought or the call of a tool begins or ends.
+
+    ``all_special_ids`` has only those that the tokenizer has a use for itself, and some
+    (``</think>``) are not special at all. Runs of blanks, which some tokenizers add, are text.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = (i for i, token in added.items() if token.special or _MARKER.fullmatch(token.content))
+    return frozenset({*tokenizer.all_special_ids, *marked})
+
+
+def _runs(tokens: np.ndarray, length: int) -> set[bytes]:
+    """All runs of ``length`` tokens, the whole where there are fewer."""
+    if len(tokens) < length:
         return {tokens.tobytes()}
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, _RUN_TOKENS)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, length)
     return {window.tobytes() for window in windows}
 
 
-def _is_in(page: Page, runs: set[bytes]) -> bool:
+def _is_in(page: Page, runs: Callable[[int], set[bytes]]) -> bool:
+    """Whether most of a page is in the prompt whose ``runs`` of a length are given."""
     assert page.tokens is not None
-    mine = _runs(page.tokens)
-    return 2 * len(mine & runs) > len(mine)
+    length = min(_RUN_TOKENS, len(page.tokens))
+    mine = _runs(page.tokens, length)
+    return 2 * len(mine & runs(length)) > len(mine)

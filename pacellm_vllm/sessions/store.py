@@ -89,10 +89,10 @@ class SessionStore:
         session.learn(np.array(prompt, np.int32))
         tokens = np.array((*prompt, *answer), np.int32)
         page = session.root
-        new: dict[int, np.ndarray] = {}
+        new: dict[int, str] = {}
         for start in range(0, len(tokens), PAGE_TOKENS):
             page = self._child(key, page, tokens[start : start + PAGE_TOKENS].copy(), new)
-        session.finder.add({n: self._decode(text.tolist()) for n, text in new.items()})
+        session.finder.add(new)
         while len(self._used) > self.max_pages:
             self._evict()
 
@@ -100,10 +100,11 @@ class SessionStore:
         """Let others go first."""
         self._used.move_to_end(page.number)
 
-    def _child(
-        self, key: bytes, parent: Page, tokens: np.ndarray, new: dict[int, np.ndarray]
-    ) -> Page:
-        """The page of ``tokens`` behind ``parent``, made, filled again or found."""
+    def _child(self, key: bytes, parent: Page, tokens: np.ndarray, new: dict[int, str]) -> Page:
+        """The page of ``tokens`` behind ``parent``, made, filled again or found.
+
+        The text of one that was not there goes into ``new``.
+        """
         session = self._sessions[key]
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
         page = parent.children.get(digest)
@@ -116,10 +117,10 @@ class SessionStore:
             self._next += 1
             parent.children[digest] = page
         if page.tokens is None:
+            new[page.number] = self._decode(tokens.tolist())
             page.tokens = tokens
             self._tokens += len(tokens)
             session.pages[page.number] = page
-            new[page.number] = tokens
         self._used[page.number] = (key, page)
         self._used.move_to_end(page.number)
         return page

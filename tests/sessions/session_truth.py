@@ -4,6 +4,7 @@ No page is shared here, nothing is evicted: a session is a list of texts, each r
 earlier text begins with the same pages.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -20,7 +21,11 @@ class Truth:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
+        added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
+        # Blanks may be tokens of their own, too.
+        self.special = {
+            each["id"] for each in added if each["special"] or each["content"][0] in "<["
+        }
         self.prompts = []
         # In the order in which they came: a page's whole text up to its end.
         self.pages = []
@@ -122,8 +127,9 @@ class Truth:
 
     def is_in(self, index, prompt):
         page = self.pages[index][(len(self.pages[index]) - 1) // PAGE * PAGE :]
-        runs = {tuple(page[i : i + RUN]) for i in range(max(1, len(page) - RUN + 1))}
-        theirs = {tuple(prompt[i : i + RUN]) for i in range(max(1, len(prompt) - RUN + 1))}
+        run = min(RUN, len(page))
+        runs = {tuple(page[i : i + run]) for i in range(len(page) - run + 1)}
+        theirs = {tuple(prompt[i : i + run]) for i in range(len(prompt))}
         return 2 * len(runs & theirs) > len(runs)
 
     def passages(self, chosen):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from session_truth import Truth
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from vllm.config import VllmConfig
 
@@ -170,7 +171,7 @@ def test_a_look_up_leaves_nothing_behind_but_the_words_of_the_pages():
 class Words:
     """A tokenizer whose tokens are words."""
 
-    all_special_ids = ("<s>",)
+    backend_tokenizer = SimpleNamespace(to_str=lambda: '{"added_tokens": []}')
 
     def decode(self, tokens, skip_special_tokens=False):
         return " ".join(tokens)
@@ -182,12 +183,49 @@ def tokenizer():
 
 
 PLACES = ["oslo", "lima", "rome", "paris", "cairo", "delhi", "quito", "tokyo", "dakar", "sofia"]
+# Special to the tokenizer, to those who made the model, and to its chat template alone.
+MARKERS = ["<s>", "<|turn|>", "</think>"]
 TURN = st.tuples(
     st.sampled_from(["ask", "ask", "tell", "chat"]),
     st.sampled_from([KEY, OTHER]),
     st.integers(0, 10**6),
     st.sampled_from(["auto", "always", "never"]),
 )
+
+
+def marking_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained("scripts/tiny")
+    tokenizer.add_tokens(
+        [AddedToken("<|turn|>", special=True), AddedToken("</think>"), AddedToken("  ")]
+    )
+    return tokenizer
+
+
+def test_no_marker_is_read_again_and_blanks_are():
+    tokenizer = marking_tokenizer()
+    marks = tokenizer.convert_tokens_to_ids(["<|turn|>", "</think>"])
+    blanks = tokenizer.convert_tokens_to_ids("  ")
+    assert not {*marks} & {*tokenizer.all_special_ids}
+    kept = SessionStore(10**6, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+    told = tokenizer.encode("The magic number of oslo is 42.")
+    kept.add(KEY, [*told, marks[0], blanks, marks[1], *told], [])
+    read = SessionReader(kept, tokenizer).read(
+        KEY, tokenizer.encode("What is the magic number of oslo?"), 10**9, "always"
+    )
+    gap = tokenizer.encode("\n\n", add_special_tokens=False)
+    assert list(read.tokens) == [*told, blanks, *told, *gap]
+
+
+def test_a_short_page_that_a_prompt_has_is_not_read_again():
+    tokenizer = AutoTokenizer.from_pretrained("scripts/tiny")
+    kept = SessionStore(10**6, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+    told = tokenizer.encode("lima is 42.")
+    assert len(told) < 8
+    kept.add(KEY, told, [])
+    reader = SessionReader(kept, tokenizer)
+    asked = tokenizer.encode(" So what about lima and its number?")
+    assert reader.read(KEY, asked, 10**9, "always").pages == 1
+    assert reader.read(KEY, [*told, *asked], 10**9, "always").pages == 0
 
 
 def prompt_of(kind, seed, tokenizer, said):
@@ -198,6 +236,8 @@ def prompt_of(kind, seed, tokenizer, said):
     if kind == "tell":
         words = [f"The magic number of {rng.choice(PLACES)} is {rng.randrange(100)}."]
         words += [f"x{rng.randrange(30)}" for _ in range(rng.randrange(300))]
+        words += rng.choices([*MARKERS, "said"], k=rng.randrange(9))
+        rng.shuffle(words)
         return tokenizer.encode(" ".join(words))
     asked = tokenizer.encode(f"{head}user: what is the magic number of {place}?\nanswer:")
     return [*said[-600:], *asked] if kind == "chat" else asked
@@ -206,7 +246,7 @@ def prompt_of(kind, seed, tokenizer, said):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(TURN, min_size=1, max_size=14))
 def test_sessions_in_any_order_read_what_each_of_them_wrote(turns):
-    tokenizer = AutoTokenizer.from_pretrained("scripts/tiny")
+    tokenizer = marking_tokenizer()
     kept = SessionStore(10**6, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
     reader = SessionReader(kept, tokenizer)
     truths = {key: Truth(tokenizer) for key in (KEY, OTHER)}
