@@ -1,8 +1,10 @@
-# vLLM's own image plus this package; use it as vllm/vllm-openai:
+# vLLM's own image plus this package; use it as vllm/vllm-openai. No build of it was tried.
 #   docker build -t pacellm-vllm .
-#   docker run --gpus all -p 8000:8000 pacellm-vllm Qwen/Qwen2.5-7B-Instruct \
+#   docker run --gpus all -p 8000:8000 -e VLLM_PLUGINS=pacellm,pacellm_http \
+#       pacellm-vllm Qwen/Qwen2.5-7B-Instruct \
 #       --hf-overrides '{"architectures": ["PaceQwen2ForCausalLM"]}' \
 #       --additional-config '{"pacellm": {"layers": [12, 26]}}'
+# Without VLLM_PLUGINS memory works, and has no page, counts or metrics (docs/operating.md).
 ARG VLLM=0.33.0
 FROM vllm/vllm-openai:v${VLLM}
 COPY pyproject.toml README.md LICENSE /opt/pacellm-vllm/

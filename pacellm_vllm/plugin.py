@@ -56,8 +56,12 @@ def _check_engine(vllm_config: "VllmConfig") -> None:
 
 
 def _check_not_configured(vllm_config: "VllmConfig") -> None:
-    additional = vllm_config.additional_config
-    if isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None:
+    from pacellm_vllm.models.table import ARCHITECTURES
+
+    additional, overrides = vllm_config.additional_config, vllm_config.model_config.hf_overrides
+    named = overrides.get("architectures") if isinstance(overrides, dict) else None
+    asked = next((name for name in named or () if name in ARCHITECTURES), None)
+    if asked or (isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None):
         from pacellm_vllm.models.checks import refuse_configuration
 
-        refuse_configuration(vllm_config)
+        refuse_configuration(vllm_config, asked)

@@ -46,6 +46,7 @@ from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import ModelRegistry, registry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.zen_cpu import ZenCpuPlatform
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.tracing import SpanAttributes
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -365,7 +366,8 @@ def test_how_many_api_servers_there_are_is_still_a_private_field():
 
 def test_the_platform_of_vllms_own_cpu_build_is_told_from_ours(monkeypatch):
     """``is_vllms_cpu_build``; ``is_cpu`` is true of both."""
-    for platform, vllms in ((CpuPlatform(), True), (TorchCpuPlatform(), False)):
+    zen = ZenCpuPlatform()
+    for platform, vllms in ((CpuPlatform(), True), (zen, True), (TorchCpuPlatform(), False)):
         monkeypatch.setattr(platforms, "_current_platform", platform)
         assert platform.is_cpu()
         assert compat.is_vllms_cpu_build() == vllms

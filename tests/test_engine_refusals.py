@@ -8,12 +8,14 @@ import pytest
 from checkpoints import make_prompt
 from engines import NATIVE, engine
 from transformers import Mamba2Config
+from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.models import checks
 from pacellm_vllm.models.checks import check_engine, refuse_configuration
+from pacellm_vllm.plugin import _check_not_configured
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 PACE = {"layers": [1, 3], "segment_size": 32}
@@ -226,8 +228,8 @@ def test_a_checkpoint_that_names_the_architecture_needs_no_flag(checkpoint, tmp_
         assert list(running.memories()) == [2]
 
 
-def engine_config(path, pace=PACE, **settings):
-    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
+def engine_config(path, pace=PACE, architecture="PaceQwen2ForCausalLM", **settings):
+    overrides = {"architectures": [architecture]}
     settings |= {"skip_tokenizer_init": True, "additional_config": {"pacellm": pace}}
     return EngineArgs(str(path), hf_overrides=overrides, **settings).create_engine_config()
 
@@ -283,6 +285,31 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
         check_engine(config)
 
 
+def test_recurrent_layers_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint("lfm2"), architecture="PaceLfm2ForCausalLM")
+    check_engine(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(PaceConfigError, match="recurrent layers on model runner V2: it does not"):
+        check_engine(config)
+
+
+def test_adapters_of_interleaved_experts_are_refused(checkpoint):
+    config = engine_config(checkpoint("gpt_oss"), architecture="PaceGptOssForCausalLM")
+    check_engine(config)
+    config.lora_config = LoRAConfig()
+    with pytest.raises(PaceConfigError, match="LoRA on the experts of gpt-oss: vLLM knows by"):
+        check_engine(config)
+
+
+def test_an_architecture_that_vllm_puts_another_in_place_of_is_refused(checkpoint):
+    overrides = {"architectures": ["PaceQwen2ForCausalLM"]}
+    config = EngineArgs(str(checkpoint()), skip_tokenizer_init=True).create_engine_config()
+    _check_not_configured(config)
+    config.model_config.hf_overrides = overrides
+    with pytest.raises(PaceConfigError, match="asks for PaceQwen2ForCausalLM, but vLLM serves"):
+        _check_not_configured(config)
+
+
 def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
     config = engine_config(checkpoint())
     parallel = config.parallel_config
@@ -302,6 +329,7 @@ def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),
         ("cache", "kv_sharing_fast_prefill", True, "fast prefill: layers that share caches"),
+        ("scheduler", "disable_hybrid_kv_cache_manager", True, "one KV cache manager for all"),
     ],
 )
 def test_features_this_machine_cannot_start(part, field, value, sentence, checkpoint):

@@ -58,8 +58,11 @@ def is_vllms_cpu_build() -> bool:
     Can go when they take blocks that layers share.
     """
     from vllm.platforms import current_platform
+    from vllm.platforms.cpu import CpuPlatform
 
-    return type(current_platform).__module__ == "vllm.platforms.cpu"
+    # AMD's platform, for Zen, stands on it too.
+    of_vllm = type(current_platform).__module__.startswith("vllm.")
+    return of_vllm and isinstance(current_platform, CpuPlatform)
 
 
 def add_worker_extension(vllm_config: VllmConfig, name: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pacellm_vllm.experts.errors import ExpertsError
+
 # act(gate) * up on [tokens, 2 * width], gates first: vLLM's SiluAndMul and its like. Without a
 # gate, act(up) on [tokens, width].
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -68,7 +70,16 @@ class ExpertRouter(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def fill(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> None:
-        """Describe the experts of ``gate`` and ``up`` [D, H], whose neurons are in expert order."""
+        """Describe the experts of ``gate`` and ``up`` [D, H], whose neurons are in expert order.
+
+        ``ExpertsError`` where vLLM loads weights again, for which it takes the buffers away and
+        puts the old ones back.
+        """
+        if self.centres.is_meta:
+            raise ExpertsError(
+                "pacellm: an engine whose tokens choose among experts cannot load its weights "
+                "again, as they would be chosen by the old ones; start it anew."
+            )
         gates = gate.float().unflatten(0, (self.num_experts, -1))
         centres = gates.mean(dim=1, keepdim=True)
         self.centres.copy_(centres[:, 0])

@@ -123,7 +123,8 @@ def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:
     """What a request reads of its session; of other engines' nothing is looked at."""
     if processor.vllm_config.model_config.architecture not in ARCHITECTURES:
         return
-    if request.resumable and RequestSettings.of(request.sampling_params.extra_args).report:
+    params = request.sampling_params
+    if request.resumable and params and RequestSettings.of(params.extra_args).report:
         raise PaceConfigError(
             "pacellm: a report is about one answer, and streamed input has one for each turn; drop "
             "pacellm_report."
@@ -199,12 +200,27 @@ def not_compared(architecture: str) -> str | None:
 def _check_memory(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
+    base = ARCHITECTURES[model.architecture].architecture
     refusals = {
         "speculative decoding like this": _speculation(vllm_config),
         "pipeline parallelism on model runner V2": (
             parallel.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner,
             "it tells only the last stage what requests have set; set VLLM_USE_V2_MODEL_RUNNER=0 "
             "or use --tensor-parallel-size",
+        ),
+        "recurrent layers on model runner V2": (
+            bool(model.is_hybrid and vllm_config.use_v2_model_runner),
+            "it does not say there which request a row of a batch is of, and settings would be "
+            "another's; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        "LoRA on the experts of gpt-oss": (
+            vllm_config.lora_config is not None and base == "GptOssForCausalLM",
+            "vLLM knows by the architecture's name how their weights are interleaved, and would "
+            "cut adapters apart; drop --enable-lora, or merge the adapter",
+        ),
+        "one KV cache manager for all kinds of layers": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+            "banks need one of their own; drop --disable-hybrid-kv-cache-manager",
         ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -300,9 +316,18 @@ def _speculation(vllm_config: VllmConfig) -> tuple[bool, str]:
     )
 
 
-def refuse_configuration(vllm_config: VllmConfig) -> None:
-    """For every other architecture: refuse a configuration, which would silently do nothing."""
+def refuse_configuration(vllm_config: VllmConfig, asked: str | None = None) -> None:
+    """For every other architecture: refuse a configuration, which would silently do nothing.
+
+    So would the architecture that was ``asked`` for, and that vLLM has put another in place of.
+    """
     architecture = vllm_config.model_config.architecture
+    if asked:
+        raise PaceConfigError(
+            f"pacellm: --hf-overrides asks for {asked}, but vLLM serves this checkpoint as "
+            f"{architecture}, which carries neither memory nor experts; drop it, and --model-impl "
+            "where that is why."
+        )
     pace = pace_architecture(architecture)
     reason = WHY_NOT.get(architecture, "pacellm serves what generates text")
     remedy = (

@@ -148,6 +148,11 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             vllm_config.speculative_config is not None,
             "drafts have not been tested with experts; drop --speculative-config",
         ),
+        "weight transfer": (
+            vllm_config.weight_transfer_config is not None,
+            "weights come a tensor at a time, and neurons are moved a whole FFN at a time; drop "
+            "--weight-transfer-config",
+        ),
         "KV transfer": (
             vllm_config.kv_transfer_config is not None,
             "no connector checks that both engines have the same experts; drop "

@@ -1,6 +1,7 @@
 """The same requests under one schedule after another, with memory on and off."""
 
 import importlib.util
+import math
 import os
 import statistics
 import time
@@ -43,7 +44,8 @@ class Said:
         for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
             # Behind another token everything differs.
             for one, two in zip(mine, theirs, strict=True):
-                worst = max(worst, abs(one - two))
+                apart = abs(one - two)
+                worst = max(worst, apart if math.isfinite(apart) else math.inf)
         return differ, worst
 
 
@@ -199,6 +201,8 @@ class Verification:
             ran = "kernels" if self.about["kernels"] else "plain ops"
             blame = f"the {ran} give another sum than float64 does: {replay.mistake}"
             self._note(Check(name, "FAULT", blame))
+        elif not replay.compared:
+            self._note(Check(name, "not reached", "no token of a request passed the memory"))
         else:
             layers = len(self.about["config"]["layers"])
             self._note(Check(name, "same", f"{layers} layers, {replay.compared} tokens"))
@@ -227,6 +231,9 @@ class Verification:
         if replay and replay.mistake:
             self._note(Check(name, "FAULT", f"{blame} ({replay.mistake}; {detail})"))
             return
+        if replay and not replay.compared:
+            self._note(Check(name, "not reached", f"no token passed the memory ({detail})"))
+            return
         if replay:
             detail = f"{replay.compared} tokens as in float64, {detail}"
         elif (moved := truth["on"].distance(truth["off"])[1]) < 2 * loose:
@@ -248,7 +255,8 @@ class Verification:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                _ask(llm, [min(self.prompts, key=len)], None)
+                # Over several segments, so that there is something to commit.
+                _ask(llm, [max(self.prompts, key=len)], None)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         waits = [w for w in seen if "synchronizing" in str(w.message).lower()]

@@ -203,6 +203,11 @@ def test_experts_of_another_model_are_refused(checkpoint, clustered, tmp_path):
             "do not work with KV transfer: no connector checks",
         ),
         (
+            {"num_experts": 8},
+            {"weight_transfer_config": {"backend": "nccl"}},
+            "do not work with weight transfer: weights come a tensor at a time",
+        ),
+        (
             {"num_experts": 43},
             {"tensor_parallel_size": 2},
             "43 experts cannot be spread whole over 2 tensor parallel ranks; "

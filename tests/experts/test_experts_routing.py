@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.ffn import FfnWeights, grouped_activations, grouped_output, masked
 from pacellm_vllm.experts.routing import ExpertRouter, choose
 
@@ -141,3 +142,10 @@ def test_the_expected_mass_is_near_the_mass(clustered_ffn, gated):
         held = float((mass * chosen).sum() / mass.sum())
         # One expert more or less is much where few hold most, as without a gate.
         assert share - 0.08 < held < share + (0.08 if gated else 0.15)
+
+
+def test_weights_of_a_running_engine_are_not_loaded_again():
+    """vLLM takes buffers to the meta device for it, and puts back what they held."""
+    made = ExpertRouter(3, 8, act, top_k=1).to("meta")
+    with pytest.raises(ExpertsError, match="cannot load its weights again"):
+        made.fill(torch.randn(6, 8), torch.randn(6, 8))

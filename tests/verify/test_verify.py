@@ -188,6 +188,24 @@ def test_the_truth_is_the_oracles(checkpoint, preset):
             assert not hasattr(one.layer, "run") or "run" not in vars(one.layer)
 
 
+def test_what_compared_nothing_is_not_called_the_same(monkeypatch):
+    nothing = engines.Replay("", 0)
+    monkeypatch.setattr(engines.Verification, "_replay", lambda *args: nothing)
+    done = engines.Verification("m", {}, {}, [[1]], tell=lambda check: None)
+    done.about = {"engine": {"dtype": "float32"}, "config": {"layers": [1]}}
+    done._arithmetic(None)
+    said = {name: engines.Said([[5]], [[-1.0]], 0) for name in ("on", "off")}
+    done._true = said
+    done._compare("chunks", "an answer depends on chunks", said, replay=nothing)
+    assert [check.verdict for check in done.checks] == ["not reached"] * 2
+
+
+def test_a_log_probability_that_is_no_number_is_as_far_as_can_be():
+    one, two = (engines.Said([[7]], [[logprob]], 0) for logprob in (-1.0, float("nan")))
+    assert one.distance(two) == (0, float("inf"))
+    assert two.distance(one) == (0, float("inf"))
+
+
 def test_bad_arguments_are_refused_in_a_sentence(capsys):
     assert main(["verify", "/nowhere"]) == 2
     assert "cannot be read" in capsys.readouterr().err
