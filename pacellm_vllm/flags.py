@@ -33,6 +33,17 @@ def _layers(text: str) -> Any:
         raise argparse.ArgumentTypeError('a list such as 12,26, "auto", or "" for none') from None
 
 
+def _experts(text: str) -> Any:
+    given = parse_experts(text)
+    if given is None:
+        # As a flag that is not given, it would leave those of the checkpoint on.
+        raise argparse.ArgumentTypeError(
+            "a number of experts, an object or a directory; what turns a checkpoint's off is "
+            '--additional-config \'{"pacellm": {"experts": null}}\''
+        )
+    return given
+
+
 def _number_or_text(text: str) -> Any:
     for kind in (int, float):
         try:
@@ -46,4 +57,4 @@ def _true_or_false(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-_PARSERS = {"layers": _layers, "experts": parse_experts, "clip": _true_or_false}
+_PARSERS = {"layers": _layers, "experts": _experts, "clip": _true_or_false}

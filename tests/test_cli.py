@@ -166,6 +166,14 @@ def test_every_setting_can_be_given_as_a_flag(checkpoint):
     assert len(given) == len(PaceConfig.model_fields) - 1
 
 
+def test_experts_are_not_turned_off_by_a_flag_that_would_be_as_none(capsys):
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--experts", "null"])
+    assert '--additional-config \'{"pacellm": {"experts": null}}\'' in capsys.readouterr().err
+
+
 def test_help_does_not_wait_for_vllm():
     script = "import sys, pacellm_vllm.cli; print(*sys.modules)"
     done = subprocess.run(

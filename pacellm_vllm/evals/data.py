@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pacellm_vllm.evals.questions import read_question
 from pacellm_vllm.evals.records import EvalError
 
 Row = dict[str, Any]
@@ -23,7 +24,7 @@ def _longbench(row: Row) -> Row:
     return {
         "question": question,
         "context": row["context"],
-        "answers": list(row["answers"]),
+        "answers": [row["answers"]] if isinstance(row["answers"], str) else list(row["answers"]),
         "all_classes": row["all_classes"] or [],
     }
 
@@ -50,13 +51,23 @@ class Benchmark:
     """Where files lie under a data directory, what a line of them holds, and where to get them.
 
     ``paths`` are tried in order, their ``{config}`` and ``{split}`` filled in; ``adapt`` turns
-    a row with all ``fields`` into what lm-eval's task reads.
+    a row with all ``fields`` into what lm-eval's task reads, or raises ``ValueError``.
     """
 
     paths: tuple[str, ...]
     fields: tuple[str, ...]
     source: str
     adapt: Callable[[Row], Row] = _as_it_is
+
+    def row(self, given: Row, where: str) -> Row:
+        """``given``, adapted; ``EvalError`` for one that is not what it should be."""
+        missing = [name for name in self.fields if name not in given]
+        if missing:
+            raise EvalError(f"pacellm: {where}, has no {missing[0]}; {_description(self)}")
+        try:
+            return self.adapt(given)
+        except ValueError as error:
+            raise EvalError(f"pacellm: {where}: {error}; {_description(self)}") from None
 
 
 BENCHMARKS = {
@@ -92,6 +103,7 @@ _QUESTIONS = Benchmark(
     ("qa/{name}.jsonl",),
     ("question", "context", "answers"),
     "your own questions: context is a text, and answers a list, each of which is right",
+    read_question,
 )
 
 
@@ -146,7 +158,7 @@ class DataDirectory:
         paths = [path.format(**values) for path in benchmark.paths]
         for path in paths:
             if found := sorted(self.path.glob(path)):
-                return [benchmark.adapt(row) for one in found for row in _read(one, benchmark)]
+                return [row for one in found for row in _read(one, benchmark)]
         other = f" (or {', or '.join(paths[1:])})" if paths[1:] else ""
         raise EvalError(
             f"pacellm: {self.path / paths[0]} is missing{other}; {_description(benchmark)}"
@@ -173,15 +185,9 @@ def _description(benchmark: Benchmark) -> str:
 
 def _read(path: Path, benchmark: Benchmark) -> list[Row]:
     rows = _parquet(path) if path.suffix == ".parquet" else _json(path, benchmark)
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in benchmark.fields if name not in row]
-        if missing:
-            raise EvalError(
-                f"pacellm: {path}, row {number}, has no {missing[0]}; {_description(benchmark)}"
-            )
     if not rows:
         raise EvalError(f"pacellm: {path} is empty; {_description(benchmark)}")
-    return rows
+    return [benchmark.row(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _json(path: Path, benchmark: Benchmark) -> list[Row]:

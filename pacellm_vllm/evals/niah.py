@@ -11,14 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pacellm_vllm.evals.answers import Answer, Answerer
+from pacellm_vllm.evals.answers import STOP, Answer, Answerer
+from pacellm_vllm.evals.matching import has_words, words
 from pacellm_vllm.evals.prompts import rendered_chat
 from pacellm_vllm.evals.records import EvalError, Records
 from pacellm_vllm.evals.rouge import rouge_l_recall
 from pacellm_vllm.evals.text import KEYS, NEEDLE, QUESTION, sentences
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ def result(config: str, item: Item, output: Answer) -> dict[str, Any]:
 
 def exact_match(answer: str, output: str) -> float:
     """1 when the answer's words stand together in the output, whatever the case, else 0."""
-    wanted, found = (_WORD.findall(text.lower()) for text in (answer, output))
-    n = len(wanted)
-    return float(any(found[i : i + n] == wanted for i in range(len(found) - n + 1)))
+    return float(has_words(output, answer))
 
 
 def _fingerprint(path: Path) -> str:
@@ -238,6 +236,11 @@ def prompt_of(grid: Grid, tokenizer: Any, text: str) -> list[int]:
     """``text`` as it is, or as a user's message."""
     if not grid.chat:
         return list(tokenizer(text).input_ids)
+    return rendered_message(tokenizer, text)
+
+
+def rendered_message(tokenizer: Any, text: str) -> list[int]:
+    """``text`` as a user's message, in tokens."""
     rendered = rendered_chat(tokenizer, [{"role": "user", "content": text}])
     return list(tokenizer(rendered, add_special_tokens=False).input_ids)
 
@@ -265,12 +268,20 @@ def _from_files(rng: random.Random, paths: Sequence[Path]) -> Iterator[str]:
 def _read_needles(path: Path) -> list[Needle]:
     try:
         lines = path.read_text().splitlines()
-        return [Needle(**json.loads(line)) for line in lines if line.strip()]
+        needles = [Needle(**json.loads(line)) for line in lines if line.strip()]
     except (OSError, ValueError, TypeError):
         raise EvalError(
             f"pacellm: --needle-file {str(path)!r} must hold one JSON object per line, each with "
             "needle, question and answer."
         ) from None
+    for needle in needles:
+        if not words(needle.answer) or any(stop in needle.answer for stop in STOP):
+            raise EvalError(
+                f"pacellm: the answer {needle.answer!r} of --needle-file {str(path)!r} cannot be "
+                "found in what is said, which ends at the first full stop or line; it must have a "
+                "word, and neither."
+            )
+    return needles
 
 
 def cell_means(

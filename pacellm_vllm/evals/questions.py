@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pacellm_vllm.evals.matching import has_words, words
+from pacellm_vllm.sentences import shown
+
 PREFIX, SCORED = "qa_", "_logprob"
 # The metric of a scored answer, in nats; all others are shares.
 LOGPROB = "logprob"
@@ -63,15 +66,33 @@ def _score_given(_: Mapping[str, Any], results: Sequence[tuple[float, bool]]) ->
 
 
 def _score_free(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """``found``: 1 where some right answer is within what was said; ``f1``: of words, the best.
+    """``found``: 1 where the words of some right answer stand together in what was said; ``f1``:
+    of words, the best.
 
     Both after SQuAD's normalisation: without case, punctuation and articles.
     """
     from lm_eval.tasks.longbench.metrics import normalize_answer, qa_f1_score
 
-    said = results[0]
-    right = [answer for answer in doc["answers"] if normalize_answer(answer)]
+    said, right = results[0], doc["answers"]
+    normal = normalize_answer(said)
     return {
-        "found": float(any(normalize_answer(answer) in normalize_answer(said) for answer in right)),
-        "f1": max((float(qa_f1_score(said, answer)) for answer in right), default=0.0),
+        "found": float(any(has_words(normal, normalize_answer(answer)) for answer in right)),
+        "f1": max(float(qa_f1_score(said, answer)) for answer in right),
     }
+
+
+def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of a file; ``ValueError`` says what its answers must be."""
+    from lm_eval.tasks.longbench.metrics import normalize_answer
+
+    answers = row["answers"]
+    if not (
+        isinstance(answers, list)
+        and answers
+        and all(isinstance(answer, str) and words(normalize_answer(answer)) for answer in answers)
+    ):
+        raise ValueError(
+            f"answers = {shown(answers)} is not allowed; it must be a list of texts, each with a "
+            "word that is no article"
+        )
+    return dict(row)

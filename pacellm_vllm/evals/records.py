@@ -1,5 +1,6 @@
 """Results on disk: a JSON line per item, continued by the next run, refused for other settings."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ class Records:
     """``path`` holds a line of settings, then a line per result; ``done`` are those by key.
 
     A key is (configuration, item); ``engines`` says what answered for each configuration. Raises
-    ``EvalError`` when the file is of other settings or no results file. Use as a context manager:
-    every line is flushed when it is added.
+    ``EvalError`` when the file is of other settings, no results file, or being written by another
+    run. Use as a context manager: every line is flushed when it is added.
     """
 
     def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
@@ -28,8 +29,21 @@ class Records:
         # As it will read back: tuples become lists, keys strings.
         settings: dict[str, Any] = json.loads(json.dumps(dict(given)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._read(settings) if path.exists() else 0
-        self._file = path.open("r+b" if whole else "wb")
+        # Of the directory, so that no file is left behind.
+        self._lock = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = self._read(settings) if path.exists() else 0
+            self._file = path.open("r+b" if whole else "wb")
+        except BlockingIOError:
+            os.close(self._lock)
+            raise EvalError(
+                f"pacellm: another run is writing to {path}; wait for it, or name another output "
+                "directory."
+            ) from None
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._file.seek(whole)
         self._file.truncate()
         if not whole:
@@ -99,6 +113,7 @@ class Records:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        os.close(self._lock)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -10,6 +10,8 @@ from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
+# Greedy, as in this process, whatever the server's model comes with.
+_PLAIN: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0}
 
 
 class Server:
@@ -58,9 +60,11 @@ class Server:
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
     ) -> list[Answer]:
         def one(prompt: Prompt) -> Answer:
-            sampling: dict[str, Any] = {"temperature": 0, "stop": list(stop)}
+            sampling = {"temperature": 0, "stop": list(stop), **_PLAIN}
+            # vLLM's own; all of them a model's generation_config.json would set.
+            body = {"repetition_penalty": 1.0}
             if not isinstance(prompt[0], dict):
-                said = self._complete(prompt, max_tokens=max_tokens, **sampling)
+                said = self._complete(prompt, max_tokens=max_tokens, extra_body=body, **sampling)
                 return Answer(said.text, said.finish_reason == "length")
             # A last message of the assistant's is the beginning of its answer.
             begun = prompt[-1]["role"] == "assistant"
@@ -68,7 +72,11 @@ class Server:
                 model=self._model,
                 messages=prompt,  # type: ignore[arg-type]
                 max_completion_tokens=max_tokens,
-                extra_body={"add_generation_prompt": not begun, "continue_final_message": begun},
+                extra_body={
+                    **body,
+                    "add_generation_prompt": not begun,
+                    "continue_final_message": begun,
+                },
                 **sampling,
             )
             [choice] = reply.choices

@@ -1,15 +1,26 @@
 """Needles in text that a session's requests have brought, asked about when it is gone."""
 
+import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from pacellm_vllm.evals.answers import Offline
-from pacellm_vllm.evals.niah import Grid, Item, Needle, draw_needles, haystack, prompt_of, result
+from pacellm_vllm.evals.niah import (
+    Grid,
+    Item,
+    Needle,
+    draw_needles,
+    haystack,
+    rendered_message,
+    result,
+)
 from pacellm_vllm.evals.records import EvalError, Records
+from pacellm_vllm.sessions.store import PAGE_TOKENS
 
 # The question alone; behind as much of the text as the window holds; in the text's session.
 ARMS = ("alone", "window", "session")
@@ -17,13 +28,12 @@ ARMS = ("alone", "window", "session")
 
 @dataclass(frozen=True)
 class Told:
-    """A text of ``length`` tokens with one needle at each depth, and the questions' tokens."""
+    """A text of ``length`` tokens with one needle at each depth."""
 
     length: int
     sample: int
     needles: tuple[Needle, ...]
     text: list[int]
-    questions: tuple[list[int], ...]
 
     def id(self, depth: float) -> str:
         return f"{self.length}/{depth:g}/{self.sample}"
@@ -47,8 +57,58 @@ def make_text(grid: Grid, tokenizer: Any, length: int, sample: int) -> Told:
         sample,
         tuple(needles),
         [token for sentence in hay for token in sentence],
-        tuple(prompt_of(grid, tokenizer, each.question) for each in needles),
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How prompts are written: as they are, or with ``chat`` as a user's message."""
+
+    tokenizer: Any
+    chat: bool
+
+    def prompt(self, text: Sequence[int], question: str = "") -> list[int]:
+        """The tokens of ``text``, then the question if any, begun as the tokenizer begins them."""
+        if self.chat:
+            said = self.tokenizer.decode(text, skip_special_tokens=True).strip()
+            return rendered_message(self.tokenizer, "\n\n".join(filter(None, (said, question))))
+        asked = list(self.tokenizer(question, add_special_tokens=False).input_ids)
+        return [*self._begin(), *text, *asked]
+
+    def within(self, room: int, text: Sequence[int], questions: Sequence[str]) -> list[list[int]]:
+        """Each question behind as much of the end of ``text`` as fits ``room`` tokens with any.
+
+        ``EvalError`` if none does.
+        """
+        kept = room - max(len(self.prompt((), question)) for question in questions)
+        while kept > 0:
+            prompts = [self.prompt(text[-kept:], question) for question in questions]
+            # Written as a message, a text may take a few tokens more.
+            over = max(map(len, prompts)) - room
+            if over <= 0:
+                return prompts
+            kept -= over
+        raise EvalError(
+            f"pacellm: this engine has room for {room} tokens beside an answer, which is no text "
+            "beside a question; raise max_model_len in --engine."
+        )
+
+    def _begin(self) -> list[int]:
+        with_all, alone = (
+            list(self.tokenizer("a", add_special_tokens=special).input_ids)
+            for special in (True, False)
+        )
+        return with_all[: with_all.index(alone[0])]
+
+
+def tokens_kept(length: int, piece: int) -> int:
+    """The ``session_tokens`` that hold a text of ``length`` tokens fed in requests of ``piece``.
+
+    A request leaves whole pages, however full, of its piece and of what it answered and began with.
+    """
+    around = 128
+    pages = math.ceil((piece + around) / PAGE_TOKENS)
+    return math.ceil(length / piece) * pages * PAGE_TOKENS
 
 
 def encoded(tokenizer: Any, sentence: str) -> list[int]:
@@ -71,18 +131,23 @@ def run_sessions(
                 ids = [(arm, f"{length}/{d:g}/{sample}") for arm in ARMS for d in grid.depths]
                 if not all(each in records.done for each in ids):
                     told = make_text(grid, tokenizer, length, sample)
-                    _ask(grid, told, answerer, records, piece)
+                    _ask(grid, told, tokenizer, answerer, records, piece)
                 bar.update()
 
 
-def _ask(grid: Grid, told: Told, answerer: Offline, records: Records, piece: int) -> None:
-    window = answerer.max_model_len - grid.max_tokens - max(map(len, told.questions))
-    if window < 1 or piece >= answerer.max_model_len:
+def _ask(
+    grid: Grid, told: Told, tokenizer: Any, answerer: Offline, records: Records, piece: int
+) -> None:
+    asked = Asked(tokenizer, grid.chat)
+    room = answerer.max_model_len - grid.max_tokens
+    pieces = [asked.prompt(told.text[i : i + piece]) for i in range(0, len(told.text), piece)]
+    if max(map(len, pieces)) >= answerer.max_model_len:
         raise EvalError(
-            f"pacellm: this engine has room for {answerer.max_model_len} tokens, which is no text "
-            f"beside a question and its answer, or no --piece of {piece}; raise max_model_len in "
-            "--engine, or feed smaller pieces."
+            f"pacellm: this engine has room for {answerer.max_model_len} tokens, which is less "
+            f"than a --piece of {piece} takes; raise max_model_len in --engine, or feed smaller "
+            "pieces."
         )
+    windows = asked.within(room, told.text, [needle.question for needle in told.needles])
     name = f"{grid.seed}/{told.length}/{told.sample}"
     for arm in ARMS:
         missing = [d for d in grid.depths if (arm, told.id(d)) not in records.done]
@@ -92,17 +157,17 @@ def _ask(grid: Grid, told: Told, answerer: Offline, records: Records, piece: int
         extra = None
         if arm == "session":
             extra = {"pacellm_session": name, "pacellm_session_write": False}
-            pieces = [told.text[i : i + piece] for i in range(0, len(told.text), piece)]
             writing = {"pacellm_session": name, "pacellm_session_read": "never"}
             for part in pieces:
                 answerer.answer([part], 1, extra_args=writing)
         fed = time.perf_counter() - begun
-        before = told.text[-window:] if arm == "window" else []
-        for depth, needle, question in zip(grid.depths, told.needles, told.questions, strict=True):
+        for depth, needle, window in zip(grid.depths, told.needles, windows, strict=True):
             if depth not in missing:
                 continue
             begun = time.perf_counter()
-            item = Item(told.length, depth, told.sample, needle.answer, before + question)
+            alone = asked.prompt((), needle.question)
+            prompt = window if arm == "window" else alone
+            item = Item(told.length, depth, told.sample, needle.answer, prompt)
             [output] = answerer.answer([item.prompt], grid.max_tokens, extra_args=extra)
             records.add(
                 result(arm, item, output)

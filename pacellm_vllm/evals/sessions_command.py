@@ -28,11 +28,17 @@ def add_parser(kinds: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from pacellm_vllm.evals.answers import Offline, offline_engine
-    from pacellm_vllm.evals.sessions import ARMS, run_sessions
+    from pacellm_vllm.evals.sessions import ARMS, run_sessions, tokens_kept
 
     if args.needles != 1:
         raise EvalError("pacellm: --needles: sessions hide one needle at each depth; drop it.")
-    memory = {"layers": [], "session_tokens": 2 * max(args.lengths), **given(args, "memory")}
+    kept = tokens_kept(max(args.lengths), args.piece)
+    memory = {"layers": [], "session_tokens": 2 * kept, **given(args, "memory")}
+    if memory["session_tokens"] < kept:
+        raise EvalError(
+            f"pacellm: session_tokens = {memory['session_tokens']} in --memory keeps no text of "
+            f"{max(args.lengths)} tokens fed in pieces of {args.piece}; it must be at least {kept}."
+        )
     setting = Setting("session", memory)
     with started(args, [setting], piece=args.piece) as (grid, tokenizer, records, described):
         engine = given(args, "engine")

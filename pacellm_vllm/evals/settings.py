@@ -45,6 +45,11 @@ def parse_settings(text: str, shared: Mapping[str, Any]) -> list[Setting]:
             named[name] = _named(name, shared)
     settings = []
     for name, memory in named.items():
+        if not name.strip() or "/" in name:
+            raise EvalError(
+                f"pacellm: a configuration of --configs cannot be named {name!r}, because files "
+                "are named after it; give it a name without a slash."
+            )
         if memory is None:
             settings.append(Setting(name, None))
             continue
@@ -63,7 +68,8 @@ def _named(name: str, shared: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     with_experts = {"experts": merge_experts(EXPERTS, shared.get("experts") or {})}
     if name == "ce":
-        return with_experts
+        # Whatever the checkpoint says of memory.
+        return {"layers": [], **with_experts}
     if experts:
         return {"preset": preset, "layers": shared.get("layers", "auto"), **with_experts}
     # A preset by name is memory alone, whatever a clustered checkpoint says of itself.

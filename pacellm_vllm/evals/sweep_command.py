@@ -33,6 +33,7 @@ def add_parser(kinds: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pacellm_vllm.evals.answers import architectures
     from pacellm_vllm.evals.sweep import choose, combinations
 
     if args.samples < 2:
@@ -40,13 +41,12 @@ def run(args: argparse.Namespace) -> int:
             f"pacellm: --samples {args.samples} leaves nothing to confirm a choice with; it must "
             "be at least 2."
         )
+    trusted = bool(given(args, "engine").get("trust_remote_code", False))
+    _, pace = architectures(args.model, trusted)
     tried = combinations(parse_object(args.tried, "--try"), given(args, "memory"), args.product)
     settings = [Setting(OFF, None), *tried]
     with started(args, settings) as (grid, tokenizer, records, _):
         measure(args, grid, tokenizer, records, settings, {})
-        from pacellm_vllm.evals.answers import architectures
-
-        _, pace = architectures(args.model)
         served = {"model": args.model, "hf-overrides": json.dumps({"architectures": [pace]})}
         table, recommended = choose(records, tried, served)
     write_whole(args.out / "report.md", table)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.report import WINDOW, answers
+from pacellm_vllm.experts.settings import EXPERT_COUNTS
 
 PAIRS = 5
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MixtureReport:
 def routed_experts(config: Any) -> int:
     """How many routed experts a model of this configuration has; 0 for one without."""
     text = config.get_text_config()
-    return max((getattr(text, name, None) or 0 for name in _COUNTS), default=0)
+    return max((getattr(text, name, None) or 0 for name in EXPERT_COUNTS), default=0)
 
 
 def measure_routing(

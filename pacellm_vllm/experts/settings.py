@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.sentences import first_mistake, not_allowed
@@ -18,6 +18,9 @@ _SOURCES, _ROUTINGS = ("path", "num_experts"), ("top_k", "mass")
 
 # What scikit-learn takes.
 MAX_SEED = 2**32 - 1
+
+# By these names a model's configuration says how many experts of its own it has.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _ALLOWED = {
     "path": "a clustered checkpoint's directory, or one with its pacellm_experts.json and orders",
@@ -52,7 +55,7 @@ class ExpertsConfig(BaseModel):
     num_experts: int | None = Field(
         None, ge=1, strict=True, description="cluster into so many while loading"
     )
-    layers: tuple[int, ...] | None = Field(
+    layers: tuple[StrictInt, ...] | None = Field(
         None, description="decoder layers with experts; by default all, or all of path"
     )
     features: Literal["gate", "gate_up"] = Field(
@@ -65,7 +68,11 @@ class ExpertsConfig(BaseModel):
         None, ge=1, strict=True, description="experts that a token computes; absent: all"
     )
     mass: float | None = Field(
-        None, gt=0, le=1, description="predicted share of activation that a token computes"
+        None,
+        gt=0,
+        le=1,
+        strict=True,
+        description="predicted share of activation that a token computes",
     )
 
     @model_validator(mode="after")

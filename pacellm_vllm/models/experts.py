@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from pacellm_vllm.compat import plugin_logger
 from pacellm_vllm.experts.errors import ExpertsError
 from pacellm_vllm.experts.loading import ExpertsPlan, Reorder
-from pacellm_vllm.experts.settings import ExpertsConfig, check_ranks
+from pacellm_vllm.experts.settings import EXPERT_COUNTS, ExpertsConfig, check_ranks
 from pacellm_vllm.models.ffn import FeedForward
 from pacellm_vllm.models.routed import RoutedExperts, way_of
 from pacellm_vllm.sentences import first_refusal
@@ -27,9 +27,6 @@ logger = plugin_logger()
 # What FFNs with experts are made of, and where they hang: those that the loader knows by name.
 _KINDS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("c_fc", "c_proj"))
 _PLACE = re.compile(r"(?:^|\.)layers\.\d+\.mlp$")
-
-# Fields of a Hugging Face configuration that say how many experts a mixture has.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # Those that hand whole tensors, under the checkpoint's names, to the model.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "npcache", "pt")

@@ -9,11 +9,10 @@ import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from pacellm_vllm.sessions.words import WORD
+
 # Okapi BM25, as measured in docs/recall.md.
 _K1, _B = 1.5, 0.75
-# Where words are not set apart, characters are words.
-_CHARACTERS = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?:\n\u3002\uff01\uff1f\uff1a])\s*")
 _SENTENCE_WORDS, _SENTENCES_ASKED = 3, 2
 
@@ -58,9 +57,7 @@ class Finder:
 
     def __init__(self) -> None:
         # Words are told apart by their hashes, so there is no vocabulary to keep.
-        self._count = HashingVectorizer(
-            token_pattern=_WORD.pattern, norm=None, alternate_sign=False
-        )
+        self._count = HashingVectorizer(token_pattern=WORD.pattern, norm=None, alternate_sign=False)
         self._rows: dict[int, sparse.csr_matrix] = {}
         self._all: Counts | None = None
         self._usual_length = 1.0
@@ -124,6 +121,6 @@ class Finder:
 def queries(text: str) -> tuple[list[str], str]:
     """What ``text`` may ask, its last sentences that have a few words, and what it says before."""
     parts = _SENTENCE_END.split(text)
-    worded = [i for i, part in enumerate(parts) if len(_WORD.findall(part)) >= _SENTENCE_WORDS]
+    worded = [i for i, part in enumerate(parts) if len(WORD.findall(part)) >= _SENTENCE_WORDS]
     asked = worded[-_SENTENCES_ASKED:]
     return ([parts[i] for i in asked], " ".join(parts[: asked[0]])) if asked else ([text], "")

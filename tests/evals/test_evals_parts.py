@@ -1,6 +1,7 @@
 """The pieces of an evaluation: intervals, records, items, scores, choices."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import yaml
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.evals.answers import expected_config
+from pacellm_vllm.evals.answers import Answer, expected_config
 from pacellm_vllm.evals.bootstrap import paired_difference
 from pacellm_vllm.evals.niah import Grid, exact_match, make_items
 from pacellm_vllm.evals.records import EvalError, Records
 from pacellm_vllm.evals.rouge import rouge_l_recall
+from pacellm_vllm.evals.sessions import run_sessions, tokens_kept
 from pacellm_vllm.evals.settings import Setting, parse_settings
 from pacellm_vllm.evals.sweep import choose, combinations
+from pacellm_vllm.sessions.store import SessionStore
 
 
 def test_an_interval_covers_the_true_difference_about_95_times_in_100():
@@ -61,6 +64,9 @@ def test_an_exact_match_wants_whole_words_together():
     assert exact_match("48", " 4817") == 0
     assert exact_match("eat a sandwich", "Eat a sandwich!") == 1
     assert exact_match("eat a sandwich", "a sandwich to eat") == 0
+    # Where words are not set apart, a character is one.
+    assert exact_match("四二", "答案是四二。") == 1
+    assert exact_match("四二", "答案是四三。") == 0
 
 
 def result(config, item):
@@ -91,6 +97,17 @@ def test_records_of_other_settings_are_refused_and_kept(tmp_path):
     path.write_text("something else\n")
     with pytest.raises(EvalError, match="not a results file"):
         Records(path, {"seed": 1})
+
+
+def test_records_that_another_run_writes_are_refused_until_it_ends(tmp_path):
+    path = tmp_path / "items.jsonl"
+    with Records(path, {"seed": 1}) as records:
+        records.add(result("off", "a"))
+        with pytest.raises(EvalError, match="another run is writing to"):
+            Records(path, {"seed": 1})
+        records.add(result("off", "b"))
+    with Records(path, {"seed": 1}) as records:
+        assert len(records.done) == 2
 
 
 def test_an_edited_haystack_is_another_grid(tmp_path):
@@ -130,6 +147,59 @@ def texts(grid):
         yield item, " ".join(words.words[i] for i in item.prompt)
 
 
+class Beginning(Words):
+    """One that begins texts with a token of its own, which a template writes itself."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return super().__call__(f"<s> {text}" if add_special_tokens else text)
+
+    def decode(self, tokens, skip_special_tokens):
+        kept = [self.words[token] for token in tokens]
+        return " ".join(word for word in kept if word != "<s>" or not skip_special_tokens)
+
+    def apply_chat_template(self, messages, **how):
+        return f"<s> {super().apply_chat_template(messages, **how)}"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_of_sessions_begin_as_texts_or_messages_do(chat, tmp_path):
+    asked, words = [], Beginning()
+
+    class Answering:
+        max_model_len = 90
+
+        def answer(self, prompts, max_tokens, extra_args):
+            asked.extend(" ".join(words.words[token] for token in prompt) for prompt in prompts)
+            assert max(map(len, prompts)) + max_tokens <= self.max_model_len
+            return [Answer("", False)] * len(prompts)
+
+    grid = Grid((200,), (0.0, 100.0), samples=1, max_tokens=4, chat=chat)
+    with Records(tmp_path / "items.jsonl", {}) as records:
+        run_sessions(grid, words, Answering(), records, 50, progress=False)
+    begin = "<s> <user> " if chat else "<s> "
+    for prompt in asked:
+        assert prompt.startswith(begin)
+        assert prompt.count("<s>") == 1
+        assert prompt.count("<assistant>") == chat
+    alone, windows, fed = asked[:2], asked[2:4], asked[4:-2]
+    assert len(fed) >= 200 // 50
+    assert asked[-2:] == alone
+    question = alone[0].removeprefix(begin).removesuffix(" <assistant>")
+    assert question in windows[0]
+    assert len(windows[0].split()) == 86
+    text = " ".join(part.removeprefix(begin).removesuffix(" <assistant>") for part in fed)
+    assert windows[0].removeprefix(begin).partition(f" {question}")[0] in text
+
+
+@pytest.mark.parametrize(("length", "piece"), [(1000, 32), (900, 128), (5000, 1024), (300, 300)])
+def test_a_text_fits_the_session_it_is_fed_to(length, piece):
+    kept = SessionStore(math.ceil(tokens_kept(length, piece) / 128), lambda tokens: "a text")
+    text = list(range(length))
+    for begin in range(0, length, piece):
+        kept.add(b"one", [1, 2, 3, *text[begin : begin + piece]], [7])
+    assert kept.counts().evicted == 0
+
+
 def test_items_fill_their_length_and_hide_the_needle_at_its_depth():
     grid = Grid(lengths=(150, 900), depths=(0, 50, 100), samples=2, needles=3)
     for item, text in texts(grid):
@@ -167,6 +237,10 @@ def test_items_from_files(tmp_path):
         list(texts(Grid((60,), (50,), 1, needles=2, needle_file=needles)))
     with pytest.raises(EvalError, match=r"'.*hay\.txt' must hold one JSON object per line"):
         list(texts(Grid((60,), (50,), 1, needle_file=hay)))
+    for answer in ("🙂", "3.14", "", "one\ntwo"):
+        needles.write_text(json.dumps({**needle, "answer": answer}) + "\n")
+        with pytest.raises(EvalError, match="cannot be found in what is said"):
+            list(texts(Grid((60,), (50,), 1, needle_file=needles)))
     with pytest.raises(EvalError, match="'nowhere' is not a file"):
         list(texts(Grid((60,), (50,), 1, haystack=(type(hay)("nowhere"),))))
 

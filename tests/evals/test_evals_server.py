@@ -30,6 +30,8 @@ def tiny_server(tiny, tmp_path_factory):
     command = [*FORKED, "serve", tiny, "--preset", "official", "--segment-size", "64"]
     command += ["--dtype", "float32", "--block-size", "16", "--max-model-len", "640"]
     command += ["--kv-cache-memory-bytes", str(32 << 20), "--served-model-name", "tiny"]
+    # As a generation_config.json beside a model would; an evaluation is greedy all the same.
+    command += ["--override-generation-config", '{"repetition_penalty": 1.5}']
     with serving(command, tmp_path_factory.mktemp("server") / "server.log") as base:
         yield f"{base}/v1"
 

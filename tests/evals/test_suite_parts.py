@@ -70,7 +70,7 @@ def test_named_configurations_with_experts():
     assert [setting.memory for setting in settings] == [
         None,
         {"segment_size": 64, "layers": [1], "preset": "official", "experts": None},
-        {"experts": {"num_experts": 64}},
+        {"layers": [], "experts": {"num_experts": 64}},
         {
             "segment_size": 64,
             "layers": [1],
@@ -80,7 +80,9 @@ def test_named_configurations_with_experts():
     ]
     official, ce = parse_settings("official,ce", {"experts": {"path": "OUT"}})
     assert official.memory == {"experts": None, "preset": "official"}
-    assert ce.memory == {"experts": {"path": "OUT"}}
+    assert ce.memory == {"layers": [], "experts": {"path": "OUT"}}
+    with pytest.raises(EvalError, match="cannot be named 'a/b', because files are named after it"):
+        parse_settings('{"a/b": null}', {})
 
 
 def test_a_file_without_results_is_begun_again_and_engines_must_agree(tmp_path):
@@ -223,6 +225,8 @@ def test_questions_of_ones_own(data):
     assert score(task, item, [f" It is the {number}."]) == {"found": 1, "f1": 0.5}
     assert score(task, item, [" No one"]) == {"found": 1, "f1": 1}
     assert score(task, item, [" seven"]) == {"found": 0, "f1": 0}
+    # Within another number it is not that number.
+    assert score(task, item, [f" 1{number}5"])["found"] == 0
     assert metric_of(task) == "found"
     scored = library(data, "qa_numbers_logprob").load("qa_numbers_logprob")
     item, *_ = build_items(scored, 2, None, chat=False, seed=0)
@@ -230,6 +234,14 @@ def test_questions_of_ones_own(data):
     assert score(scored, item, [(-3.5, False)]) == {"logprob": -3.5}
     with pytest.raises(EvalError, match="no task or group 'qa_nowhere'"):
         library(data, "qa_nowhere")
+
+
+@pytest.mark.parametrize("answers", ["Paris", [], ["Rome", "A"], [7], [""], ["?!"]])
+def test_answers_that_no_one_could_give_are_refused(answers, tmp_path):
+    row = {"question": "Where?", "context": "There.", "answers": answers}
+    benchmark_files.write_lines(tmp_path / "qa/own.jsonl", [row])
+    with pytest.raises(EvalError, match=r"own\.jsonl, row 1: answers = .*; it must be a list of"):
+        library(tmp_path, "qa_own").load("qa_own")
 
 
 def test_rulers_lengths_are_parts_with_no_upper_end(data, tmp_path):
