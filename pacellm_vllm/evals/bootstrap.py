@@ -14,6 +14,13 @@ FEWEST = 10
 NO_WORSE = -0.006
 
 
+def warned(count: int, what: str) -> str:
+    """What to say behind the intervals of a table over ``count`` of ``what``, if anything."""
+    if count >= FEWEST:
+        return ""
+    return f" Intervals of fewer than {FEWEST} {what} tend to be too narrow."
+
+
 @dataclass(frozen=True)
 class Difference:
     """Mean of ``b - a`` over ``items`` items, and its 95 % interval (percentile bootstrap)."""

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from pacellm_vllm.evals.answers import Offline
-from pacellm_vllm.evals.bootstrap import Difference, paired_difference
+from pacellm_vllm.evals.bootstrap import Difference, paired_difference, warned
 from pacellm_vllm.evals.plots import curves
 from pacellm_vllm.evals.records import EvalError, Records, write_whole
 from pacellm_vllm.evals.text import sentences
@@ -119,7 +119,8 @@ def as_markdown(report: Mapping[str, Any], first: str) -> str:
     others = list(report["differences"])
     lines = [
         f"Loss (nats per token) of {len(report['texts'])} texts by position; differences to "
-        f"`{first}` with paired bootstrap 95 % intervals over texts.",
+        f"`{first}` with paired bootstrap 95 % intervals over texts."
+        + warned(len(report["texts"]), "texts"),
         "",
         "| positions | " + " | ".join([first, *(f"{name} - {first}" for name in others)]) + " |",
         "|---" * (len(others) + 2) + "|",

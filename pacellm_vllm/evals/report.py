@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pacellm_vllm.evals.bootstrap import Difference, paired_difference
+from pacellm_vllm.evals.bootstrap import Difference, paired_difference, warned
 from pacellm_vllm.evals.niah import Grid, cell_means
 from pacellm_vllm.evals.plots import heat_map
 from pacellm_vllm.evals.records import Records, write_whole
@@ -85,7 +85,7 @@ def as_markdown(report: dict[str, Any], first: str) -> str:
     lines = [
         f"Exact match by context length (tokens), {grid['samples']} items for each of "
         f"{len(grid['depths'])} depths; differences to `{first}` with paired bootstrap 95 % "
-        "intervals.",
+        "intervals." + warned(grid["samples"] * len(grid["depths"]), "items a length"),
         "",
         "| | all | " + " | ".join(lengths) + " | ROUGE-L recall |",
         "|---" * (len(lengths) + 3) + "|",

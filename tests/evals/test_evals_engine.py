@@ -28,6 +28,7 @@ def test_needles_with_and_without_memory_and_again_after_an_interruption(tiny, t
     status, report = niah(tiny, tmp_path, *words)
     assert status == 0
     assert report["configs"]["off"]["exact"] >= 0.85
+    assert "too narrow" not in (tmp_path / "report.md").read_text()
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"heat-off.png", "heat-official.png", "difference-official-off.png"}
     lines = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
@@ -99,6 +100,7 @@ def test_loss_by_position_is_transformers_and_memory_changes_what_follows_a_segm
     assert "| 64 to 128 |" in capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     assert report["positions"] == [[0, 64], [64, 128], [128, 160], [64, 160]]
+    assert "fewer than 10 texts tend to be too narrow" in (out / "report.md").read_text()
     truth = [transformers_losses(tiny, path.read_text(), 160) for path in files]
     parts = [slice(0, 63), slice(63, 127), slice(127, 159), slice(63, 159)]
     for loss, part in zip(report["loss"]["off"], parts, strict=True):
