@@ -1,9 +1,16 @@
 """Sessions of streamed input: turns of one request, whose bank goes on from turn to turn."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from checkpoints import make_prompt
-from engines import NATIVE, engine
+from engines import BLOCK_SIZE, NATIVE, engine
 from oracle import OracleModel
+from servers import python_path
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -70,6 +77,11 @@ def test_streamed_input_is_one_text_whose_bank_knows_all_turns(asked, taken_back
     else:
         raise AssertionError("no session without a near tie")
     with engine(checkpoint(), PACE, enable_prefix_caching=True) as running:
+        preempt, preempted = running.core.scheduler._preempt_request, []
+        running.core.scheduler._preempt_request = lambda request, *args, **more: (
+            preempted.append(request.num_computed_tokens),
+            preempt(request, *args, **more),
+        )
         for name in ("cold", "warm"):
             got = []
             for i, prompt in enumerate(prompts):
@@ -87,6 +99,9 @@ def test_streamed_input_is_one_text_whose_bank_knows_all_turns(asked, taken_back
                 got.append(tokens)
             assert got == want, name
             running.llm.llm_engine.abort_request([name], internal=True)
+        # Within the second turn, of 70 + 19 and 45 tokens.
+        assert len(preempted) == 2 * taken_back
+        assert all(tokens >= 70 + 19 + 45 for tokens in preempted)
         # Who says the same text under the engine's settings finds nothing of another's.
         text = [*prompts[0], *want[0][:-1], *prompts[1], *want[1][:-1], *prompts[2], 7]
         cold, _ = oracle.generate(text, 8)
@@ -106,3 +121,88 @@ def test_sessions_beside_asynchronous_scheduling_are_refused(checkpoint, monkeyp
         ):
             add_turn(running, "a", make_prompt(1, 40), None, first=True)
         assert len(running.tokens([make_prompt(1, 40)])[0]) == 32
+
+
+# As a server: turns come one after another from a generator of the client's.
+SERVER = """
+import asyncio, json, sys
+import forked
+forked.fork()
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+def params(extra):
+    return SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False,
+                          extra_args=extra, output_kind=RequestOutputKind.DELTA)
+
+async def main(model, settings, prompts, cases):
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model, **settings))
+
+    async def ask(name, extras):
+        said, answered = [], asyncio.Event()
+
+        async def turns():
+            for prompt, extra in zip(prompts, extras):
+                # vLLM's front end lengthens the list that it is given.
+                yield StreamingInput({"prompt_token_ids": [*prompt]}, params(extra))
+                await answered.wait()
+                answered.clear()
+
+        try:
+            async for output in llm.generate(turns(), params(extras[0]), name):
+                said += output.outputs[0].token_ids
+                if len(said) % 9 == 0:
+                    answered.set()
+        except Exception as error:
+            said.append(str(error))
+        return said
+
+    found = [await ask(f"r{i}", extras) for i, extras in enumerate(cases)]
+    print(json.dumps([found, llm.output_processor.get_num_unfinished_requests()]))
+    llm.shutdown()
+
+asyncio.run(main(*map(json.loads, sys.argv[1:])))
+"""
+
+
+def test_a_turn_that_changes_settings_ends_its_request_alone(checkpoint, tmp_path):
+    settings = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enforce_eager": True,
+        "async_scheduling": False,
+        "hf_overrides": {"architectures": ["PaceQwen2ForCausalLM"]},
+        "additional_config": {"pacellm": PACE},
+    }
+    prompts = [make_prompt(seed, 60) for seed in range(2)]
+    own = {"pacellm_alpha": 1.0}
+    cases = [[None, None], [None, own], [own, own], [{"pacellm_report": True}], [own, own]]
+    given = map(json.dumps, (str(checkpoint()), settings, prompts, cases))
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER, *given],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "PYTHONPATH": python_path(Path(__file__).parent),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, unfinished = json.loads(done.stdout.splitlines()[-1])
+    same, changed, own_ones, reported, again = found
+    assert unfinished == 0
+    assert len(same) == len(own_ones) == 2 * 9
+    assert again == own_ones
+    assert own_ones != same
+    assert changed[:9] == same[:9]
+    assert changed[9].startswith("pacellm: a later turn of streamed input cannot change")
+    assert reported[0].startswith("pacellm: a report is about one answer")

@@ -139,7 +139,7 @@ def watch_turns(check: Callable[[VllmConfig, SamplingParams, SamplingParams], No
     async def added(original: Callable[..., Any], engine: Any, request: Any, *args: Any) -> None:
         states, first = engine.output_processor.request_states, request.sampling_params
         if request.resumable and (state := states.get(request.request_id)) is not None:
-            first = state._pacellm_first
+            first = getattr(state, "_pacellm_first", first)
             try:
                 check(engine.vllm_config, first, request.sampling_params)
             except ValueError as error:

@@ -4,11 +4,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pacellm_vllm.evals.questions import read_question
 from pacellm_vllm.evals.records import EvalError
 
 Row = dict[str, Any]
@@ -103,7 +102,6 @@ _QUESTIONS = Benchmark(
     ("qa/{name}.jsonl",),
     ("question", "context", "answers"),
     "your own questions: context is a text, and answers a list, each of which is right",
-    read_question,
 )
 
 
@@ -150,9 +148,9 @@ class DataDirectory:
         """Whether there is a file of questions about texts by that name."""
         return (self.path / "qa" / f"{name}.jsonl").is_file()
 
-    def questions(self, name: str) -> dict[str, Any]:
+    def questions(self, name: str, adapt: Callable[[Row], Row]) -> dict[str, Any]:
         """The test split of such a file."""
-        return {"test": _dataset(self._rows(_QUESTIONS, {"name": name}))}
+        return {"test": _dataset(self._rows(replace(_QUESTIONS, adapt=adapt), {"name": name}))}
 
     def _rows(self, benchmark: Benchmark, values: Mapping[str, str]) -> list[Row]:
         paths = [path.format(**values) for path in benchmark.paths]
@@ -180,7 +178,7 @@ def _benchmark(dataset: str) -> Benchmark:
 
 def _description(benchmark: Benchmark) -> str:
     fields = f"with {', '.join(benchmark.fields)}" if benchmark.fields else "of the dataset"
-    return f"it holds one JSON object per line {fields}; get it from {benchmark.source}."
+    return f"the file holds one JSON object per line {fields}; get it from {benchmark.source}."
 
 
 def _read(path: Path, benchmark: Benchmark) -> list[Row]:

@@ -1,5 +1,7 @@
 """Whether what was said has an answer in it."""
 
+from collections.abc import Collection
+
 from pacellm_vllm.sessions.words import WORD
 
 
@@ -8,8 +10,11 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def has_words(said: str, answer: str) -> bool:
-    """Whether the words of ``answer``, if there are any, stand together in ``said``."""
-    wanted, found = words(answer), words(said)
+def has_words(said: str, answer: str, left_out: Collection[str] = ()) -> bool:
+    """Whether the words of ``answer``, if there are any, stand together in ``said``.
+
+    Words that are ``left_out`` count in neither.
+    """
+    wanted, found = ([w for w in words(text) if w not in left_out] for text in (answer, said))
     n = len(wanted)
     return n > 0 and any(found[i : i + n] == wanted for i in range(len(found) - n + 1))

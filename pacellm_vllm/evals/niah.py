@@ -275,11 +275,12 @@ def _read_needles(path: Path) -> list[Needle]:
             "needle, question and answer."
         ) from None
     for needle in needles:
-        if not words(needle.answer) or any(stop in needle.answer for stop in STOP):
+        answer = needle.answer
+        if not (isinstance(answer, str) and words(answer)) or any(s in answer for s in STOP):
             raise EvalError(
-                f"pacellm: the answer {needle.answer!r} of --needle-file {str(path)!r} cannot be "
-                "found in what is said, which ends at the first full stop or line; it must have a "
-                "word, and neither."
+                f"pacellm: the answer {answer!r} of --needle-file {str(path)!r} cannot be "
+                "found in what is said, which ends at the first full stop or line; it must be a "
+                "text with a word, and neither."
             )
     return needles
 

@@ -101,13 +101,13 @@ class Asked:
         return with_all[: with_all.index(alone[0])]
 
 
-def tokens_kept(length: int, piece: int) -> int:
+def tokens_kept(length: int, piece: int, around: int) -> int:
     """The ``session_tokens`` that hold a text of ``length`` tokens fed in requests of ``piece``.
 
-    A request leaves whole pages, however full, of its piece and of what it answered and began with.
+    A request leaves whole pages, however full, of its piece, of the ``around`` tokens that stand
+    about it, and of the one that it answered. Written as a message, a piece may take more.
     """
-    around = 128
-    pages = math.ceil((piece + around) / PAGE_TOKENS)
+    pages = math.ceil((piece + piece // 8 + around + 1) / PAGE_TOKENS)
     return math.ceil(length / piece) * pages * PAGE_TOKENS
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from pacellm_vllm.evals.arguments import at_least, given
+from pacellm_vllm.evals.arguments import at_least, given, read_tokenizer
 from pacellm_vllm.evals.grid_command import add_grid, started
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
@@ -28,13 +28,15 @@ def add_parser(kinds: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from pacellm_vllm.evals.answers import Offline, offline_engine
-    from pacellm_vllm.evals.sessions import ARMS, run_sessions, tokens_kept
+    from pacellm_vllm.evals.sessions import ARMS, Asked, run_sessions, tokens_kept
 
     if args.needles != 1:
         raise EvalError("pacellm: --needles: sessions hide one needle at each depth; drop it.")
-    kept = tokens_kept(max(args.lengths), args.piece)
+    empty = Asked(read_tokenizer(args.model), args.chat).prompt(())
+    kept = tokens_kept(max(args.lengths), args.piece, len(empty))
     memory = {"layers": [], "session_tokens": 2 * kept, **given(args, "memory")}
-    if memory["session_tokens"] < kept:
+    # What is no number is refused with the other settings.
+    if isinstance(memory["session_tokens"], int) and memory["session_tokens"] < kept:
         raise EvalError(
             f"pacellm: session_tokens = {memory['session_tokens']} in --memory keeps no text of "
             f"{max(args.lengths)} tokens fed in pieces of {args.piece}; it must be at least {kept}."

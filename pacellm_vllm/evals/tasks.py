@@ -146,7 +146,8 @@ class Library:
         if self._data is not None and name in _RULER:
             spec |= _ruler_config(name, self._data, self._lengths)
         elif self._data is not None and self._is_file(name):
-            read = partial(self._data.questions, questions.file_of(name) or "")
+            file, adapt = questions.file_of(name) or "", questions.reader_of(name)
+            read = partial(self._data.questions, file, adapt)
             spec |= questions.task_config(name, partial(_ignoring, read))
         elif self._data is not None:
             config = index[name].cfg or {}

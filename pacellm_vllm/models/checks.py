@@ -50,6 +50,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "settings of requests and has neither sessions nor reports; unset "
             "VLLM_USE_RUST_FRONTEND."
         )
+    architecture = vllm_config.model_config.architecture
+    if vllm_config.lora_config is not None and architecture == "PaceGptOssForCausalLM":
+        raise PaceConfigError(
+            "pacellm: this package does not work with LoRA on gpt-oss: vLLM knows by the "
+            "architecture's name how the weights of its experts are interleaved, and would cut "
+            "adapters apart; drop --enable-lora, or merge the adapter."
+        )
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers:
         _check_memory(vllm_config)
@@ -159,8 +166,9 @@ def _check_turn(vllm_config: VllmConfig, first: SamplingParams, later: SamplingP
     """``PaceConfigError`` where a turn of streamed input changes what memory computes."""
     if not carries_memory(vllm_config):
         return
-    mine, its = (RequestSettings.of(params.extra_args) for params in (first, later))
-    if (mine.enabled, mine.overrides()) != (its.enabled, its.overrides()):
+    rules = read_config(vllm_config).rules()
+    mine, its = (RequestSettings.of(params.extra_args).key(rules) for params in (first, later))
+    if mine != its:
         raise PaceConfigError(
             "pacellm: a later turn of streamed input cannot change the memory's settings, because "
             "a request that is preempted is computed again from its beginning under one set of "
@@ -200,7 +208,6 @@ def not_compared(architecture: str) -> str | None:
 def _check_memory(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
-    base = ARCHITECTURES[model.architecture].architecture
     refusals = {
         "speculative decoding like this": _speculation(vllm_config),
         "pipeline parallelism on model runner V2": (
@@ -210,13 +217,8 @@ def _check_memory(vllm_config: VllmConfig) -> None:
         ),
         "recurrent layers on model runner V2": (
             bool(model.is_hybrid and vllm_config.use_v2_model_runner),
-            "it does not say there which request a row of a batch is of, and settings would be "
+            "it does not say which request a row of a batch is of, and settings would be "
             "another's; set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-        "LoRA on the experts of gpt-oss": (
-            vllm_config.lora_config is not None and base == "GptOssForCausalLM",
-            "vLLM knows by the architecture's name how their weights are interleaved, and would "
-            "cut adapters apart; drop --enable-lora, or merge the adapter",
         ),
         "one KV cache manager for all kinds of layers": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
@@ -325,7 +327,7 @@ def refuse_configuration(vllm_config: VllmConfig, asked: str | None = None) -> N
     if asked:
         raise PaceConfigError(
             f"pacellm: --hf-overrides asks for {asked}, but vLLM serves this checkpoint as "
-            f"{architecture}, which carries neither memory nor experts; drop it, and --model-impl "
+            f"{architecture}, which carries neither memory nor experts; drop it, or --model-impl "
             "where that is why."
         )
     pace = pace_architecture(architecture)

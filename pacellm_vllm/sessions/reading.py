@@ -170,10 +170,16 @@ def _markers_of(tokenizer: Any) -> frozenset[int]:
     """Tokens that say where a message, a thought or the call of a tool begins or ends.
 
     ``all_special_ids`` has only those that the tokenizer has a use for itself, and some
-    (``</think>``) are not special at all. Runs of blanks, which some tokenizers add, are text.
+    (``</think>``) are not special at all, but in the chat template. Other tokens that tokenizers
+    add, blanks and tags of HTML, are text.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = (i for i, token in added.items() if token.special or _MARKER.fullmatch(token.content))
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    marked = (
+        number
+        for number, token in added.items()
+        if token.special or (_MARKER.fullmatch(token.content) and token.content in template)
+    )
     return frozenset({*tokenizer.all_special_ids, *marked})
 
 

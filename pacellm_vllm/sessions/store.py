@@ -90,9 +90,11 @@ class SessionStore:
         tokens = np.array((*prompt, *answer), np.int32)
         page = session.root
         new: dict[int, str] = {}
-        for start in range(0, len(tokens), PAGE_TOKENS):
-            page = self._child(key, page, tokens[start : start + PAGE_TOKENS].copy(), new)
-        session.finder.add(new)
+        try:
+            for start in range(0, len(tokens), PAGE_TOKENS):
+                page = self._child(key, page, tokens[start : start + PAGE_TOKENS].copy(), new)
+        finally:
+            session.finder.add(new)
         while len(self._used) > self.max_pages:
             self._evict()
 

@@ -193,7 +193,7 @@ def test_prompts_of_sessions_begin_as_texts_or_messages_do(chat, tmp_path):
 
 @pytest.mark.parametrize(("length", "piece"), [(1000, 32), (900, 128), (5000, 1024), (300, 300)])
 def test_a_text_fits_the_session_it_is_fed_to(length, piece):
-    kept = SessionStore(math.ceil(tokens_kept(length, piece) / 128), lambda tokens: "a text")
+    kept = SessionStore(math.ceil(tokens_kept(length, piece, 3) / 128), lambda tokens: "a text")
     text = list(range(length))
     for begin in range(0, length, piece):
         kept.add(b"one", [1, 2, 3, *text[begin : begin + piece]], [7])
@@ -237,7 +237,7 @@ def test_items_from_files(tmp_path):
         list(texts(Grid((60,), (50,), 1, needles=2, needle_file=needles)))
     with pytest.raises(EvalError, match=r"'.*hay\.txt' must hold one JSON object per line"):
         list(texts(Grid((60,), (50,), 1, needle_file=hay)))
-    for answer in ("🙂", "3.14", "", "one\ntwo"):
+    for answer in ("🙂", "3.14", "", "one\ntwo", 42):
         needles.write_text(json.dumps({**needle, "answer": answer}) + "\n")
         with pytest.raises(EvalError, match="cannot be found in what is said"):
             list(texts(Grid((60,), (50,), 1, needle_file=needles)))

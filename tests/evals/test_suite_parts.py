@@ -227,6 +227,8 @@ def test_questions_of_ones_own(data):
     assert score(task, item, [" seven"]) == {"found": 0, "f1": 0}
     # Within another number it is not that number.
     assert score(task, item, [f" 1{number}5"])["found"] == 0
+    for said in (f" {number}-fold", f" {number}'s", f" the {number}/7"):
+        assert score(task, item, [said])["found"] == 1
     assert metric_of(task) == "found"
     scored = library(data, "qa_numbers_logprob").load("qa_numbers_logprob")
     item, *_ = build_items(scored, 2, None, chat=False, seed=0)
@@ -286,7 +288,7 @@ def test_wrong_data_says_which_file_what_it_holds_and_whence(data, tmp_path):
     assert "anatomy/dev.jsonl is missing" in says("mmlu_anatomy")
     path = tmp_path / "LongBench/data/qasper.jsonl"
     benchmark_files.write_lines(path, [{"input": "a", "context": "b"}])
-    assert "qasper.jsonl, row 1, has no answers; it holds" in says("longbench_qasper")
+    assert "qasper.jsonl, row 1, has no answers; the file holds" in says("longbench_qasper")
     path.write_text("{]\n")
     assert "qasper.jsonl cannot be read" in says("longbench_qasper")
     path.write_text("")

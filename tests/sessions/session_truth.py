@@ -22,9 +22,12 @@ class Truth:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
-        # Blanks may be tokens of their own, too.
+        template = getattr(tokenizer, "chat_template", None) or ""
+        # Blanks and tags of HTML may be tokens of their own, too.
         self.special = {
-            each["id"] for each in added if each["special"] or each["content"][0] in "<["
+            each["id"]
+            for each in added
+            if each["special"] or (each["content"][0] in "<[" and each["content"] in template)
         }
         self.prompts = []
         # In the order in which they came: a page's whole text up to its end.

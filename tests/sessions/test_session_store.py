@@ -196,24 +196,30 @@ TURN = st.tuples(
 def marking_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained("scripts/tiny")
     tokenizer.add_tokens(
-        [AddedToken("<|turn|>", special=True), AddedToken("</think>"), AddedToken("  ")]
+        [
+            AddedToken("<|turn|>", special=True),
+            AddedToken("</think>"),
+            AddedToken("<td>"),
+            AddedToken("  "),
+        ]
     )
+    tokenizer.chat_template = "<|turn|>{{ messages }}</think>"
     return tokenizer
 
 
-def test_no_marker_is_read_again_and_blanks_are():
+def test_no_marker_is_read_again_and_other_added_tokens_are():
     tokenizer = marking_tokenizer()
     marks = tokenizer.convert_tokens_to_ids(["<|turn|>", "</think>"])
-    blanks = tokenizer.convert_tokens_to_ids("  ")
+    text = tokenizer.convert_tokens_to_ids(["  ", "<td>"])
     assert not {*marks} & {*tokenizer.all_special_ids}
     kept = SessionStore(10**6, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
     told = tokenizer.encode("The magic number of oslo is 42.")
-    kept.add(KEY, [*told, marks[0], blanks, marks[1], *told], [])
+    kept.add(KEY, [*told, marks[0], *text, marks[1], *told], [])
     read = SessionReader(kept, tokenizer).read(
         KEY, tokenizer.encode("What is the magic number of oslo?"), 10**9, "always"
     )
     gap = tokenizer.encode("\n\n", add_special_tokens=False)
-    assert list(read.tokens) == [*told, blanks, *told, *gap]
+    assert list(read.tokens) == [*told, *text, *told, *gap]
 
 
 def test_a_short_page_that_a_prompt_has_is_not_read_again():
