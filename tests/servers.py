@@ -25,6 +25,20 @@ def python_path(directory: Path) -> str:
     return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def printed_by(*words: str | Path, **environment: str) -> list[str]:
+    """The lines that a Python process prints that also imports from ``tests``; it must end well."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": python_path(Path(__file__).parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 @contextlib.contextmanager
 def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     """The base URL of the server that ``command`` starts; its output goes to ``log``."""

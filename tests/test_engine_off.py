@@ -1,13 +1,10 @@
 """Installed but not configured: the plugin changes nothing, bit for bit, and imports nothing."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from checkpoints import make_prompt
-from servers import python_path
+from servers import printed_by
 
 from pacellm_vllm import compat
 
@@ -46,18 +43,8 @@ LIGHT = {
 
 def run(checkpoint, plugins):
     """Tokens and logprobs of an engine in a process of its own that loads only these plugins."""
-    env = {**os.environ, "VLLM_PLUGINS": plugins, "PYTHONPATH": python_path(Path(__file__).parent)}
     prompts = json.dumps([make_prompt(seed, 30 + 50 * seed) for seed in range(4)])
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(checkpoint), prompts],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    lines = printed_by("-c", RUN, str(checkpoint), prompts, VLLM_PLUGINS=plugins)
     found = {
         name: line.split(" ", 1)[1] for line in lines if (name := line.split(" ")[0]).isupper()
     }

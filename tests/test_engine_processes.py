@@ -1,15 +1,11 @@
 """However vLLM starts its processes, each has what it needs of ours, and no more."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from checkpoints import make_prompt
 from engines import BLOCK_SIZE, engine
-from servers import python_path
+from servers import printed_by
 from test_engine_drafts import ngram
 from test_engine_requests import PACE, ask, said
 
@@ -64,20 +60,7 @@ def test_front_end_engine_core_and_workers_are_each_patched(method, checkpoint, 
         "additional_config": {"pacellm": PACE},
     }
     given = map(json.dumps, (str(checkpoint("llama")), settings, cases))
-    done = subprocess.run(
-        [sys.executable, program, method, *given],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": python_path(Path(__file__).parent),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(printed_by(program, method, *given, VLLM_ENABLE_V1_MULTIPROCESSING="1")[-1])
     assert found["started"] == method
     assert found["said"] == [truth, truth]
     # Of 150 tokens: a copy of the bank each three segments of 32, or whole blocks without memory.

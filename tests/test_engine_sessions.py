@@ -1,16 +1,12 @@
 """Sessions of streamed input: turns of one request, whose bank goes on from turn to turn."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from checkpoints import make_prompt
 from engines import BLOCK_SIZE, NATIVE, engine
 from oracle import OracleModel
-from servers import python_path
+from servers import printed_by
 from test_engine_oracle import GAP
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -184,20 +180,8 @@ def test_a_turn_that_changes_settings_ends_its_request_alone(checkpoint, tmp_pat
     own = {"pacellm_alpha": 1.0}
     cases = [[None, None], [None, own], [own, own], [{"pacellm_report": True}], [own, own]]
     given = map(json.dumps, (str(checkpoint()), settings, prompts, cases))
-    done = subprocess.run(
-        [sys.executable, "-c", SERVER, *given],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": python_path(Path(__file__).parent),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found, unfinished = json.loads(done.stdout.splitlines()[-1])
+    lines = printed_by("-c", SERVER, *given, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    found, unfinished = json.loads(lines[-1])
     same, changed, own_ones, reported, again = found
     assert unfinished == 0
     assert len(same) == len(own_ones) == 2 * 9
