@@ -198,6 +198,10 @@ def test_what_compared_nothing_is_not_called_the_same(monkeypatch):
     done._true = said
     done._compare("chunks", "an answer depends on chunks", said, replay=nothing)
     assert [check.verdict for check in done.checks] == ["not reached"] * 2
+    # An answer that differs is a fault all the same.
+    other = {**said, "on": engines.Said([[6]], [[-1.0]], 0)}
+    done._compare("chunks", "an answer depends on chunks", other, replay=nothing)
+    assert done.checks[-1].verdict == "FAULT"
 
 
 def test_a_log_probability_that_is_no_number_is_as_far_as_can_be():
