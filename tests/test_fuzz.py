@@ -14,7 +14,7 @@ from fuzz.events import Subscriber
 from fuzz.hits import faults_of_hits
 from fuzz.judge import _wrong_token
 from fuzz.own import are_vllms
-from fuzz.truth import GAP, Reading, Stretch, Truth
+from fuzz.truth import GAP, Reading, Truth
 from oracle import OracleModel
 from test_manager import make_manager, make_request, run
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -72,7 +72,7 @@ def test_the_truth_reads_what_the_oracle_says(checkpoint):
     oracle, truth = OracleModel(checkpoint(), PACE), Truth(checkpoint(), PACE)
     prompt = make_case(3).waves[0].requests[0].turns[0].tokens[:60]
     tokens, logprobs = oracle.generate(list(prompt), 30)
-    reading = truth.read([Stretch((*prompt, *tokens))])
+    reading = truth.read([*prompt, *tokens])
     assert reading.chosen[: len(logprobs)] == pytest.approx(logprobs, abs=1e-4)
     said = slice(len(prompt) - 1, None)
     assert reading.chosen[said] == reading.best[said]
@@ -82,7 +82,7 @@ def test_the_truth_reads_what_the_oracle_says(checkpoint):
 
 def test_nothing_is_said_of_tokens_behind_a_near_tie(checkpoint, monkeypatch):
     monkeypatch.setattr("fuzz.truth.GAP", 10.0)
-    reading = Truth(checkpoint(), PACE).read([Stretch(tuple(range(1, 80)))])
+    reading = Truth(checkpoint(), PACE).read(range(1, 80))
     assert reading.sure == 32
 
 

@@ -10,8 +10,9 @@ from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
 
 MEMORY_ROUTE = "/plugins/pacellm/memory"
-# Greedy, as in this process, whatever the server's model comes with.
-_PLAIN: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0}
+# Greedy, as in this process, whatever a generation_config.json says; the last is vLLM's own field.
+_GREEDY: dict[str, Any] = {"temperature": 0, "presence_penalty": 0, "frequency_penalty": 0}
+_GREEDY_BODY = {"repetition_penalty": 1.0}
 
 
 class Server:
@@ -60,11 +61,10 @@ class Server:
         self, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str] = STOP
     ) -> list[Answer]:
         def one(prompt: Prompt) -> Answer:
-            sampling = {"temperature": 0, "stop": list(stop), **_PLAIN}
-            # vLLM's own; all of them a model's generation_config.json would set.
-            body = {"repetition_penalty": 1.0}
+            sampling = {**_GREEDY, "stop": list(stop)}
             if not isinstance(prompt[0], dict):
-                said = self._complete(prompt, max_tokens=max_tokens, extra_body=body, **sampling)
+                sampling |= {"max_tokens": max_tokens, "extra_body": _GREEDY_BODY}
+                said = self._complete(prompt, **sampling)
                 return Answer(said.text, said.finish_reason == "length")
             # A last message of the assistant's is the beginning of its answer.
             begun = prompt[-1]["role"] == "assistant"
@@ -73,7 +73,7 @@ class Server:
                 messages=prompt,  # type: ignore[arg-type]
                 max_completion_tokens=max_tokens,
                 extra_body={
-                    **body,
+                    **_GREEDY_BODY,
                     "add_generation_prompt": not begun,
                     "continue_final_message": begun,
                 },

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tqdm import tqdm
@@ -73,7 +74,7 @@ class Asked:
             said = self.tokenizer.decode(text, skip_special_tokens=True).strip()
             return rendered_message(self.tokenizer, "\n\n".join(filter(None, (said, question))))
         asked = list(self.tokenizer(question, add_special_tokens=False).input_ids)
-        return [*self._begin(), *text, *asked]
+        return [*self._begin, *text, *asked]
 
     def within(self, room: int, text: Sequence[int], questions: Sequence[str]) -> list[list[int]]:
         """Each question behind as much of the end of ``text`` as fits ``room`` tokens with any.
@@ -93,6 +94,7 @@ class Asked:
             "beside a question; raise max_model_len in --engine."
         )
 
+    @cached_property
     def _begin(self) -> list[int]:
         with_all, alone = (
             list(self.tokenizer("a", add_special_tokens=special).input_ids)
@@ -125,20 +127,20 @@ def run_sessions(
     progress: bool = True,
 ) -> None:
     """Ask what ``records`` lacks, a text at a time, fed in requests of ``piece`` tokens."""
+    asked = Asked(tokenizer, grid.chat)
     with tqdm(total=len(grid.lengths) * grid.samples, desc="texts", disable=not progress) as bar:
         for length in grid.lengths:
             for sample in range(grid.samples):
                 ids = [(arm, f"{length}/{d:g}/{sample}") for arm in ARMS for d in grid.depths]
                 if not all(each in records.done for each in ids):
                     told = make_text(grid, tokenizer, length, sample)
-                    _ask(grid, told, tokenizer, answerer, records, piece)
+                    _ask(grid, told, asked, answerer, records, piece)
                 bar.update()
 
 
 def _ask(
-    grid: Grid, told: Told, tokenizer: Any, answerer: Offline, records: Records, piece: int
+    grid: Grid, told: Told, asked: Asked, answerer: Offline, records: Records, piece: int
 ) -> None:
-    asked = Asked(tokenizer, grid.chat)
     room = answerer.max_model_len - grid.max_tokens
     pieces = [asked.prompt(told.text[i : i + piece]) for i in range(0, len(told.text), piece)]
     if max(map(len, pieces)) >= answerer.max_model_len:

@@ -44,24 +44,27 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises ``PaceConfigError``, or ``ExpertsError`` about experts.
     """
     config = read_config(vllm_config)
-    if envs.VLLM_USE_RUST_FRONTEND:
-        raise PaceConfigError(
-            "pacellm: this package does not work with vLLM's Rust front end, which would check no "
-            "settings of requests and has neither sessions nor reports; unset "
-            "VLLM_USE_RUST_FRONTEND."
-        )
-    architecture = vllm_config.model_config.architecture
-    if vllm_config.lora_config is not None and architecture == "PaceGptOssForCausalLM":
-        raise PaceConfigError(
-            "pacellm: this package does not work with LoRA on gpt-oss: vLLM knows by the "
-            "architecture's name how the weights of its experts are interleaved, and would cut "
-            "adapters apart; drop --enable-lora, or merge the adapter."
-        )
+    refusals = {
+        "vLLM's Rust front end": (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "it would check no settings of requests, and has neither sessions nor reports; unset "
+            "VLLM_USE_RUST_FRONTEND",
+        ),
+        "LoRA on gpt-oss": (
+            vllm_config.lora_config is not None
+            and vllm_config.model_config.architecture == "PaceGptOssForCausalLM",
+            "vLLM knows by the architecture's name how the weights of its experts are interleaved, "
+            "and would cut adapters apart; drop --enable-lora, or merge the adapter",
+        ),
+    }
+    if refusal := first_refusal("this package does", refusals):
+        raise PaceConfigError(refusal)
     layers = config.resolve_layers(vllm_config.model_config.get_total_num_hidden_layers())
     if layers:
         _check_memory(vllm_config)
         set_cpu_worker(vllm_config, CPU_WORKER)
         _check_caching(vllm_config, config)
+        watch_turns(_check_turn)
     if layers and (harm := known_harm(config)):
         logger.warning(harm)
     if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
@@ -79,7 +82,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     check_http_requests(is_ours, check)
     prepare_requests(_why_no_streams, _extra_args, _admit)
-    watch_turns(_check_turn)
     if config.session_tokens:
         check_sessions(vllm_config)
         follow_answers(ended)
@@ -290,8 +292,7 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             "memory is tested for generation only; serve the base architecture",
         ),
     }
-    refusal = first_refusal("memory does", refusals)
-    if refusal:
+    if refusal := first_refusal("memory does", refusals):
         raise PaceConfigError(refusal)
 
 

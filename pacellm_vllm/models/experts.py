@@ -164,8 +164,7 @@ def check_experts(vllm_config: VllmConfig, config: ExpertsConfig) -> None:
             f"weights must pass through the model's loader; use one of {', '.join(LOAD_FORMATS)}",
         ),
     }
-    refusal = first_refusal("experts do", refusals)
-    if refusal:
+    if refusal := first_refusal("experts do", refusals):
         raise ExpertsError(refusal)
     plan = plan_experts(vllm_config, config)
     check_ranks(plan.num_experts, parallel.tensor_parallel_size)

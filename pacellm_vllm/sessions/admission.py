@@ -57,8 +57,7 @@ def check_sessions(vllm_config: VllmConfig) -> None:
             "words are looked up, and tokens are none; drop --skip-tokenizer-init",
         ),
     }
-    refusal = first_refusal("session_tokens does", refusals)
-    if refusal:
+    if refusal := first_refusal("session_tokens does", refusals):
         raise PaceConfigError(refusal)
 
 

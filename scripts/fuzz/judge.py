@@ -8,7 +8,7 @@ from fuzz.cases import make_case
 from fuzz.drive import Answer, Talk, drive
 from fuzz.hits import faults_of_hits
 from fuzz.models import Models
-from fuzz.truth import Reading, Stretch, Truth
+from fuzz.truth import Reading, Truth
 from fuzz.verdict import Verdict
 
 NEAR = 1e-3
@@ -55,10 +55,9 @@ def _wrong_words(truth: Truth, talk: Talk, counts: Counter[str], plain: bool) ->
 def _wrong_turn(
     truth: Truth, talk: Talk, answer: Answer, turn: int, counts: Counter[str], plain: bool
 ) -> str | None:
-    stretches = list(_stretches(talk, answer, turn, plain))
-    reading = truth.read(stretches)
-    said = answer.tokens[turn]
-    start = sum(len(stretch.tokens) for stretch in stretches) - len(said)
+    text, said = [*_text(answer, turn)], answer.tokens[turn]
+    reading = truth.read(text, **({} if plain else talk.case.turns[0].overrides))
+    start = len(text) - len(said)
     if turn == 0 and talk.prompt_logprobs is not None:
         for at, logprob in enumerate(talk.prompt_logprobs, 1):
             if at < reading.sure and not abs(logprob - reading.chosen[at - 1]) <= NEAR:
@@ -85,10 +84,8 @@ def _wrong_token(reading: Reading, at: int, logprob: float, greedy: bool) -> str
     return None
 
 
-def _stretches(talk: Talk, answer: Answer, turn: int, plain: bool) -> Iterator[Stretch]:
+def _text(answer: Answer, turn: int) -> Iterator[int]:
     """What was read and said up to the end of a turn; a new turn forgets the last token said."""
     for i in range(turn + 1):
-        overrides = {} if plain else talk.case.turns[i].overrides
-        said = answer.tokens[i] if i == turn else answer.tokens[i][:-1]
-        tokens = (*answer.prompts[i], *said)
-        yield Stretch(tokens, tuple(sorted(overrides.items())))
+        yield from answer.prompts[i]
+        yield from answer.tokens[i] if i == turn else answer.tokens[i][:-1]

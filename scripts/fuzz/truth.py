@@ -12,14 +12,6 @@ GAP = 1e-6
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Tokens that were read, or written, in one turn."""
-
-    tokens: tuple[int, ...]
-    overrides: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
 class Reading:
     """Of a sequence of T tokens.
 
@@ -38,30 +30,24 @@ class Truth(OracleModel):
 
     def __init__(self, path: Any, pace: dict[str, Any]) -> None:
         super().__init__(path, pace)
-        self._known: dict[tuple[Stretch, ...], Reading] = {}
+        self._known: dict[Any, Reading] = {}
 
-    def read(self, stretches: Sequence[Stretch]) -> Reading:
-        """What follows from an empty memory, under the first stretch's settings."""
-        key = tuple(stretches)
+    def read(self, text: Sequence[int], **overrides: Any) -> Reading:
+        """What follows from an empty memory."""
+        key = (*text, *sorted(overrides.items()))
         if key not in self._known:
-            self._known[key] = self._read(key)
+            self._known[key] = self._read(list(text), overrides)
         return self._known[key]
 
-    def _read(self, stretches: tuple[Stretch, ...]) -> Reading:
-        self._reset(dict(stretches[0].overrides))
+    def _read(self, text: list[int], overrides: dict[str, Any]) -> Reading:
+        self._reset(overrides)
         size = self.rules.segment_size
-        text = [token for stretch in stretches for token in stretch.tokens]
         logits, sure = [], None
-        for stretch in stretches:
-            rest = list(stretch.tokens)
-            while rest:
-                begin = self._position
-                room = size - begin % size
-                logits.append(self._feed(rest[:room]))
-                rest = rest[room:]
-                closest = min((bank.closest_call for bank in self.banks.values()), default=1.0)
-                if sure is None and closest <= GAP:
-                    sure = begin
+        for begin in range(0, len(text), size):
+            logits.append(self._feed(text[begin : begin + size]))
+            closest = min((bank.closest_call for bank in self.banks.values()), default=1.0)
+            if sure is None and closest <= GAP:
+                sure = begin
         logprobs = torch.cat(logits)[:-1].log_softmax(dim=-1)
         chosen = logprobs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
         best = logprobs.max(dim=-1).values.tolist()
