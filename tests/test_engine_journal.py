@@ -216,21 +216,20 @@ def test_a_span_tells_what_memory_did(case, checkpoint, spans):
 
 
 def test_memory_of_reports_is_bounded():
-    class Rules:
-        segment_size, theta_high, theta_low = 4, 0.7, 0.3
-        thresholds = theta_low, theta_high
-
+    rules = PaceConfig.from_sources(
+        {"segment_size": 4, "theta_high": 0.7, "theta_low": 0.3}
+    ).rules()
     journal = Journal(most_tokens=100, most_answers=5)
     done = Committed(valid=4, filled=4, merged=[], replaced=[], dropped=0, usage=[1] * 4)
     for i in range(50):
         piece = Progress(0, 0, 4, done, [float("-inf")] * 4, [[]] * 4)
-        journal.note(f"{i}\nx", 1, 0, Rules, piece, [(1, 0.5)] * 4)
+        journal.note(f"{i}\nx", 1, 0, rules, piece, [(1, 0.5)] * 4)
     kept = [i for i in range(50) if journal.report(str(i))]
     assert kept == [45, 46, 47, 48, 49]
     # One that was dropped while it ran does not begin again in the middle.
-    journal.note("44\nx", 1, 4, Rules, Progress(0, 0, 4, done, [0.1] * 4, [[0]] * 4), [])
+    journal.note("44\nx", 1, 4, rules, Progress(0, 0, 4, done, [0.1] * 4, [[0]] * 4), [])
     assert journal.report("44") is None
-    journal.note("long\nx", 1, 0, Rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
+    journal.note("long\nx", 1, 0, rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
     assert not any(journal.report(str(i)) for i in range(50))
     # Of 64 experts each token takes 8 bytes, half of what a layer's memory takes.
     journal.note_experts("few\nx", 1, 0, torch.ones(150, 64, dtype=torch.bool))

@@ -91,7 +91,7 @@ def _record(
     from pacellm_vllm.evals.banks import TOP_TOKENS
     from pacellm_vllm.serving.recorder import RECORD_METHOD, RECORDED_METHOD
 
-    # One request, a segment a step: the recorder reads every bank before the next one.
+    # One request, read in pieces of one segment, whose activations the recorder keeps.
     ours = {
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,

@@ -17,7 +17,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from pacellm_vllm.compat import layers_by_name
 from pacellm_vllm.memory.batch import BatchSettings
 from pacellm_vllm.memory.journal import Journal
 from pacellm_vllm.memory.pieces import cut_pieces
@@ -54,8 +53,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BatchSettings.of_engine(self.vllm_config)
-        first = layers_by_name(self.vllm_config)[self.layer_names[0]]
-        self._rules: MemoryRules = first.rules
+        self._rules = self.kv_cache_spec.rules
         # By row of ``BatchSettings``.
         self._applied: dict[int, tuple[RequestSettings, MemoryRules]] = {}
         self._tables = self._new_tables() if takes_kernels(self.device.type) else None
@@ -89,9 +87,8 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         lengths, requests = lengths_of(common), common.num_reqs
         starts = common.query_start_loc_cpu[: requests + 1]
         rows = rows_of(common)
-        settings = self.settings_of(rows)
+        own = self._own_rules(rows)
         if self._tables is not None:
-            own = self._own_rules(rows, settings)
             table, begins, ends = common.block_table_tensor, starts.numpy(), lengths.numpy()
             if common.max_query_len == 1 and requests == common.num_actual_tokens:
                 step = self._tables.of_singles(table, ends * np.diff(begins), own)
@@ -108,7 +105,7 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
             lengths.tolist(),
             layout,
             self._rules,
-            settings,
+            own,
             prefilling,
             self.kv_cache_spec.grid,
         )
@@ -120,12 +117,10 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
         """What the request in each of ``rows_of`` has set; None for one that has set nothing."""
         return [self._settings.get(row) for row in rows]
 
-    def _own_rules(
-        self, rows: Iterable[int], settings: Sequence[RequestSettings | None]
-    ) -> dict[int, MemoryRules]:
+    def _own_rules(self, rows: Sequence[int]) -> dict[int, MemoryRules]:
         """Of the batch's requests that have set something; worked out once for each."""
         own = {}
-        for request, (row, mine) in enumerate(zip(rows, settings, strict=True)):
+        for request, (row, mine) in enumerate(zip(rows, self.settings_of(rows), strict=True)):
             if mine is None:
                 continue
             known, rules = self._applied.get(row, (None, self._rules))

@@ -5,7 +5,7 @@ custom logits processors, which both model runners tell of every request that en
 changes its row. This one leaves logits alone.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,8 +24,25 @@ from pacellm_vllm.request import RequestSettings, journal_key
 _BATCHES: WeakValueDictionary[int, "BatchSettings"] = WeakValueDictionary()
 
 
+class Carried(NamedTuple):
+    """What a request has set, None if nothing, and its ``Journal`` key, if it has one."""
+
+    settings: RequestSettings | None
+    key: str | None
+
+    @classmethod
+    def of(cls, params: SamplingParams, *_: Any) -> "Carried | None":
+        """None where a request carries neither."""
+        if not params.extra_args:
+            return None
+        settings, key = RequestSettings.of(params.extra_args), journal_key(params)
+        if settings.differs():
+            return cls(settings, key)
+        return cls(None, key) if key else None
+
+
 class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
-    """Settings by row: of the batch in model runner V1, of the request table in V2.
+    """What requests carry by row: of the batch in model runner V1, of the request table in V2.
 
     ``no_reports`` says why no request of this engine can have a report; empty if it can.
     """
@@ -34,8 +51,7 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
 
     def __init__(self, vllm_config: VllmConfig, *runner: Any) -> None:
         self._config = vllm_config.compilation_config
-        self._rows: dict[int, RequestSettings] = {}
-        self._asked: dict[int, str] = {}
+        self._rows: dict[int, Carried] = {}
         self.journal = Journal()
         _BATCHES[id(self._config)] = self
 
@@ -52,11 +68,11 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
 
     def get(self, row: int) -> RequestSettings | None:
         """The settings of the request in ``row``; None if it has set nothing."""
-        return self._rows.get(row)
+        return carried.settings if (carried := self._rows.get(row)) else None
 
     def asked(self, row: int) -> str | None:
         """The ``Journal`` key of the request in ``row``, if it has one."""
-        return self._asked.get(row)
+        return carried.key if (carried := self._rows.get(row)) else None
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -76,18 +92,13 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Model runner V1, before each forward."""
-        process_dict_updates(self._rows, batch_update, lambda params, *_: _settings(params))
-        process_dict_updates(self._asked, batch_update, lambda params, *_: journal_key(params))
+        process_dict_updates(self._rows, batch_update, Carried.of)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Model runner V2, when a request takes row ``req_idx``."""
         self._rows.pop(req_idx, None)
-        settings = _settings(sampling_params)
-        if settings is not None:
-            self._rows[req_idx] = settings
-        self._asked.pop(req_idx, None)
-        if key := journal_key(sampling_params):
-            self._asked[req_idx] = key
+        if carried := Carried.of(sampling_params):
+            self._rows[req_idx] = carried
         return False
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
@@ -117,13 +128,6 @@ class NoSettings(BatchSettings):
                 "pacellm: this engine carries no memory that a request could set; serve it with "
                 "layers, or drop the setting."
             )
-
-
-def _settings(params: SamplingParams) -> RequestSettings | None:
-    if not params.extra_args:
-        return None
-    settings = RequestSettings.of(params.extra_args)
-    return settings if settings.differs() else None
 
 
 # At import: a worker builds its logits processors before it loads the model, and what has reached

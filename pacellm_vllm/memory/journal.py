@@ -333,11 +333,6 @@ def _in_order(done: Committed) -> Iterable[int]:
 
 
 def _kind(mean_top: float, rules: MemoryRules) -> str:
-    if mean_top != mean_top:
-        return "u"
     if mean_top == float("-inf"):
         return "e"
-    theta_low, theta_high = rules.thresholds
-    if mean_top > theta_high:
-        return "h"
-    return "m" if mean_top > theta_low else "l"
+    return (rules.kind(mean_top) or "unsound")[0]

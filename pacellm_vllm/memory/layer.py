@@ -1,5 +1,6 @@
 """PaceMemory: the memory of one FFN as a vLLM layer that owns pages of the KV cache pool."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from pacellm_vllm.memory.backend import (
     takes_kernels,
 )
 from pacellm_vllm.memory.counts import MemoryCounts, PlainCounts
+from pacellm_vllm.memory.plain import Done
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.lookup import nearest_slots
@@ -46,7 +48,8 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 
     ``index`` is the decoder layer, ``width`` this rank's share of the intermediate size, or the
     whole hidden size where every rank holds the ``whole`` of what is remembered. It has no
-    parameters, so weight loading does not see it.
+    parameters, so weight loading does not see it. ``observers`` are told of each piece that the
+    plain ops have advanced, with the step's activations, before the next one.
     """
 
     supports_dcp = False
@@ -74,6 +77,7 @@ class PaceMemory(nn.Module, AttentionLayerBase):
 
             device = torch.device(vllm_config.device_config.device_type)
             self._tally = new_tally(most_requests(vllm_config), device)
+        self.observers: list[Callable[[torch.Tensor, Done], None]] = []
         self.kv_cache = torch.tensor([])
         shared_out = get_tensor_model_parallel_world_size() > 1
         self._reduce = tensor_model_parallel_all_reduce if shared_out and not whole else None
@@ -122,12 +126,14 @@ class PaceMemory(nn.Module, AttentionLayerBase):
         assert step is not None
         # A fresh view each time: CUDA-graph memory profiling unbinds and rebinds the cache.
         units = unit_view(self.kv_cache, self.spec.layout, self.config.stored_dtype(a.dtype))
-        done = step.run(units, self.spec.layout, a, out, self._reduce)
-        for asked, position, rules, progress, bank in done:
+        for done in step.run(units, self.spec.layout, a, out, self._reduce):
+            piece, progress, bank = done
             self._plain_counts.add(progress)
-            if asked and journal:
+            for observe in self.observers:
+                observe(a, done)
+            if piece.asked and journal:
                 near = self._nearest(bank, progress)
-                journal.note(asked, self.index, position, rules, progress, near)
+                journal.note(piece.asked, self.index, piece.position, piece.rules, progress, near)
         if journal:
             for asked, position, count in step.asked_idle:
                 journal.note_idle(asked, self.index, position, count)

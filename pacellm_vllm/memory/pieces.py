@@ -1,12 +1,11 @@
 """Piece: tokens of one request, in one segment if certain, which a step's batch is cut into."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.snapshots import SnapshotGrid, takes_copies
 from pacellm_vllm.ops.rules import MemoryRules
-from pacellm_vllm.request import RequestSettings
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,16 @@ def cut_pieces(
     lengths: list[int],
     layout: BankLayout,
     rules: MemoryRules,
-    settings: Sequence[RequestSettings | None] = (),
+    own: Mapping[int, MemoryRules] | None = None,
     prefilling: Sequence[bool] = (),
     grid: SnapshotGrid | None = None,
 ) -> list[Piece]:
     """Cut a batch at request borders and segment ends.
 
     ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
-    tokens after this step, ``settings`` what the first of them have set, ``prefilling`` which of
-    the first began the step within their prompt, ``grid`` where banks are copied, if anywhere.
-    Requests without tokens give no piece.
+    tokens after this step, ``own`` the rules of those that have some of their own, ``prefilling``
+    which of the first began the step within their prompt, ``grid`` where banks are copied, if
+    anywhere. Requests without tokens give no piece.
 
     Drafts may be among the tokens of a step that is no longer than the token last sampled and
     ``layout.drafts`` more, and outside of prompts.
@@ -54,8 +53,7 @@ def cut_pieces(
     for request, length in enumerate(lengths):
         begin, end = starts[request], starts[request + 1]
         position = length - (end - begin)
-        own = settings[request] if request < len(settings) else None
-        mine = own.applied_to(rules) if own is not None else rules
+        mine = own.get(request, rules) if own else rules
         prompt = request < len(prefilling) and prefilling[request]
         drafts = 0 if prompt else layout.drafts
         has_drafts = 1 < end - begin <= 1 + drafts

@@ -32,21 +32,8 @@ class PlacedPiece:
     asked: str | None = None
 
 
-@dataclass(frozen=True)
-class Singles:
-    """One token each of R requests, and each one's position, pages and rules.
-
-    ``tokens`` is a slice where they lie side by side in the batch, else [R] int64.
-    """
-
-    tokens: slice | torch.Tensor
-    positions: list[int]
-    pages: list[list[int]]
-    rules: list[MemoryRules]
-    asked: list[str | None]
-
-
-Done = tuple[str | None, int, MemoryRules, Progress, PagedStore]
+# What came of a piece's tokens, and the bank they were of.
+Done = tuple[PlacedPiece, Progress, PagedStore]
 
 
 @dataclass
@@ -56,15 +43,17 @@ class PlainStep:
     ``asked`` has for tokens of requests in the ``Journal`` its key and the first one's position,
     ``asked_idle`` how many of them have no bank.
 
-    ``pieces`` lie in one segment each. With speculative decoding, ``first_pieces`` has every
-    request's first token, before which its bank catches up with what was accepted, and ``drafts``
-    the tokens that may be rejected.
+    ``pieces`` lie in one segment each; ``singles`` are those of one token and of one request each,
+    at ``single_tokens`` in the batch: a slice where they lie side by side, else [R] int64. With
+    speculative decoding, ``first_pieces`` has every request's first token, before which its bank
+    catches up with what was accepted, and ``drafts`` the tokens that may be rejected.
     """
 
     first_pieces: list[PlacedPiece] = field(default_factory=list)
     drafts: list[PlacedPiece] = field(default_factory=list)
     pieces: list[PlacedPiece] = field(default_factory=list)
-    singles: Singles | None = None
+    singles: list[PlacedPiece] = field(default_factory=list)
+    single_tokens: slice | torch.Tensor = field(default_factory=lambda: slice(0))
     idle: list[slice] = field(default_factory=list)
     asked_idle: list[tuple[str, int, int]] = field(default_factory=list)
     asked: list[tuple[str, int, slice]] = field(default_factory=list)
@@ -90,12 +79,11 @@ class PlainStep:
         reach = max(max(piece.pages, piece.copy.stop) for piece in pieces)
         table = block_table[:, :reach].tolist()
         pieces_of = Counter(piece.request for piece in pieces)
-        singles = []
         seen = set()
         for piece in pieces:
             tokens = slice(piece.begin, piece.end)
-            row = table[piece.request]
-            pages, copy = row[: piece.pages], row[piece.copy.start : piece.copy.stop]
+            blocks = table[piece.request]
+            pages, copy = blocks[: piece.pages], blocks[piece.copy.start : piece.copy.stop]
             key = asked.get(piece.request)
             copy = copy if all(copy) else []
             placed = PlacedPiece(tokens, piece.position, pages, piece.rules, copy, key)
@@ -114,19 +102,13 @@ class PlainStep:
                 step.drafts.append(placed)
             # One token of many requests is a decode step; other pieces have their turn.
             elif piece.end - piece.begin == 1 and pieces_of[piece.request] == 1:
-                singles.append((piece, pages))
+                step.singles.append(placed)
             else:
                 step.pieces.append(placed)
-        if singles:
-            rows = [piece.begin for piece, _ in singles]
-            tokens = slice(rows[0], rows[-1] + 1)
-            step.singles = Singles(
-                tokens if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows),
-                [piece.position for piece, _ in singles],
-                [pages for _, pages in singles],
-                [piece.rules for piece, _ in singles],
-                [asked.get(piece.request) for piece, _ in singles],
-            )
+        if step.singles:
+            at = [piece.tokens.start for piece in step.singles]
+            together = at[-1] - at[0] + 1 == len(at)
+            step.single_tokens = slice(at[0], at[-1] + 1) if together else torch.tensor(at)
         return step
 
     def run(
@@ -139,9 +121,9 @@ class PlainStep:
     ) -> Iterator[Done]:
         """Advance every request's bank in ``units`` (see ``store.unit_view``) of one layer.
 
-        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields by request and
-        piece its ``Journal`` key, the first token's position, its rules, what happened, and its
-        bank; of tokens that were drafts, which have no key, the next token's position.
+        ``a`` and ``out`` [>= num_tokens, width]; all of ``out`` is written. Yields each piece when
+        its bank was advanced, and a request's first piece, which no ``Journal`` asks for then, for
+        what was accepted before it.
         """
         out[self.num_tokens :] = a[self.num_tokens :]
         for tokens in self.idle:
@@ -149,30 +131,29 @@ class PlainStep:
         for piece in self.first_pieces:
             store = PagedStore(units, piece.pages, layout)
             for progress in write_accepted(store, piece.position, piece.rules, reduce):
-                yield None, piece.position, piece.rules, progress, store
+                yield piece, progress, store
         for piece in self.pieces:
             if piece.copy:
                 units[piece.copy] = units[piece.pages[: len(piece.copy)]]
             store = PagedStore(units, piece.pages, layout)
             tokens = piece.tokens
-            at, rules = piece.position, piece.rules
-            _, progress = advance(store, a[tokens], at, rules, reduce, out[tokens])
-            yield piece.asked, at, rules, progress, store
+            _, progress = advance(
+                store, a[tokens], piece.position, piece.rules, reduce, out[tokens]
+            )
+            yield piece, progress, store
         for piece in self.drafts:
             store = PagedStore(units, piece.pages, layout)
             tokens = piece.tokens
             look_up_drafts(store, a[tokens], piece.position, piece.rules, reduce, out[tokens])
-        if self.singles is None:
+        if not self.singles:
             return
-        singles = self.singles
-        stores = [PagedStore(units, pages, layout) for pages in singles.pages]
+        at = self.single_tokens
+        stores = [PagedStore(units, piece.pages, layout) for piece in self.singles]
+        positions = [piece.position for piece in self.singles]
+        rules = [piece.rules for piece in self.singles]
         # A slice gives a view of out, which is written in place; an index gives a copy.
-        in_place = out[singles.tokens] if isinstance(singles.tokens, slice) else None
-        o, progresses = advance_steps(
-            stores, a[singles.tokens], singles.positions, singles.rules, reduce, in_place
-        )
+        in_place = out[at] if isinstance(at, slice) else None
+        o, progresses = advance_steps(stores, a[at], positions, rules, reduce, in_place)
         if in_place is None:
-            out[singles.tokens] = o
-        yield from zip(
-            singles.asked, singles.positions, singles.rules, progresses, stores, strict=True
-        )
+            out[at] = o
+        yield from zip(self.singles, progresses, stores, strict=True)

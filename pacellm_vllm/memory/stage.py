@@ -25,7 +25,6 @@ class StageWithoutMemory(AttentionLayerBase):
         self, vllm_config: VllmConfig, config: PaceConfig, width: int, prefix: str
     ) -> None:
         self.config = config
-        self.rules = config.rules()
         self.width = width
         layers_by_name(vllm_config)[prefix] = self
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -45,3 +46,12 @@ class MemoryRules:
     def thresholds(self) -> tuple[float, float]:
         """``theta_low`` and ``theta_high`` as in float32, which is how tensors are compared."""
         return float(np.float32(self.theta_low)), float(np.float32(self.theta_high))
+
+    def kind(self, similarity: float) -> Literal["high", "mid", "low"] | None:
+        """Of a token with this ``similarity``, as ``LookUp`` decides; None of NaN."""
+        theta_low, theta_high = self.thresholds
+        if similarity > theta_high:
+            return "high"
+        if similarity > theta_low:
+            return "mid"
+        return "low" if similarity <= theta_low else None

@@ -117,10 +117,8 @@ def _advance(
     valid, mids, lows = counts
     segment, offset = divmod(position, rules.segment_size)
     _enhance(store, a, out, found, rules)
-    theta_low, theta_high = rules.thresholds
-    high = found.mean_top > theta_high
-    low = found.mean_top <= theta_low
-    mid = theta_low < found.mean_top <= theta_high
+    kind = rules.kind(found.mean_top)
+    high, mid, low = kind == "high", kind == "mid", kind == "low"
     paper = rules.update is UpdateRule.PAPER
 
     if low:
@@ -130,7 +128,7 @@ def _advance(
         elif rank < min(rules.max_insertions, valid):
             store.write_staged([rank], [a], [out])
     if segment:
-        adds = [a] if paper and (high or mid or low) else [a, out] if mid else []
+        adds = [a] if paper and kind else [a, out] if mid else []
         if adds or offset == 0 or (offset + 1) % TILE == 0:
             sums = a.new_zeros(4, len(a), dtype=torch.float32) if offset == 0 else store.read_sums()
             add_one(sums, adds, offset)
@@ -155,11 +153,11 @@ def _enhance(
     store: BankStore, a: torch.Tensor, out: torch.Tensor, found: _Found, rules: MemoryRules
 ) -> None:
     """Write one token's output [D]."""
-    best = found.row[found.top[0]] if found.top else float("-inf")
-    if best <= rules.theta_low or not rules.alpha:
+    kind = rules.kind(found.row[found.top[0]]) if found.top else "low"
+    if kind == "low" or not rules.alpha:
         out.copy_(a)
         return
-    high = best > rules.theta_high
+    high = kind == "high"
     own = (1 - rules.alpha) + rules.alpha * (0.0 if high else rules.mid_self_weight)
     share = rules.high_weight if high else rules.mid_weight
     weights = dict.fromkeys(found.top, rules.alpha / len(found.top) * share)

@@ -1,5 +1,6 @@
 """BankRecorder: the banks of one request read out of its pages, in the worker that owns them."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -7,12 +8,9 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from pacellm_vllm.memory.backend import BankMetadata
 from pacellm_vllm.memory.layer import PaceMemory, memory_layers
-from pacellm_vllm.memory.store import PagedStore, unit_view
+from pacellm_vllm.memory.plain import Done
 from pacellm_vllm.models.ffn import output_projection
-from pacellm_vllm.ops.lookup import MOST_SQUARE
-from pacellm_vllm.ops.update import Header
 
 RECORD_METHOD = "pacellm_memory_record"
 RECORDED_METHOD = "pacellm_memory_recorded"
@@ -83,11 +81,13 @@ class BankRecording:
 
 
 class BankRecorder:
-    """Stands before one layer's memory and notes every commit of the one request that runs.
+    """Notes every commit that one layer's memory makes for the one request that runs.
 
-    ``commits`` has an entry for each segment (see :meth:`_read_commit`); ``keys`` [slots, D] fp32
-    are those of the last commit, ``current`` [tokens, D] fp32 the activations of the segment that
-    was read last, ``unsound`` the tokens that memory passed by.
+    ``commits`` has an entry for each segment: ``high``, ``mid``, ``low`` count tokens, ``merged``,
+    ``filled``, ``replaced`` slots, ``dropped`` low tokens that found none open; ``usage`` has an
+    entry per slot, ``cosine`` is the mean over pairs of keys (see :func:`mean_cosine`). ``keys``
+    [slots, D] fp32 are those of the last commit, ``current`` [tokens, D] fp32 the activations of
+    the segment that was read last, ``unsound`` the tokens that memory passed by.
     """
 
     def __init__(self, layer: PaceMemory) -> None:
@@ -96,70 +96,47 @@ class BankRecorder:
         self.keys = torch.zeros(0, layer.width)
         self.unsound = 0
         self._pieces: list[torch.Tensor] = []
-        self._run = layer.run
-        layer.run = self.run  # type: ignore[method-assign]
+        self._kinds: Counter[str] = Counter()
+        self._next = 0
+        layer.observers.append(self.note)
 
     def remove(self) -> None:
-        self.layer.run = self._run  # type: ignore[method-assign]
+        self.layer.observers.remove(self.note)
 
     @property
     def current(self) -> torch.Tensor:
         return torch.cat(self._pieces)
 
-    def run(self, a: torch.Tensor, out: torch.Tensor, metadata: BankMetadata) -> None:
-        self._run(a, out, metadata)
-        step, size = metadata.plain, self.layer.rules.segment_size
-        assert step is not None, "not recorded where kernels run"
-        pieces: list[tuple[Any, int, list[int]]] = [
-            (piece.tokens, piece.position, piece.pages) for piece in step.pieces
-        ]
-        if step.singles is not None:
-            one = step.singles
-            pieces += [(one.tokens, *at) for at in zip(one.positions, one.pages, strict=True)]
-        # The next segment's tokens go into free slots at once, but a second commit would hide one.
-        if len(pieces) > 1:
-            raise RuntimeError(
-                "pacellm: a recorded request must run alone and a segment at a time; set "
-                "max_num_seqs to 1 and max_num_batched_tokens to segment_size."
-            )
-        for tokens, position, pages in pieces:
-            if position % size == 0:
-                self._pieces = []
-            self._pieces.append(a[tokens].float().cpu())
-            squares = self._pieces[-1].square().sum(dim=1)
-            self.unsound += int((~(squares <= MOST_SQUARE)).sum())
-            if (position + len(self._pieces[-1])) % size == 0:
-                self.commits.append(self._read_commit(position // size, pages, a.dtype))
-
-    def _read_commit(self, segment: int, pages: list[int], dtype: torch.dtype) -> dict[str, Any]:
-        """What the segment's tokens asked for, what became of the slots, and the bank after it.
-
-        ``high``, ``mid``, ``low`` count tokens, ``merged``, ``filled``, ``replaced`` slots,
-        ``dropped`` low tokens that found none open; ``usage`` has an entry per slot, ``cosine`` is
-        the mean over pairs of keys (see :func:`mean_cosine`).
-        """
-        layer, layout = self.layer, self.layer.spec.layout
-        units = unit_view(layer.kv_cache, layout, layer.config.stored_dtype(dtype))
-        store = PagedStore(units, pages, layout)
-        header = Header.unpack(store.read_words())
-        valid, mids, lows = int(header.valid), int(header.mids), int(header.lows)
-        before = self.commits[-1]["valid"] if self.commits else 0
-        filled = valid - before
-        replaced = min(lows - filled, layout.max_insertions, before)
-        self.keys = store.read_keys(valid).float().cpu()
-        return {
-            "segment": segment,
-            "high": layout.segment_size - mids - lows,
-            "mid": mids,
-            "low": lows,
-            "merged": int(header.merge[:before].sum()),
-            "filled": filled,
-            "replaced": replaced,
-            "dropped": lows - filled - replaced,
-            "valid": valid,
-            "usage": header.usage[:valid].tolist(),
-            "cosine": mean_cosine(self.keys),
-        }
+    def note(self, a: torch.Tensor, done: Done) -> None:
+        """``RuntimeError`` where another request's tokens come between."""
+        piece, progress, bank = done
+        segment, offset = divmod(piece.position, self.layer.rules.segment_size)
+        if piece.position != self._next:
+            raise RuntimeError("pacellm: a recorded request must run alone; set max_num_seqs to 1.")
+        if offset == 0:
+            self._pieces, self._kinds = [], Counter()
+        rows = a[piece.tokens].float().cpu()
+        self._next += len(rows)
+        self._pieces.append(rows)
+        kinds = {"high": progress.high, "mid": progress.mid, "low": progress.low}
+        self._kinds.update(kinds)
+        self.unsound += len(rows) - sum(kinds.values())
+        if (commit := progress.committed) is None:
+            return
+        self.keys = bank.read_keys(commit.valid).float().cpu()
+        self.commits.append(
+            {
+                "segment": segment,
+                **self._kinds,
+                "merged": len(commit.merged),
+                "filled": commit.filled,
+                "replaced": len(commit.replaced),
+                "dropped": commit.dropped,
+                "valid": commit.valid,
+                "usage": commit.usage,
+                "cosine": mean_cosine(self.keys),
+            }
+        )
 
 
 def mean_cosine(rows: torch.Tensor) -> float | None:
