@@ -106,7 +106,7 @@ class Offline:
         ]
 
     def describe(self) -> dict[str, Any]:
-        from pacellm_vllm.serving.report import describe_engine
+        from pacellm_vllm.models.settings import describe_engine
 
         return describe_engine(config_of(self.llm))
 

@@ -9,7 +9,7 @@
 ``site``    which of the two an engine takes
 ``experts`` weights in expert order while they load
 ``routed``  FFNs of which each token computes some experts
-``settings`` where the configuration is read from
+``settings`` where the configuration is read from, and what is told of it
 ``checks``  what is refused before an engine starts
 
 ``Pace*ForCausalLM`` are attributes of this package, made on first use so that importing it
