@@ -1,17 +1,16 @@
 """Flags that several measurements share, and what their values may be."""
 
 import argparse
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
 from pacellm_vllm.flags import given_settings
-from pacellm_vllm.sentences import first_line
+from pacellm_vllm.sentences import PaceError, first_line
 
 
 def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
@@ -36,21 +35,17 @@ def add_engine(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def guarded(run: Callable[[argparse.Namespace], int | None], command: str) -> Callable[..., int]:
-    """``run(args, rest)`` of ``command``: 2, and one sentence, for what was asked wrongly.
+Run = Callable[[argparse.Namespace], int | None]
 
-    3, and where it came from, for errors that nobody foresaw.
-    """
 
-    def run_guarded(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
-        if rest:
-            print(f"pacellm: unknown argument {rest[0]!r} of {command}.", file=sys.stderr)
-            return 2
+def guarded(run: Run) -> Run:
+    """``run``, but 3, and where it came from, for errors that nobody foresaw."""
+
+    def run_guarded(args: argparse.Namespace) -> int | None:
         try:
-            return run(args) or 0
-        except (EvalError, PaceConfigError) as error:
-            print(error, file=sys.stderr)
-            return 2
+            return run(args)
+        except PaceError:
+            raise
         except Exception:
             traceback.print_exc()
             return 3

@@ -12,7 +12,7 @@ from pacellm_vllm.flags import add_settings, given_settings
 
 
 def add_parser(things: Any) -> None:
-    """Register ``inspect memory``; its ``run(args, rest)`` returns the exit status."""
+    """Register ``inspect memory``; its ``run(args)`` prints what it found."""
     parser = things.add_parser(
         "memory",
         help="what the banks of a text hold",
@@ -27,7 +27,7 @@ def add_parser(things: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="for memory.json and PNG files")
     add_engine(parser, '{"dtype": "float32"}')
     add_settings(parser)
-    parser.set_defaults(run=guarded(_inspect, "pacellm inspect"))
+    parser.set_defaults(run=guarded(_inspect))
 
 
 def _inspect(args: argparse.Namespace) -> None:

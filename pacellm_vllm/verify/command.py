@@ -22,7 +22,7 @@ _LENGTHS = (0.6, 1.5, 2.3, 3.4)
 
 
 def add_parser(commands: Any) -> None:
-    """Register ``verify``; its ``run(args, rest)`` returns the exit status."""
+    """Register ``verify``; its ``run(args)`` returns the exit status."""
     parser = commands.add_parser(
         "verify",
         help="whether this installation computes what it should, on your model",
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="for the results")
     add_settings(parser)
-    parser.set_defaults(run=guarded(_verify, "pacellm verify"))
+    parser.set_defaults(run=guarded(_verify))
 
 
 def _verify(args: argparse.Namespace) -> int:
