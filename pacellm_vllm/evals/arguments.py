@@ -107,7 +107,7 @@ def given(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return parse_object(text, f"--{name}") if text else {}
 
 
-def positions(model: str, engine: Mapping[str, Any]) -> int | None:
+def token_room(model: str, engine: Mapping[str, Any]) -> int | None:
     """How many tokens an engine of ``model`` has room for, if that is said anywhere."""
     from pacellm_vllm.compat import checkpoint_config
 
@@ -124,12 +124,20 @@ def positions(model: str, engine: Mapping[str, Any]) -> int | None:
 
 def require_room(model: str, engine: Mapping[str, Any], tokens: int, what: str) -> None:
     """``EvalError`` where ``what``, of so many ``tokens`` with its answer, is too long."""
-    room = positions(model, engine)
+    room = token_room(model, engine)
     if room is not None and tokens > room:
         raise EvalError(
             f"pacellm: {what} needs {tokens} tokens with its answer, and this engine has room for "
             f"{room}; ask for less, or raise max_model_len in --engine if the model goes that far."
         )
+
+
+def given_text(path: Path) -> str:
+    """What the file of a ``--text`` says; ``EvalError`` where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"pacellm: --text {str(path)!r} cannot be read: {error}.") from None
 
 
 def servers_of(urls: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
+from pacellm_vllm.evals.arguments import add_engine, given, given_text, guarded, read_model
 from pacellm_vllm.evals.records import EvalError, write_whole
 from pacellm_vllm.flags import add_settings, given_settings
 
@@ -67,11 +67,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _read(args: argparse.Namespace) -> tuple[Any, list[int], PaceConfig]:
     """The tokenizer, the text's tokens and the settings that the engine will come to."""
     tokenizer, config = read_model(args)
-    try:
-        text = args.text.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"pacellm: --text {str(args.text)!r} cannot be read: {error}.") from None
-    tokens = tokenizer(text).input_ids[: max(args.tokens, 0)]
+    tokens = tokenizer(given_text(args.text)).input_ids[: max(args.tokens, 0)]
     if len(tokens) <= config.segment_size:
         raise EvalError(
             f"pacellm: {len(tokens)} tokens end within the first segment of {config.segment_size}, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.evals.arguments import add_engine, given, guarded, positions, read_model
+from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model, token_room
 from pacellm_vllm.evals.records import EvalError, version_of, write_whole
 from pacellm_vllm.flags import add_settings, given_settings
 from pacellm_vllm.platform import SWITCH
@@ -108,7 +108,7 @@ def _prompts(args: argparse.Namespace) -> list[list[int]]:
             "pacellm: no layer of this model has memory, so there is nothing to verify; give "
             "--layers auto."
         )
-    room = positions(args.model, given(args, "engine"))
+    room = token_room(args.model, given(args, "engine"))
     longest = int(max(_LENGTHS) * config.segment_size)
     if room is not None and longest + ANSWER + 1 > room:
         fits = int((room - ANSWER - 1) / max(_LENGTHS))
