@@ -114,7 +114,7 @@ def run_grid(
     answerer: Answerer,
     records: Records,
     batch: int,
-    progress: bool = True,
+    progress: bool,
 ) -> None:
     """Answer what ``records`` lacks of configuration ``name``, ``batch`` prompts at a time."""
     with tqdm(total=grid.num_items, desc=name, disable=not progress, unit="item") as bar:

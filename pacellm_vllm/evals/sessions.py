@@ -125,7 +125,7 @@ def run_sessions(
     answerer: Offline,
     records: Records,
     piece: int,
-    progress: bool = True,
+    progress: bool,
 ) -> None:
     """Ask what ``records`` lacks, a text at a time, fed in requests of ``piece`` tokens."""
     asked = Asked(tokenizer, grid.chat)
