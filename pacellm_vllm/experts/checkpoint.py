@@ -142,9 +142,9 @@ def read_features(
             )
         return given
     rows = [
-        block
+        half
         for move in ffn.inputs
-        for block in _neurons_first(checkpoint.tensor(move.name), move).chunk(move.blocks)
+        for half in _neurons_first(checkpoint.tensor(move.name), move).chunk(move.halves)
     ]
     return features_of(rows, features)
 

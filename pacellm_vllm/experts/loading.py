@@ -213,7 +213,7 @@ def _entry(tensor: torch.Tensor) -> Entry:
 def _gate_and_up(
     tensors: dict[str, torch.Tensor], ffn: StoredFeedForward
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows = [block for m in ffn.inputs for block in tensors[m.name].chunk(m.blocks)]
+    rows = [half for m in ffn.inputs for half in tensors[m.name].chunk(m.halves)]
     return rows[0], rows[1] if ffn.gated else None
 
 

@@ -1,7 +1,7 @@
 """Which architectures have a ``Pace*`` one: all that vLLM generates text with, but for some.
 
 Names are here for what cannot be seen in a model; everything else is looked for in it when it is
-built (``layers``, ``ffn``, ``block``).
+built (``layers``, ``ffn``, ``whole``).
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from vllm.engine.protocol import EngineClient
 from pacellm_vllm.compat import api_key_check
 from pacellm_vllm.models.table import is_pace
 from pacellm_vllm.sentences import shown
-from pacellm_vllm.serving import pages
+from pacellm_vllm.serving import MEMORY_ROUTE, viewer
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from pacellm_vllm.serving.metrics import Scrapes
 
-MEMORY_ROUTE = "/plugins/pacellm/memory"
 ANSWER_ROUTE = "/plugins/pacellm/answers/{answer_id}"
 
 router = APIRouter()
@@ -111,7 +110,7 @@ async def answer(
 def _engine(request: Request) -> EngineClient:
     """Of the server, for a request that may see it."""
     state = request.app.state.pacellm
-    if not pages.may_look(request):
+    if not viewer.may_look(request):
         raise HTTPException(401, "Unauthorized")
     if state.engine is None:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
@@ -137,7 +136,7 @@ class HttpPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
-        app.include_router(pages.router)
+        app.include_router(viewer.router)
         app.add_middleware(MetricsMiddleware)
 
     async def init_state(
