@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.evals.command import add_parser as add_eval
 from pacellm_vllm.evals.inspect import add_parser as add_inspect_memory
 from pacellm_vllm.experts.command import add_parser as add_cluster
 from pacellm_vllm.experts.inspect import add_parser as add_inspect_experts
 from pacellm_vllm.flags import add_settings, given_settings
+from pacellm_vllm.sentences import PaceError
 from pacellm_vllm.verify.command import add_parser as add_verify
 
 
@@ -38,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.exit(2, "pacellm: MODEL comes first after `pacellm serve`, before any flag.\n")
     args, rest = parser.parse_known_args(words)
     try:
-        return args.run(args, rest)
-    except PaceConfigError as error:
+        if args.command == "serve":
+            return _serve(args, rest)
+        if rest:
+            raise PaceError(f"pacellm: unknown argument {rest[0]!r} of pacellm {args.command}.")
+        return args.run(args) or 0
+    except PaceError as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -55,7 +59,6 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("model", metavar="MODEL", help="checkpoint directory or hub name")
     add_settings(serve)
-    serve.set_defaults(run=_serve)
 
 
 def _add_inspect(commands: Any) -> None:

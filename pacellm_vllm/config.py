@@ -21,7 +21,7 @@ from pydantic import (
 from pacellm_vllm import CONFIG_KEY as CONFIG_KEY
 from pacellm_vllm.experts.settings import ExpertsConfig, merge_experts
 from pacellm_vllm.ops.rules import MemoryRules, UpdateRule
-from pacellm_vllm.sentences import first_mistake, not_allowed
+from pacellm_vllm.sentences import PaceError, first_mistake, not_allowed
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ _ALLOWED = {
 }
 
 
-class PaceConfigError(ValueError):
+class PaceConfigError(PaceError):
     """A setting that cannot be served: its message says what, why and what to do instead."""
 
 

@@ -13,6 +13,10 @@ _SHORT.maxlist = _SHORT.maxtuple = 20
 _SHORT.maxstring = _SHORT.maxother = _SHOWN
 
 
+class PaceError(ValueError):
+    """What was asked cannot be done: one sentence, with what to do instead."""
+
+
 def shown(value: Any) -> str:
     """``value`` as one would write it, cut to 80 characters: it may be anything at all."""
     try:

@@ -164,7 +164,7 @@ asyncio.run(main(*map(json.loads, sys.argv[1:])))
 """
 
 
-def test_a_turn_that_changes_settings_ends_its_request_alone(checkpoint, tmp_path):
+def test_a_turn_that_changes_settings_ends_its_request_alone(checkpoint):
     settings = {
         "dtype": "float32",
         "skip_tokenizer_init": True,

@@ -12,11 +12,11 @@ from vllm.model_executor.layers.fusion import fused_act_quant
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from pacellm_vllm.config import PaceConfig, PaceConfigError
-from pacellm_vllm.models.block import FfnBlock, check_reduced, find_block, remember_output
 from pacellm_vllm.models.ffn import check_shared_out, remember
 from pacellm_vllm.models.ffn import find_feed_forward as find
 from pacellm_vllm.models.layers import DecoderLayers
 from pacellm_vllm.models.site import choose_site
+from pacellm_vllm.models.whole import WholeFfn, check_reduced, find_whole, remember_output
 
 
 class Decoder(nn.Module):
@@ -181,16 +181,16 @@ class Experts(nn.Module):
         return x if self.returned is None else self.returned
 
 
-def layers_of(*blocks):
-    model = Decoder(*({} for _ in blocks))
-    for layer, block in zip(model.layers, blocks, strict=True):
-        layer.mlp = block
-    return DecoderLayers(model, len(blocks), "model")
+def layers_of(*ffns):
+    model = Decoder(*({} for _ in ffns))
+    for layer, ffn in zip(model.layers, ffns, strict=True):
+        layer.mlp = ffn
+    return DecoderLayers(model, len(ffns), "model")
 
 
-def test_a_block_is_found_by_its_matrices_beside_attention():
+def test_an_ffn_is_found_by_its_matrices_beside_attention():
     layers = layers_of(Experts(), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)))
-    assert [find_block(layers[i]).name for i in (0, 1)] == [
+    assert [find_whole(layers[i]).name for i in (0, 1)] == [
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
@@ -198,11 +198,11 @@ def test_a_block_is_found_by_its_matrices_beside_attention():
         find(layers[0])
 
 
-def test_several_blocks_in_a_layer_are_refused():
+def test_several_ffns_in_a_layer_are_refused():
     layers = layers_of(Experts())
     layers[0].module.shared = nn.Linear(8, 8)
     with pytest.raises(PaceConfigError, match=r"layer 0 has 2 parts .* \(mlp, shared\)"):
-        find_block(layers[0])
+        find_whole(layers[0])
 
 
 def test_memory_of_a_sum_of_two_parts_is_of_the_sum():
@@ -211,8 +211,8 @@ def test_memory_of_a_sum_of_two_parts_is_of_the_sum():
     layer = layers[0].module
     del layer.mlp
     layer.block_sparse_moe, layer.shared_mlp = Experts(), Experts()
-    block = find_block(layers[0])
-    remember_output(block, Memory())
+    whole = find_whole(layers[0])
+    remember_output(whole, Memory())
     x = torch.randn(3, 8)
     torch.testing.assert_close(layer.block_sparse_moe(x) + layer.shared_mlp(x), 4 * x)
     assert [name for name, _ in layer.named_parameters()].count("shared_mlp.w13") == 1
@@ -232,19 +232,19 @@ def test_an_encoder_of_as_many_layers_is_not_the_decoder():
 def test_memory_of_outputs_leaves_the_rest_of_what_is_returned_alone():
     x = torch.randn(3, 8)
     for returned, expected in ((None, 2 * x), ((x, None), (2 * x, None))):
-        block = find_block(layers_of(Experts(returned))[0])
-        remember_output(block, Memory())
-        got = block.module(x)
+        whole = find_whole(layers_of(Experts(returned))[0])
+        remember_output(whole, Memory())
+        got = whole.module(x)
         torch.testing.assert_close(got, expected)
-        assert isinstance(block.module, Experts)
+        assert isinstance(whole.module, Experts)
 
 
 @pytest.mark.parametrize("returned", [(torch.zeros(3, 8), torch.zeros(8)), torch.zeros(3, 9), {}])
-def test_blocks_that_return_something_else_are_refused(returned):
-    block = find_block(layers_of(Experts(returned))[0])
-    remember_output(block, Memory())
+def test_ffns_that_return_something_else_are_refused(returned):
+    whole = find_whole(layers_of(Experts(returned))[0])
+    remember_output(whole, Memory())
     with pytest.raises(RuntimeError, match="ffn returns something else than one state of width 8"):
-        block.module(torch.zeros(3, 8))
+        whole.module(torch.zeros(3, 8))
 
 
 class Projection(RowParallelLinear):
@@ -274,7 +274,7 @@ def test_a_dense_ffn_whose_ranks_return_parts_is_refused(ranks, reduced, beside,
         else contextlib.nullcontext()
     )
     with expected:
-        check_reduced(FfnBlock("layers.1.mlp", module), ranks)
+        check_reduced(WholeFfn("layers.1.mlp", module), ranks)
 
 
 @pytest.mark.parametrize(("widths", "site"), [((16, 16), "activation"), ((16, 32), "output")])

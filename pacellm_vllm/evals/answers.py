@@ -106,7 +106,7 @@ class Offline:
         ]
 
     def describe(self) -> dict[str, Any]:
-        from pacellm_vllm.serving.report import describe_engine
+        from pacellm_vllm.models.settings import describe_engine
 
         return describe_engine(config_of(self.llm))
 
@@ -185,7 +185,7 @@ def check_settings(model: str, settings: Sequence[Setting], engine: Mapping[str,
         expected_config(model, setting.memory, bool(engine.get("trust_remote_code", False)))
 
 
-def architectures(model: str, trust_remote_code: bool = False) -> tuple[str, str | None]:
+def architectures(model: str, trust_remote_code: bool) -> tuple[str, str | None]:
     """A checkpoint's architecture without memory, and with it (None if it has none)."""
     from pacellm_vllm.models.table import ARCHITECTURES, pace_architecture
 

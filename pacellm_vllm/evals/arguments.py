@@ -1,17 +1,16 @@
 """Flags that several measurements share, and what their values may be."""
 
 import argparse
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
 from pacellm_vllm.flags import given_settings
-from pacellm_vllm.sentences import first_line
+from pacellm_vllm.sentences import PaceError, first_line
 
 
 def add_model(parser: argparse.ArgumentParser, batch: int) -> None:
@@ -36,21 +35,17 @@ def add_engine(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def guarded(run: Callable[[argparse.Namespace], int | None], command: str) -> Callable[..., int]:
-    """``run(args, rest)`` of ``command``: 2, and one sentence, for what was asked wrongly.
+Run = Callable[[argparse.Namespace], int | None]
 
-    3, and where it came from, for errors that nobody foresaw.
-    """
 
-    def run_guarded(args: argparse.Namespace, rest: Sequence[str] | None = None) -> int:
-        if rest:
-            print(f"pacellm: unknown argument {rest[0]!r} of {command}.", file=sys.stderr)
-            return 2
+def guarded(run: Run) -> Run:
+    """``run``, but 3, and where it came from, for errors that nobody foresaw."""
+
+    def run_guarded(args: argparse.Namespace) -> int | None:
         try:
-            return run(args) or 0
-        except (EvalError, PaceConfigError) as error:
-            print(error, file=sys.stderr)
-            return 2
+            return run(args)
+        except PaceError:
+            raise
         except Exception:
             traceback.print_exc()
             return 3
@@ -112,7 +107,7 @@ def given(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return parse_object(text, f"--{name}") if text else {}
 
 
-def positions(model: str, engine: Mapping[str, Any]) -> int | None:
+def token_room(model: str, engine: Mapping[str, Any]) -> int | None:
     """How many tokens an engine of ``model`` has room for, if that is said anywhere."""
     from pacellm_vllm.compat import checkpoint_config
 
@@ -129,12 +124,20 @@ def positions(model: str, engine: Mapping[str, Any]) -> int | None:
 
 def require_room(model: str, engine: Mapping[str, Any], tokens: int, what: str) -> None:
     """``EvalError`` where ``what``, of so many ``tokens`` with its answer, is too long."""
-    room = positions(model, engine)
+    room = token_room(model, engine)
     if room is not None and tokens > room:
         raise EvalError(
             f"pacellm: {what} needs {tokens} tokens with its answer, and this engine has room for "
             f"{room}; ask for less, or raise max_model_len in --engine if the model goes that far."
         )
+
+
+def given_text(path: Path) -> str:
+    """What the file of a ``--text`` says; ``EvalError`` where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"pacellm: --text {str(path)!r} cannot be read: {error}.") from None
 
 
 def servers_of(urls: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:

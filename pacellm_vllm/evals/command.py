@@ -16,7 +16,7 @@ from pacellm_vllm.evals.arguments import guarded
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register ``eval``; each measurement's ``run(args, rest)`` returns the exit status."""
+    """Register ``eval``; each measurement's ``run(args)`` returns the exit status."""
     parser = subparsers.add_parser(
         "eval",
         help="measure what memory changes",
@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     for command in (loss_command, niah_command, sessions_command, suite_command, sweep_command):
         kind = command.add_parser(kinds)
-        kind.set_defaults(run=guarded(_resumable(command.run), "pacellm eval"))
+        kind.set_defaults(run=guarded(_resumable(command.run)))
 
 
 def _resumable(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

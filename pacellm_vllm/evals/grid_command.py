@@ -91,7 +91,6 @@ def measure(
     from pacellm_vllm.evals.answers import answering
     from pacellm_vllm.evals.niah import run_grid
 
-    total = len(grid.lengths) * len(grid.depths) * grid.samples
     engine = given(args, "engine")
     longest = max(grid.lengths)
     if not servers:
@@ -100,7 +99,7 @@ def measure(
     engine.setdefault("max_model_len", longest + grid.max_tokens)
     engine.setdefault("seed", args.seed)
     for setting in settings:
-        if sum(name == setting.name for name, _ in records.done) == total:
+        if sum(name == setting.name for name, _ in records.done) == grid.num_items:
             continue
         with answering(args, setting, engine, servers) as answerer:
             records.describe(setting.name, answerer.describe())

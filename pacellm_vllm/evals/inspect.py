@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm.config import PaceConfig
-from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model
+from pacellm_vllm.evals.arguments import add_engine, given, given_text, guarded, read_model
 from pacellm_vllm.evals.records import EvalError, write_whole
 from pacellm_vllm.flags import add_settings, given_settings
 
 
 def add_parser(things: Any) -> None:
-    """Register ``inspect memory``; its ``run(args, rest)`` returns the exit status."""
+    """Register ``inspect memory``; its ``run(args)`` prints what it found."""
     parser = things.add_parser(
         "memory",
         help="what the banks of a text hold",
@@ -27,7 +27,7 @@ def add_parser(things: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="for memory.json and PNG files")
     add_engine(parser, '{"dtype": "float32"}')
     add_settings(parser)
-    parser.set_defaults(run=guarded(_inspect, "pacellm inspect"))
+    parser.set_defaults(run=guarded(_inspect))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -67,11 +67,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _read(args: argparse.Namespace) -> tuple[Any, list[int], PaceConfig]:
     """The tokenizer, the text's tokens and the settings that the engine will come to."""
     tokenizer, config = read_model(args)
-    try:
-        text = args.text.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"pacellm: --text {str(args.text)!r} cannot be read: {error}.") from None
-    tokens = tokenizer(text).input_ids[: max(args.tokens, 0)]
+    tokens = tokenizer(given_text(args.text)).input_ids[: max(args.tokens, 0)]
     if len(tokens) <= config.segment_size:
         raise EvalError(
             f"pacellm: {len(tokens)} tokens end within the first segment of {config.segment_size}, "

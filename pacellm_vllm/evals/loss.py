@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from pacellm_vllm.evals.answers import Offline
+from pacellm_vllm.evals.arguments import given_text
 from pacellm_vllm.evals.bootstrap import Difference, paired_difference, warned
 from pacellm_vllm.evals.plots import curves
 from pacellm_vllm.evals.records import EvalError, Records, write_whole
@@ -33,10 +34,7 @@ def read_texts(
     """
     texts = []
     for path in files:
-        try:
-            words = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvalError(f"pacellm: --text {str(path)!r} cannot be read: {error}.") from None
+        words = given_text(path)
         ids = tokenizer(words).input_ids
         if len(ids) < tokens:
             raise EvalError(

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from pacellm_vllm.evals.rouge import rouge_l_recall
 from pacellm_vllm.evals.text import KEYS, NEEDLE, QUESTION, sentences
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A sentence to hide, the question that asks for it, and the answer expected."""
+
+    needle: str
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,15 @@ class Grid:
     haystack: tuple[Path, ...] = ()
     needle_file: Path | None = None
 
+    @property
+    def num_items(self) -> int:
+        return len(self.lengths) * len(self.depths) * self.samples
+
+    @cached_property
+    def given_needles(self) -> list[Needle] | None:
+        """Those of ``needle_file``; ``EvalError`` if it holds something else."""
+        return None if self.needle_file is None else _read_needles(self.needle_file)
+
     def describe(self) -> dict[str, Any]:
         """The grid as JSON, files by name and the sha256 of what is in them."""
         return {
@@ -52,13 +71,9 @@ class Grid:
         }
 
 
-@dataclass(frozen=True)
-class Needle:
-    """A sentence to hide, the question that asks for it, and the answer expected."""
-
-    needle: str
-    question: str
-    answer: str
+def item_id(length: int, depth: float, sample: int) -> str:
+    """How the records name the item at this place of a grid."""
+    return f"{length}/{depth:g}/{sample}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Item:
 
     @property
     def id(self) -> str:
-        return f"{self.length}/{self.depth:g}/{self.sample}"
+        return item_id(self.length, self.depth, self.sample)
 
 
 def make_items(grid: Grid, tokenizer: Any) -> Iterator[Item]:
@@ -83,12 +98,11 @@ def make_items(grid: Grid, tokenizer: Any) -> Iterator[Item]:
     whole sentences as fit. The needle asked for is at ``depth`` percent of the sentences, the
     other ones (``needles - 1``) at random places. Raises ``EvalError`` for a length too short.
     """
-    stray = _read_needles(grid.needle_file) if grid.needle_file else None
     for length in grid.lengths:
         for depth in grid.depths:
             for sample in range(grid.samples):
-                rng = random.Random(f"{grid.seed}/{length}/{depth:g}/{sample}")
-                hidden = _draw(rng, grid, stray, grid.needles)
+                rng = random.Random(f"{grid.seed}/{item_id(length, depth, sample)}")
+                hidden = draw_needles(rng, grid, grid.needles)
                 prompt = _fit(rng, grid, tokenizer, hidden, length, depth)
                 yield Item(length, depth, sample, hidden[0].answer, prompt)
 
@@ -100,11 +114,10 @@ def run_grid(
     answerer: Answerer,
     records: Records,
     batch: int,
-    progress: bool = True,
+    progress: bool,
 ) -> None:
     """Answer what ``records`` lacks of configuration ``name``, ``batch`` prompts at a time."""
-    total = len(grid.lengths) * len(grid.depths) * grid.samples
-    with tqdm(total=total, desc=name, disable=not progress, unit="item") as bar:
+    with tqdm(total=grid.num_items, desc=name, disable=not progress, unit="item") as bar:
         waiting: list[Item] = []
 
         def ask() -> None:
@@ -157,13 +170,7 @@ def _fingerprint(path: Path) -> str:
 
 def draw_needles(rng: random.Random, grid: Grid, count: int) -> list[Needle]:
     """``count`` of the grid's needles, each with another key."""
-    stray = _read_needles(grid.needle_file) if grid.needle_file else None
-    return _draw(rng, grid, stray, count)
-
-
-def _draw(
-    rng: random.Random, grid: Grid, given: Sequence[Needle] | None, count: int
-) -> list[Needle]:
+    given = grid.given_needles
     if given is not None:
         if len(given) < count:
             raise EvalError(

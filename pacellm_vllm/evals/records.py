@@ -9,8 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pacellm_vllm.sentences import PaceError
 
-class EvalError(ValueError):
+
+class EvalError(PaceError):
     """What was asked cannot be measured; the message says what, why and what to do instead."""
 
 

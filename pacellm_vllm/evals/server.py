@@ -8,8 +8,8 @@ from typing import Any
 from pacellm_vllm.evals.answers import STOP, Answer, Prompt
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
+from pacellm_vllm.serving import MEMORY_ROUTE
 
-MEMORY_ROUTE = "/plugins/pacellm/memory"
 # Greedy, as in this process, whatever a generation_config.json says; the last is vLLM's own field.
 _GREEDY: dict[str, Any] = {"temperature": 0, "presence_penalty": 0, "frequency_penalty": 0}
 _GREEDY_BODY = {"repetition_penalty": 1.0}

@@ -17,6 +17,7 @@ from pacellm_vllm.evals.niah import (
     Needle,
     draw_needles,
     haystack,
+    item_id,
     rendered_message,
     result,
 )
@@ -37,7 +38,7 @@ class Told:
     text: list[int]
 
     def id(self, depth: float) -> str:
-        return f"{self.length}/{depth:g}/{self.sample}"
+        return item_id(self.length, depth, self.sample)
 
 
 def make_text(grid: Grid, tokenizer: Any, length: int, sample: int) -> Told:
@@ -124,14 +125,14 @@ def run_sessions(
     answerer: Offline,
     records: Records,
     piece: int,
-    progress: bool = True,
+    progress: bool,
 ) -> None:
     """Ask what ``records`` lacks, a text at a time, fed in requests of ``piece`` tokens."""
     asked = Asked(tokenizer, grid.chat)
     with tqdm(total=len(grid.lengths) * grid.samples, desc="texts", disable=not progress) as bar:
         for length in grid.lengths:
             for sample in range(grid.samples):
-                ids = [(arm, f"{length}/{d:g}/{sample}") for arm in ARMS for d in grid.depths]
+                ids = [(arm, item_id(length, d, sample)) for arm in ARMS for d in grid.depths]
                 if not all(each in records.done for each in ids):
                     told = make_text(grid, tokenizer, length, sample)
                     _ask(grid, told, asked, answerer, records, piece)

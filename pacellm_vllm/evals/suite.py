@@ -73,8 +73,9 @@ def run_tasks(
     answerer: Answerer,
     records: Records,
     batch: int,
-    render: bool = True,
-    progress: bool = True,
+    *,
+    render: bool,
+    progress: bool,
 ) -> None:
     """Answer what ``records`` lacks of configuration ``name``, ``batch`` items at a time.
 

@@ -11,9 +11,9 @@ from pacellm_vllm.evals.arguments import (
     at_least,
     given,
     list_of,
-    positions,
     read_tokenizer,
     servers_of,
+    token_room,
 )
 from pacellm_vllm.evals.records import EvalError, Records, version_of
 from pacellm_vllm.evals.settings import parse_settings
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     longest = [ask.max_length for ask in asks if ask.max_length is not None]
     if len(longest) == len(asks):
         wanted = max(longest) + longest_generation(loaded) + _TEMPLATE_ROOM
-        engine.setdefault("max_model_len", min(positions(args.model, engine) or wanted, wanted))
+        engine.setdefault("max_model_len", min(token_room(args.model, engine) or wanted, wanted))
     described = {
         "versions": {
             "pacellm-vllm": __version__,

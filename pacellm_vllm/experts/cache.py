@@ -96,7 +96,7 @@ class ResultCache:
 
 
 def is_permutation(order: torch.Tensor, neurons: int) -> bool:
-    """Whether ``order`` is one of ``neurons``, int64."""
+    """Whether ``order`` is [neurons] int64 with each neuron once."""
     return order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(neurons))
 
 

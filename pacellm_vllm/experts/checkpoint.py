@@ -68,6 +68,7 @@ class Checkpoint:
         return ExpertsError(not_allowed(name, value, allowed, f" in {self.path}/config.json"))
 
     def tensor(self, name: str) -> torch.Tensor:
+        """It whole, of the shape in ``entries``; ``ExpertsError`` if it cannot be read."""
         shard = self.path / self.copies[name][0].shard
         try:
             with safe_open(shard, framework="pt") as opened:
@@ -99,6 +100,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def feed_forwards(
     checkpoint: Checkpoint, layers: Sequence[int] | None
 ) -> dict[int, StoredFeedForward]:
+    """The FFN of each of ``layers``, or of all, by layer.
+
+    Raises ``ExpertsError`` about a layer that is not there, or none, and what
+    :func:`find_feed_forwards` and :func:`check_copies` refuse.
+    """
     count = checkpoint.num_layers
     chosen = sorted(set(range(count) if layers is None else layers))
     for layer in chosen:
@@ -142,9 +148,9 @@ def read_features(
             )
         return given
     rows = [
-        block
+        half
         for move in ffn.inputs
-        for block in _neurons_first(checkpoint.tensor(move.name), move).chunk(move.blocks)
+        for half in _neurons_first(checkpoint.tensor(move.name), move).chunk(move.halves)
     ]
     return features_of(rows, features)
 

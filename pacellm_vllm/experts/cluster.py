@@ -48,7 +48,6 @@ def cluster(
     seed: int = 0,
     *,
     assignment: Assignment = "auto",
-    iterations: int = BALANCED_ITERATIONS,
 ) -> Clustering:
     """Split D neurons into ``num_experts`` clusters of D / num_experts each.
 
@@ -59,7 +58,6 @@ def cluster(
             linear algebra give the same result.
         assignment: ``flow`` is exact and needs OR-tools, ``swaps`` is the fallback, ``auto`` the
             best one installed.
-        iterations: rounds of assignment and new centres, at most.
 
     Raises ``ExpertsError`` if K does not divide D, if a feature is not finite, or if OR-tools is
     asked for and missing.
@@ -72,7 +70,7 @@ def cluster(
     inertia, share = np.inf, 1.0
     if 1 < num_experts < len(rows):
         centres = first_centres(rows, num_experts, seed)
-        for number in range(iterations):
+        for number in range(BALANCED_ITERATIONS):
             # Rows have one length and clusters one size: the nearest centres in sum are those
             # of the largest inner products, however long the centres are.
             scores = rows @ centres.T

@@ -12,7 +12,7 @@ from pacellm_vllm.sentences import first_line
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``cluster``; its ``run(args, rest)`` is :func:`main_cluster`."""
+    """Register ``cluster``; its ``run(args)`` is :func:`main_cluster`."""
     parser = subparsers.add_parser(
         "cluster",
         help="group FFN neurons into experts",
@@ -68,11 +68,11 @@ def parse_layers(text: str) -> list[int] | None:
     return layers
 
 
-def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int:
-    """Run ``pacellm cluster``; returns the exit status: 0, 2 (asked wrongly) or 130 (Ctrl-C)."""
-    if rest:
-        print(f"pacellm: unknown argument {rest[0]!r} of pacellm cluster.", file=sys.stderr)
-        return 2
+def main_cluster(args: argparse.Namespace) -> int:
+    """Run ``pacellm cluster``; returns the exit status: 0, or 130 (Ctrl-C).
+
+    Raises ``ExpertsError`` as :func:`cluster_checkpoint`.
+    """
     # vLLM, torch and scikit-learn take seconds to import: not for --help or a typo.
     from pacellm_vllm.experts.rewrite import cluster_checkpoint
     from pacellm_vllm.models.table import experts_architecture
@@ -91,9 +91,6 @@ def main_cluster(args: argparse.Namespace, rest: list[str] | None = None) -> int
             rename=experts_architecture,
             progress=not args.quiet,
         )
-    except ExpertsError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             "pacellm: interrupted; the output directory was not made, and the same command "

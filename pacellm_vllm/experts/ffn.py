@@ -23,7 +23,7 @@ class FfnWeights:
     down_bias: torch.Tensor | None = None
 
     @property
-    def blocks(self) -> int:
+    def halves(self) -> int:
         """2 with a gate, else 1."""
         return self.inputs.shape[0] // self.down.shape[1]
 
@@ -70,8 +70,8 @@ def _expert(x: torch.Tensor, w: FfnWeights, expert: int, size: int) -> torch.Ten
     """Activations [tokens, size] of one expert."""
     width = w.down.shape[1]
     parts = []
-    for block in range(w.blocks):
-        rows = slice(block * width + expert * size, block * width + (expert + 1) * size)
+    for half in range(w.halves):
+        rows = slice(half * width + expert * size, half * width + (expert + 1) * size)
         bias = None if w.bias is None else w.bias[rows]
         parts.append(torch.nn.functional.linear(x, w.inputs[rows], bias))
     return w.act(torch.cat(parts, dim=-1))

@@ -14,12 +14,14 @@ from pacellm_vllm.experts.errors import ExpertsError
 
 
 def check_absent(target: Path) -> None:
+    """Raise ``ExpertsError`` where there is something of this name."""
     if os.path.lexists(target):
         raise ExpertsError(f"pacellm: {target} exists already; choose another output directory.")
 
 
 @contextlib.contextmanager
 def clear_disk_errors() -> Iterator[None]:
+    """Errors of the disk, and of files on it, as an ``ExpertsError``."""
     try:
         yield
     except (OSError, SafetensorError) as error:

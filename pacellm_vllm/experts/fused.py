@@ -24,7 +24,7 @@ def fused_activations(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> t
     torch.ops.vllm.pacellm_expert_inputs(x, w.inputs, w.bias, chosen, size, before)
     a = w.act(before)
     # With a gate zeros stay zeros, because up is zero.
-    return a if w.blocks == 2 else masked(a, chosen)
+    return a if w.halves == 2 else masked(a, chosen)
 
 
 def fused_output(x: torch.Tensor, w: FfnWeights, chosen: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def _inputs_op(
     size: int,
     out: torch.Tensor,
 ) -> None:
-    """Write the chosen experts' part of ``x inputs^T`` into ``out`` [tokens, blocks K size]."""
+    """Write the chosen experts' part of ``x inputs^T`` into ``out`` [tokens, halves K size]."""
     experts = inputs.shape[0] // size
     # Gate and up of an expert lie apart, so each is an expert of its own.
     each = chosen.repeat(1, experts // chosen.shape[1])

@@ -5,7 +5,6 @@ Those of a mixture are its own; those of a dense model are clusters of neurons.
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pacellm_vllm.experts.settings import ExpertsConfig
 
 
 def add_parser(things: Any) -> argparse.ArgumentParser:
-    """Register ``inspect experts``; its ``run(args, rest)`` is :func:`main_inspect`."""
+    """Register ``inspect experts``; its ``run(args)`` prints what it found."""
     parser = things.add_parser(
         "experts",
         help="what FFN experts do on a text",
@@ -40,21 +39,8 @@ def add_parser(things: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="DIR", help="directory to create: experts.json, .png")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=main_inspect)
+    parser.set_defaults(run=_inspect)
     return parser
-
-
-def main_inspect(args: argparse.Namespace, rest: list[str] | None = None) -> int:
-    """Run ``pacellm inspect experts``; returns 0, or 2 for what was asked wrongly."""
-    if rest:
-        print(f"pacellm: unknown argument {rest[0]!r} of pacellm inspect.", file=sys.stderr)
-        return 2
-    try:
-        _inspect(args)
-    except ExpertsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -24,11 +24,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Moved:
-    """A tensor whose ``axis`` runs over neurons, ``blocks`` times (2: gate and up in one)."""
+    """A tensor whose ``axis`` runs over neurons, ``halves`` times (2: gate and up in one)."""
 
     name: str
     axis: int
-    blocks: int = 1
+    halves: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StoredFeedForward:
 
     @property
     def gated(self) -> bool:
-        return len(self.inputs) == 2 or self.inputs[0].blocks == 2
+        return len(self.inputs) == 2 or self.inputs[0].halves == 2
 
     @property
     def output(self) -> str:
@@ -91,9 +91,9 @@ _MIXTURE = re.compile(r"\.(experts|shared_experts?)(\.|$)")
 
 
 def permute(tensor: torch.Tensor, move: Moved, order: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with its neurons in ``order`` [D], each of its blocks alike; contiguous."""
-    blocks = tensor.chunk(move.blocks, dim=move.axis)
-    return torch.cat([b.index_select(move.axis, order) for b in blocks], dim=move.axis)
+    """``tensor`` with its neurons in ``order`` [D], each of its halves alike; contiguous."""
+    halves = tensor.chunk(move.halves, dim=move.axis)
+    return torch.cat([half.index_select(move.axis, order) for half in halves], dim=move.axis)
 
 
 def is_whole(projections: Iterable[str], gated: bool) -> bool:
@@ -169,7 +169,7 @@ def _checked(
             )
         return entries[name]
 
-    blocks = 2 if names.fused else 1
+    halves = 2 if names.fused else 1
     inputs = [entry(projection) for projection in names.inputs]
     output = entry(names.output)
     # GPT-2 stores its matrices as [in, out]; only its bias tells when the FFN is square.
@@ -184,24 +184,24 @@ def _checked(
     neurons = output.shape[1 - axis]
     hidden = output.shape[axis]
     for projection, found in zip(names.inputs, inputs, strict=True):
-        if found.shape[axis] != neurons * blocks or found.shape[1 - axis] != hidden:
+        if found.shape[axis] != neurons * halves or found.shape[1 - axis] != hidden:
             raise ExpertsError(
                 f"pacellm: {module}.{projection}.weight has shape {list(found.shape)}, which does "
                 f"not fit {names.output}.weight of shape {list(output.shape)}."
             )
-    weights = [Moved(f"{module}.{name}.weight", axis, blocks) for name in names.inputs]
+    weights = [Moved(f"{module}.{name}.weight", axis, halves) for name in names.inputs]
     moved = [*weights, Moved(f"{module}.{names.output}.weight", 1 - axis)]
     known = {m.name for m in moved} | {f"{module}.{names.output}.bias"}
     for projection in names.inputs:
         name = f"{module}.{projection}.bias"
         known.add(name)
         if name in entries:
-            if entries[name].dtype not in FLOATS or entries[name].shape != (neurons * blocks,):
+            if entries[name].dtype not in FLOATS or entries[name].shape != (neurons * halves,):
                 raise ExpertsError(
                     f"pacellm: {name} is {entries[name].dtype} of shape "
-                    f"{list(entries[name].shape)}; [{neurons * blocks}] floats were expected."
+                    f"{list(entries[name].shape)}; [{neurons * halves}] floats were expected."
                 )
-            moved.append(Moved(name, 0, blocks))
+            moved.append(Moved(name, 0, halves))
     for name in entries:
         # In a module of its own, whatever else is there may have a value per neuron.
         if name.startswith(f"{module}.") and name not in known and not module[-1].isdigit():

@@ -169,7 +169,6 @@ class Reorder:
         source = self._plan.source
         if isinstance(source, StoredExperts):
             return source.order_for(index, gate)
-        check_num_experts(source.num_experts, gate.shape[0])
         rows = [gate] if up is None else [gate, up]
         features = features_of(rows, source.features).cpu()
         try:
@@ -214,7 +213,7 @@ def _entry(tensor: torch.Tensor) -> Entry:
 def _gate_and_up(
     tensors: dict[str, torch.Tensor], ffn: StoredFeedForward
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows = [block for m in ffn.inputs for block in tensors[m.name].chunk(m.blocks)]
+    rows = [half for m in ffn.inputs for half in tensors[m.name].chunk(m.halves)]
     return rows[0], rows[1] if ffn.gated else None
 
 

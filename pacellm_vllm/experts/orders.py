@@ -63,12 +63,6 @@ class StoredExperts:
         the orders are damaged.
         """
         about = self.layers[layer]
-        if gate.shape[0] != about.neurons:
-            raise ExpertsError(
-                f"pacellm: {self.folder} is for another model: its layer {layer} has "
-                f"{about.neurons} neurons, this model's has {gate.shape[0]}; cluster this one with "
-                "pacellm cluster."
-            )
         found = fingerprint(gate)
         if found == about.clustered_gate:
             return None

@@ -15,6 +15,8 @@ WINDOW = 512
 RANDOM_SPLITS = 3
 # A token must occur so often before an expert can be said to answer to it.
 OCCURRENCES = 3
+# So many of those tokens are named.
+ANSWERS = 5
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def _correlations(a: torch.Tensor, num_experts: int) -> tuple[float, float, int]
 
 
 def answers(
-    mass: torch.Tensor, tokens: torch.Tensor, names: Mapping[int, str], count: int = 5
+    mass: torch.Tensor, tokens: torch.Tensor, names: Mapping[int, str]
 ) -> dict[int, list[tuple[str, float]]]:
-    """By expert, the ``count`` tokens that give it most, in times its even share.
+    """By expert, the ``ANSWERS`` tokens that give it most, in times its even share.
 
     ``mass`` [T, E] is what each of ``tokens`` [T] gives each expert; ``names`` as in ``measure``.
     """
@@ -111,7 +113,7 @@ def answers(
     ids, which, occurrences = tokens.unique(return_inverse=True, return_counts=True)
     mean = torch.zeros(len(ids), num_experts).index_add_(0, which, share) / occurrences[:, None]
     mean[occurrences < OCCURRENCES] = 0
-    best = mean.topk(min(count, len(ids)), dim=0)
+    best = mean.topk(min(ANSWERS, len(ids)), dim=0)
     return {
         expert: [
             (names[int(ids[row])], float(value))

@@ -55,7 +55,7 @@ def cluster_checkpoint(
     activations: str | Path | None = None,
     cache: str | Path | None = None,
     rename: Rename = lambda architecture: None,
-    progress: bool = True,
+    progress: bool,
 ) -> dict[int, LayerResult]:
     """Write ``source`` with the FFNs of ``layers`` (default: all) clustered to ``target``.
 
@@ -117,7 +117,7 @@ def write_permuted(
     orders: Mapping[int, torch.Tensor],
     finish: Callable[[Path], None] | None = None,
     *,
-    progress: bool = True,
+    progress: bool,
 ) -> None:
     """Write ``checkpoint`` to ``target`` with neuron ``orders[layer][j]`` of each layer at j.
 

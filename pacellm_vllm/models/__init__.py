@@ -5,11 +5,11 @@
 ``pacify``  the subclass itself: gives memory, experts or both to chosen FFNs
 ``layers``  the decoder layers of a model
 ``ffn``     what a dense FFN is made of, and memory inside its activation
-``block``   the FFN of a layer as a whole, dense or routed, and memory of its outputs
+``whole``   the FFN of a layer as a whole, dense or routed, and memory of its outputs
 ``site``    which of the two an engine takes
 ``experts`` weights in expert order while they load
 ``routed``  FFNs of which each token computes some experts
-``settings`` where the configuration is read from
+``settings`` where the configuration is read from, and what is told of it
 ``checks``  what is refused before an engine starts
 
 ``Pace*ForCausalLM`` are attributes of this package, made on first use so that importing it

@@ -27,7 +27,7 @@ from pacellm_vllm.memory.batch import BatchSettings, NoSettings, WithDrafts, Wit
 from pacellm_vllm.models.compared import TEXTS_COMPARED, compared_as
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
-from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, pace_architecture
+from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, is_pace, pace_architecture
 from pacellm_vllm.platform import CPU_WORKER
 from pacellm_vllm.request import RequestSettings, is_ours, with_journal_key
 from pacellm_vllm.sentences import first_refusal
@@ -130,7 +130,7 @@ def is_traced(vllm_config: VllmConfig) -> bool:
 
 def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:
     """What a request reads of its session; of other engines' nothing is looked at."""
-    if processor.vllm_config.model_config.architecture not in ARCHITECTURES:
+    if not is_pace(processor.vllm_config):
         return
     params = request.sampling_params
     if request.resumable and params and RequestSettings.of(params.extra_args).report:
@@ -139,6 +139,11 @@ def _admit(processor: InputProcessor, request: EngineCoreRequest) -> None:
             "pacellm_report."
         )
     admit(processor, request, read_config)
+
+
+def can_report(vllm_config: VllmConfig) -> bool:
+    """Whether the workers of a checked engine have our extension, and not another one."""
+    return vllm_config.parallel_config.worker_extension_cls == REPORT_EXTENSION
 
 
 def carries_memory(vllm_config: VllmConfig) -> bool:

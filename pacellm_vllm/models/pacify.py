@@ -19,13 +19,13 @@ from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.memory.layer import PaceMemory, memory_layers
 from pacellm_vllm.memory.plan import plan_spec
 from pacellm_vllm.memory.stage import StageWithoutMemory
-from pacellm_vllm.models.block import check_reduced, find_block, remember_output
 from pacellm_vllm.models.experts import ModelExperts
 from pacellm_vllm.models.ffn import FeedForward, check_shared_out, find_feed_forward, remember
 from pacellm_vllm.models.layers import DecoderLayer, DecoderLayers
 from pacellm_vllm.models.routed import route
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.site import choose_site, over_stages
+from pacellm_vllm.models.whole import check_reduced, find_whole, remember_output
 
 
 @contextmanager
@@ -77,11 +77,11 @@ def pacify(base: Any, name: str) -> type[nn.Module]:
         for index, ffn in dense.items():
             memory = None
             if index in layers and config.site == "output":
-                block = find_block(decoder[index])
-                check_reduced(block, get_tensor_model_parallel_world_size())
+                whole = find_whole(decoder[index])
+                check_reduced(whole, get_tensor_model_parallel_world_size())
                 width = model.get_hidden_size()
-                memory = PaceMemory(config, index, width, f"{block.name}.memory", whole=True)
-                remember_output(block, memory)
+                memory = PaceMemory(config, index, width, f"{whole.name}.memory", whole=True)
+                remember_output(whole, memory)
                 continue
             if isinstance(ffn, PaceConfigError):
                 raise ffn

@@ -1,4 +1,4 @@
-"""Where an engine's PaceConfig is read from."""
+"""Where an engine's PaceConfig is read from, and what is told of it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig
+from pacellm_vllm.models.table import is_pace
 
 
 def additional_settings(vllm_config: VllmConfig) -> Any:
@@ -40,3 +41,25 @@ def as_json(config: PaceConfig, num_layers: int) -> dict[str, Any]:
     """
     layers = list(config.resolve_layers(num_layers))
     return {**config.model_dump(mode="json", exclude={"experts": {"path"}}), "layers": layers}
+
+
+def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:
+    """``{"config": ..., "engine": ...}``: all of its PaceConfig (None without ours), and vLLM's.
+
+    Of vLLM's only what can change an answer, or how one was measured.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    layers = model.get_total_num_hidden_layers()
+    return {
+        "config": as_json(read_config(vllm_config), layers) if is_pace(vllm_config) else None,
+        "engine": {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "block_size": vllm_config.cache_config.block_size,
+            "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
+            "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
+        },
+    }

@@ -1,13 +1,17 @@
 """Which architectures have a ``Pace*`` one: all that vLLM generates text with, but for some.
 
 Names are here for what cannot be seen in a model; everything else is looked for in it when it is
-built (``layers``, ``ffn``, ``block``).
+built (``layers``, ``ffn``, ``whole``).
 """
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from pacellm_vllm.compat import generation_models
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # What cannot be seen, or is seen too late, and why it stands in the way.
 _NOT_SERVED = {
@@ -99,6 +103,11 @@ _WITH_EXPERTS = [
     "TransformersForCausalLM",
     "VaultGemmaForCausalLM",
 ]
+
+
+def is_pace(vllm_config: "VllmConfig") -> bool:
+    """Whether an engine's architecture is a ``Pace*`` one."""
+    return vllm_config.model_config.architecture in ARCHITECTURES
 
 
 def pace_architecture(architecture: str) -> str | None:

@@ -10,6 +10,7 @@ what is missing and leaves the rest alone:
 ``worker``           ``TorchCpuWorker``, a worker that can be a later pipeline stage, and
                      ``CpuWorker``, which engines with memory have on vLLM's own CPU build too
 ``rejection``        which draft tokens of speculative decoding are kept
+``operators``        how an operator in PyTorch takes the place of a native one
 ``kernels``          the ``torch.ops._C`` operators the CPU backend calls, written in PyTorch
 ``paged_attention``  the arithmetic of the attention operator among them
 ``activations``      further operators, which vLLM's activation classes look up

@@ -9,21 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_lib = torch.library.Library("_C", "FRAGMENT")
+from pacellm_vllm.platform.operators import operator
 
 
+@operator("gelu_new(Tensor(a0!) out, Tensor input) -> ()")
+@operator("gelu_fast(Tensor(a0!) out, Tensor input) -> ()")
 def _gelu_tanh(out: Tensor, input: Tensor) -> None:
     out.copy_(F.gelu(input, approximate="tanh"))
 
 
+@operator("gelu_quick(Tensor(a0!) out, Tensor input) -> ()")
 def _gelu_quick(out: Tensor, input: Tensor) -> None:
     out.copy_(input * torch.sigmoid(1.702 * input))
-
-
-for _name, _function in (
-    ("gelu_new", _gelu_tanh),
-    ("gelu_fast", _gelu_tanh),
-    ("gelu_quick", _gelu_quick),
-):
-    _lib.define(f"{_name}(Tensor(a0!) out, Tensor input) -> ()")
-    _lib.impl(_name, _function, "CompositeExplicitAutograd")

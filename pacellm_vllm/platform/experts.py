@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_lib = torch.library.Library("_C", "FRAGMENT")
+from pacellm_vllm.platform.operators import operator
 
 # Of the gated OpenAI activation.
 _SLOPE, _LIMIT = 1.702, 7.0
 
 
+@operator("prepack_moe_weight(Tensor weight, Tensor(a1!) packed_weight, str isa) -> ()")
 def _prepack(weight: Tensor, output: Tensor, isa: str) -> None:
     """Copy as it is: PyTorch needs no packing."""
     output.copy_(weight)
@@ -36,6 +37,11 @@ def _join(hidden: Tensor, activation: str) -> Tensor:
     )
 
 
+@operator(
+    "cpu_fused_moe(Tensor(a0!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, "
+    "Tensor? w2_bias, Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, "
+    "str isa) -> ()"
+)
 def _fused_moe(
     output: Tensor,
     input: Tensor,
@@ -72,16 +78,3 @@ def _fused_moe(
     if not skip_weighted:
         parts *= topk_weights.unsqueeze(-1)
     output.copy_(parts.sum(dim=1))
-
-
-for _schema, _function in (
-    ("prepack_moe_weight(Tensor weight, Tensor(a1!) packed_weight, str isa) -> ()", _prepack),
-    (
-        "cpu_fused_moe(Tensor(a0!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, "
-        "Tensor? w2_bias, Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, "
-        "str isa) -> ()",
-        _fused_moe,
-    ),
-):
-    _lib.define(_schema)
-    _lib.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")

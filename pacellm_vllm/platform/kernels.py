@@ -5,34 +5,22 @@ csrc/cpu/torch_bindings.cpp, so the callers (v1/worker/cpu_worker.py, v1/sample/
 v1/attention/backends/cpu_attn.py, model_executor/layers/utils.py) run unchanged.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacellm_vllm.platform.operators import operator
 from pacellm_vllm.platform.paged_attention import attend
 
-_lib = torch.library.Library("_C", "FRAGMENT")
-_Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
-
-def _op(schema: str) -> Callable[[_Fn], _Fn]:
-    def register(fn: _Fn) -> _Fn:
-        _lib.define(schema)
-        _lib.impl(schema.partition("(")[0], fn, "CompositeExplicitAutograd")
-        return fn
-
-    return register
-
-
-@_op("init_cpu_memory_env(SymInt[] node_ids) -> ()")
+@operator("init_cpu_memory_env(SymInt[] node_ids) -> ()")
 def init_cpu_memory_env(node_ids: list[int]) -> None:
     """Do nothing: NUMA binding (csrc/cpu/utils.cpp) is left to the operating system."""
 
 
-@_op(
+@operator(
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, "
     "Tensor block_table, Tensor(a3!) slot_mapping, SymInt block_size) -> ()"
 )
@@ -85,13 +73,13 @@ def slot_mapping_kernel(
     slot_mapping_ptr[num_tokens:max_num_tokens] = PAD_ID
 
 
-@_op("greedy_argmax(Tensor logits) -> Tensor")
+@operator("greedy_argmax(Tensor logits) -> Tensor")
 def greedy_argmax(logits: Tensor) -> Tensor:
     """Index of the largest logit: ``[rows, vocab]`` to int64 ``[rows]``."""
     return logits.argmax(-1)
 
 
-@_op("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor")
+@operator("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor")
 def fused_gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
     """Sample from softmax(logits): float32 ``[rows, vocab]``, int64 seeds ``[rows]`` to ``[rows]``.
 
@@ -109,13 +97,13 @@ def fused_gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
 # vLLM sends small half-precision weights to its own GEMM on any CPU with AMX tiles, without
 # asking whether that kernel is there (model_executor/layers/utils.py): loading would fail on the
 # missing operators. Both can go once check_cpu_sgl_kernel checks for them.
-@_op("convert_weight_packed(Tensor weight) -> Tensor")
+@operator("convert_weight_packed(Tensor weight) -> Tensor")
 def convert_weight_packed(weight: Tensor) -> Tensor:
     """Copy ``[out, in]`` as it is: PyTorch needs no packing."""
     return weight.clone()
 
 
-@_op(
+@operator(
     "weight_packed_linear(Tensor(a0!) output, Tensor mat1, Tensor mat2, Tensor? bias, "
     "bool is_vnni) -> ()"
 )
@@ -130,7 +118,7 @@ def weight_packed_linear(
 # values share a block, and in a packed layout so do all layers.
 
 
-@_op(
+@operator(
     "get_scheduler_metadata(int num_req, int num_heads_q, int num_heads_kv, int head_dim, "
     "Tensor seq_lens, ScalarType dtype, Tensor query_start_loc, bool casual, int window_size, "
     "str isa_hint, bool enable_kv_split, Tensor? dynamic_causal, "
@@ -141,7 +129,7 @@ def get_scheduler_metadata(*args: Any) -> Tensor:
     return torch.empty(0)
 
 
-@_op(
+@operator(
     "cpu_attn_reshape_and_cache(Tensor key, Tensor value, Tensor(a2!) key_cache, "
     "Tensor(a3!) value_cache, Tensor slot_mapping, str isa, float k_scale=1.0, "
     'float v_scale=1.0, str kv_cache_dtype="auto") -> ()'
@@ -170,7 +158,7 @@ def reshape_and_cache(
     value_cache[block, :, offset] = value.to(value_cache.dtype)
 
 
-@_op(
+@operator(
     "cpu_attention_with_kv_cache(Tensor query, Tensor key_cache, Tensor value_cache, "
     "Tensor(a3!) output, Tensor query_start_loc, Tensor seq_lens, float scale, bool causal, "
     "Tensor? alibi_slopes, SymInt sliding_window_size, Tensor block_table, float softcap, "

@@ -18,10 +18,10 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
+from pacellm_vllm.platform.operators import operator
+
 # As transformers and vLLM's GPU kernels have it.
 _LENGTH_EPS = 1e-6
-
-_lib = torch.library.Library("_C", "FRAGMENT")
 
 
 def _advance(
@@ -59,6 +59,11 @@ def _finish(y: Tensor, x: Tensor, d: Tensor | None, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z.float())
 
 
+@operator(
+    "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a1!) conv_state, Tensor weight, "
+    "Tensor? bias, str? activation, Tensor? conv_state_indices, Tensor? query_start_loc, "
+    "int pad_slot_id) -> Tensor"
+)
 def _conv_update(
     x: Tensor,
     conv_state: Tensor,
@@ -84,6 +89,12 @@ def _conv_update(
     return (F.silu(out) if activation in ("silu", "swish") else out).to(x.dtype)
 
 
+@operator(
+    "selective_state_update_cpu(Tensor(a0!) state, Tensor x, Tensor dt, Tensor A, Tensor B, "
+    "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, int null_block_id, "
+    "Tensor(a13!) out, Tensor? num_accepted_tokens, Tensor? cu_seqlens) -> ()"
+)
 def _state_update(
     state: Tensor,
     x: Tensor,
@@ -122,6 +133,10 @@ def _state_update(
     out.copy_(_finish(y, x.float(), D, z))
 
 
+@operator(
+    "mamba_chunk_scan_fwd_cpu(Tensor(a0!) out, Tensor(a1!) final_states, Tensor x, Tensor dt, "
+    "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor cu_seqlens) -> ()"
+)
 def _chunk_scan(
     out: Tensor,
     final_states: Tensor,
@@ -151,6 +166,14 @@ def _chunk_scan(
         out[at] = _finish(y, tokens, D, None if z is None else z[at]).to(out.dtype)
 
 
+@operator(
+    "selective_scan_fwd(Tensor(a0!) u, Tensor(a1!) delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D_, Tensor(a6!)? z_, Tensor? delta_bias_, bool delta_softplus, "
+    "Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, "
+    "Tensor(a12!) ssm_states, int null_block_id, int block_size, "
+    "Tensor? block_idx_first_scheduled_token, Tensor? block_idx_last_scheduled_token, "
+    "Tensor? initial_state_idx, Tensor? cu_chunk_seqlen, Tensor? last_chunk_indices) -> ()"
+)
 def _selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -261,6 +284,7 @@ def use_delta_rule() -> None:
     gdn_attention.cpu_gdn_attention_core = _delta_rule
 
 
+@operator("causal_conv1d_weight_pack(Tensor weight) -> Tensor")
 def _weight_pack(weight: Tensor) -> Tensor:
     """``[dim, width]`` as it was, ``[dim, 1, width]``: PyTorch needs no packing."""
     return weight.unsqueeze(1).clone()
@@ -269,37 +293,3 @@ def _weight_pack(weight: Tensor) -> Tensor:
 def _bounds(starts: Tensor) -> list[tuple[int, int]]:
     """Where each of a batch's sequences begins and ends; starts ``[sequences + 1]``."""
     return list(pairwise(starts.tolist()))
-
-
-for _schema, _function in (
-    ("causal_conv1d_weight_pack(Tensor weight) -> Tensor", _weight_pack),
-    (
-        "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a1!) conv_state, Tensor weight, "
-        "Tensor? bias, str? activation, Tensor? conv_state_indices, Tensor? query_start_loc, "
-        "int pad_slot_id) -> Tensor",
-        _conv_update,
-    ),
-    (
-        "selective_state_update_cpu(Tensor(a0!) state, Tensor x, Tensor dt, Tensor A, Tensor B, "
-        "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-        "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, int null_block_id, "
-        "Tensor(a13!) out, Tensor? num_accepted_tokens, Tensor? cu_seqlens) -> ()",
-        _state_update,
-    ),
-    (
-        "mamba_chunk_scan_fwd_cpu(Tensor(a0!) out, Tensor(a1!) final_states, Tensor x, Tensor dt, "
-        "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor cu_seqlens) -> ()",
-        _chunk_scan,
-    ),
-    (
-        "selective_scan_fwd(Tensor(a0!) u, Tensor(a1!) delta, Tensor A, Tensor B, Tensor C, "
-        "Tensor? D_, Tensor(a6!)? z_, Tensor? delta_bias_, bool delta_softplus, "
-        "Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, "
-        "Tensor(a12!) ssm_states, int null_block_id, int block_size, "
-        "Tensor? block_idx_first_scheduled_token, Tensor? block_idx_last_scheduled_token, "
-        "Tensor? initial_state_idx, Tensor? cu_chunk_seqlen, Tensor? last_chunk_indices) -> ()",
-        _selective_scan,
-    ),
-):
-    _lib.define(_schema)
-    _lib.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")

@@ -8,8 +8,6 @@ from vllm.config import VllmConfig
 
 from pacellm_vllm.memory.batch import BatchSettings
 from pacellm_vllm.memory.layer import memory_layers
-from pacellm_vllm.models.settings import as_json, read_config
-from pacellm_vllm.models.table import ARCHITECTURES
 from pacellm_vllm.serving.recorder import BankRecording
 
 REPORT_METHOD = "pacellm_memory_report"
@@ -75,11 +73,10 @@ def merge_reports(reports: list[dict[int, dict[str, Any]]]) -> dict[str, dict[st
     return {str(layer): merged[layer] for layer in sorted(merged)}
 
 
-def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One report from those of data parallel engines: what they counted together.
+def add_layers(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """One memory report from those of data parallel engines: what they counted together.
 
-    Of ``slots_last`` and ``slots_peak`` the most, of ``share`` the mean over tokens; of what is
-    configured the first, as all agree.
+    Of ``slots_last`` and ``slots_peak`` the most; of what is configured the first, as all agree.
     """
     total = {layer: dict(counts) for layer, counts in reports[0].items()}
     for report in reports[1:]:
@@ -90,9 +87,18 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
             if "similarity" in mine:
                 pairs = zip(mine["similarity"], counts["similarity"], strict=True)
                 mine["similarity"] = [one + other for one, other in pairs]
-            for name in mine.keys() & {"slots_last", "slots_peak"}:
+            for name in ("slots_last", "slots_peak"):
                 mine[name] = max(mine[name], counts[name])
-            if counts.get("tokens"):
+    return total
+
+
+def add_experts(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The same of experts; of ``share`` the mean over tokens."""
+    total = {layer: dict(counts) for layer, counts in reports[0].items()}
+    for report in reports[1:]:
+        for layer, counts in report.items():
+            mine = total[layer]
+            if counts["tokens"]:
                 computed = mine["tokens"] * (mine["share"] or 0)
                 mine["tokens"] += counts["tokens"]
                 mine["share"] = (computed + counts["tokens"] * counts["share"]) / mine["tokens"]
@@ -102,26 +108,3 @@ def add_engines(reports: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str,
 def add_pools(pools: list[dict[str, int]]) -> dict[str, int]:
     """What data parallel engines' ``PoolCounts`` come to together."""
     return {name: sum(pool[name] for pool in pools) for name in pools[0]}
-
-
-def describe_engine(vllm_config: VllmConfig) -> dict[str, Any]:
-    """``{"config": ..., "engine": ...}``: all of its PaceConfig (None without ours), and vLLM's.
-
-    Of vLLM's only what can change an answer, or how one was measured.
-    """
-    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-    ours = model.architecture in ARCHITECTURES
-    layers = model.get_total_num_hidden_layers()
-    return {
-        "config": as_json(read_config(vllm_config), layers) if ours else None,
-        "engine": {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": model.quantization,
-            "max_model_len": model.max_model_len,
-            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-            "max_num_seqs": scheduler.max_num_seqs,
-            "block_size": vllm_config.cache_config.block_size,
-            "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
-            "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
-        },
-    }

@@ -11,9 +11,9 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from pacellm_vllm.compat import api_key_check
-from pacellm_vllm.models.table import ARCHITECTURES
+from pacellm_vllm.models.table import is_pace
 from pacellm_vllm.sentences import shown
-from pacellm_vllm.serving import pages
+from pacellm_vllm.serving import MEMORY_ROUTE, viewer
 from pacellm_vllm.serving.middleware import MetricsMiddleware
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from pacellm_vllm.serving.metrics import Scrapes
 
-MEMORY_ROUTE = "/plugins/pacellm/memory"
 ANSWER_ROUTE = "/plugins/pacellm/answers/{answer_id}"
 
 router = APIRouter()
@@ -44,12 +43,13 @@ async def memory(request: Request) -> dict[str, Any]:
     """
     engine = _engine(request)
     # A server without memory, which has this route too, imports nothing of it before it is asked.
+    from pacellm_vllm.models.settings import describe_engine
     from pacellm_vllm.serving.asking import ask_engines
-    from pacellm_vllm.serving.report import add_engines, add_pools, describe_engine
+    from pacellm_vllm.serving.report import add_experts, add_layers, add_pools
     from pacellm_vllm.sessions.admission import session_counts
 
     config = engine.vllm_config
-    if config.model_config.architecture not in ARCHITECTURES:
+    if not is_pace(config):
         counts: dict[str, Any] = {"layers": {}, "experts": {}, "pool": {}, "sessions": {}}
         return {"active": False, **describe_engine(config), **counts}
     _check_reports(config)
@@ -57,8 +57,8 @@ async def memory(request: Request) -> dict[str, Any]:
     return {
         "active": True,
         **describe_engine(config),
-        "layers": add_engines([report.layers for report in reports]),
-        "experts": add_engines([report.experts for report in reports]),
+        "layers": add_layers([report.layers for report in reports]),
+        "experts": add_experts([report.experts for report in reports]),
         "pool": add_pools([report.pool for report in reports]),
         "sessions": session_counts(engine.input_processor),
     }
@@ -86,7 +86,7 @@ async def answer(
     """
     engine = _engine(request)
     found, session, more = None, None, {}
-    if engine.vllm_config.model_config.architecture in ARCHITECTURES:
+    if is_pace(engine.vllm_config):
         from pacellm_vllm.models.checks import carries_memory
         from pacellm_vllm.serving.asking import ask_answer, ask_experts
 
@@ -110,7 +110,7 @@ async def answer(
 def _engine(request: Request) -> EngineClient:
     """Of the server, for a request that may see it."""
     state = request.app.state.pacellm
-    if not pages.may_look(request):
+    if not viewer.may_look(request):
         raise HTTPException(401, "Unauthorized")
     if state.engine is None:
         raise HTTPException(503, "pacellm: this server has no engine, so no memory to report on.")
@@ -118,9 +118,9 @@ def _engine(request: Request) -> EngineClient:
 
 
 def _check_reports(vllm_config: "VllmConfig") -> None:
-    from pacellm_vllm.models.checks import REPORT_EXTENSION
+    from pacellm_vllm.models.checks import can_report
 
-    if vllm_config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
+    if not can_report(vllm_config):
         raise HTTPException(
             501,
             "pacellm: --worker-extension-cls names another extension, so workers cannot report; "
@@ -136,7 +136,7 @@ class HttpPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
-        app.include_router(pages.router)
+        app.include_router(viewer.router)
         app.add_middleware(MetricsMiddleware)
 
     async def init_state(
@@ -149,14 +149,12 @@ class HttpPlugin:
 
 def _scrapes(client: EngineClient | None) -> "Scrapes | None":
     """None where there is nothing to ask for."""
-    if client is None or client.vllm_config.model_config.architecture not in ARCHITECTURES:
+    if client is None or not is_pace(client.vllm_config):
         return None
-    from pacellm_vllm.models.checks import REPORT_EXTENSION
+    from pacellm_vllm.models.checks import can_report
     from pacellm_vllm.serving.metrics import Scrapes
 
-    if client.vllm_config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
-        return None
-    return Scrapes(client)
+    return Scrapes(client) if can_report(client.vllm_config) else None
 
 
 def create_plugin() -> HttpPlugin:

@@ -12,7 +12,7 @@ from pacellm_vllm.compat import (
     plugin_logger,
 )
 from pacellm_vllm.memory.journal import KINDS
-from pacellm_vllm.models.checks import REPORT_EXTENSION, carries_memory, is_traced
+from pacellm_vllm.models.checks import can_report, carries_memory, is_traced
 from pacellm_vllm.serving.report import SUMMARIES_METHOD, merge_reports
 
 logger = plugin_logger()
@@ -28,10 +28,8 @@ def hold_request_spans() -> None:
 
 def _holder(engine: Any) -> HoldSpan | None:
     config = engine.vllm_config
-    ours = carries_memory(config) and is_traced(config)
-    if not ours or config.parallel_config.worker_extension_cls != REPORT_EXTENSION:
-        return None
-    return RequestSpans(engine).hold
+    asked = carries_memory(config) and is_traced(config) and can_report(config)
+    return RequestSpans(engine).hold if asked else None
 
 
 class RequestSpans:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pacellm_vllm import __version__
-from pacellm_vllm.evals.arguments import add_engine, given, guarded, positions, read_model
+from pacellm_vllm.evals.arguments import add_engine, given, guarded, read_model, token_room
 from pacellm_vllm.evals.records import EvalError, version_of, write_whole
 from pacellm_vllm.flags import add_settings, given_settings
 from pacellm_vllm.platform import SWITCH
@@ -22,7 +22,7 @@ _LENGTHS = (0.6, 1.5, 2.3, 3.4)
 
 
 def add_parser(commands: Any) -> None:
-    """Register ``verify``; its ``run(args, rest)`` returns the exit status."""
+    """Register ``verify``; its ``run(args)`` returns the exit status."""
     parser = commands.add_parser(
         "verify",
         help="whether this installation computes what it should, on your model",
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="for the results")
     add_settings(parser)
-    parser.set_defaults(run=guarded(_verify, "pacellm verify"))
+    parser.set_defaults(run=guarded(_verify))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -108,7 +108,7 @@ def _prompts(args: argparse.Namespace) -> list[list[int]]:
             "pacellm: no layer of this model has memory, so there is nothing to verify; give "
             "--layers auto."
         )
-    room = positions(args.model, given(args, "engine"))
+    room = token_room(args.model, given(args, "engine"))
     longest = int(max(_LENGTHS) * config.segment_size)
     if room is not None and longest + ANSWER + 1 > room:
         fits = int((room - ANSWER - 1) / max(_LENGTHS))

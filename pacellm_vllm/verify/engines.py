@@ -174,7 +174,7 @@ class Verification:
         self.tell(check)
 
     def _note_about(self, llm: Any) -> None:
-        from pacellm_vllm.serving.report import describe_engine
+        from pacellm_vllm.models.settings import describe_engine
 
         config = config_of(llm)
         layer = memory_layers(config)[0]

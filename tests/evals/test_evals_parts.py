@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from servers import printed_by
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.config import PaceConfigError
@@ -57,6 +58,25 @@ def test_pairs_of_other_sizes_are_refused():
 )
 def test_rouge_l_recall(answer, output, recall):
     assert rouge_l_recall(answer, output) == pytest.approx(recall)
+
+
+# In a process of its own: the package's logger closes what stderr was then when vLLM sets up its
+# own logging, which here is pytest's.
+ROUGE = """
+import random
+from rouge_score.rouge_scorer import RougeScorer
+from pacellm_vllm.evals.rouge import rouge_l_recall
+scorer, rng = RougeScorer(["rougeL"]), random.Random(0)
+for _ in range(400):
+    answer, output = (
+        "".join(rng.choices("aAbB8é四İß ,.-_\\n", k=rng.randrange(40))) for _ in range(2)
+    )
+    print(rouge_l_recall(answer, output) - scorer.score(answer, output)["rougeL"].recall)
+"""
+
+
+def test_rouge_l_recall_is_the_packages():
+    assert {*map(float, printed_by("-c", ROUGE))} == {0}
 
 
 def test_an_exact_match_wants_whole_words_together():

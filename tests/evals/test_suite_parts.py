@@ -171,7 +171,7 @@ def library(data, *names, lengths=()):
     return Library(names, "unused", DataDirectory(data), lengths)
 
 
-def test_the_papers_protocol(tiny, data):
+def test_the_papers_protocol(data):
     names = ["longbench", "infinitebench", "mmlu"]
     asks, categories = plan(library(data, *names), names, "paper", Ask("", chat=True))
     by_task = {ask.task: ask for ask in asks}
@@ -246,7 +246,7 @@ def test_answers_that_no_one_could_give_are_refused(answers, tmp_path):
         library(tmp_path, "qa_own").load("qa_own")
 
 
-def test_rulers_lengths_are_parts_with_no_upper_end(data, tmp_path):
+def test_rulers_lengths_are_parts_with_no_upper_end(tmp_path):
     benchmark_files.ruler(tmp_path, lengths=(128, 200_000), items=3)
     task = library(tmp_path, "niah_single_1").load("niah_single_1")
     items = build_items(task, 2, None, chat=False, seed=0)
@@ -271,7 +271,7 @@ def test_examples_go_before_a_question_but_not_of_itself(data):
     assert score(task, items[1], [(-1, False), (-9, False), (-9, False), (-9, False)]) == {"acc": 0}
 
 
-def test_wrong_data_says_which_file_what_it_holds_and_whence(data, tmp_path):
+def test_wrong_data_says_which_file_what_it_holds_and_whence(tmp_path):
     def says(name, folder=tmp_path):
         with pytest.raises(EvalError) as raised:
             library(folder, name).load(name)

@@ -8,6 +8,7 @@ import torch
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from pacellm_vllm import cli
 from pacellm_vllm.experts import command
 from pacellm_vllm.experts.orders import EXPERTS_JSON
 
@@ -15,11 +16,8 @@ from pacellm_vllm.experts.orders import EXPERTS_JSON
 @pytest.fixture
 def call(tmp_path):
     def call(*arguments):
-        parser = argparse.ArgumentParser(prog="pacellm")
-        command.add_parser(parser.add_subparsers())
-        args, rest = parser.parse_known_args(["cluster", *map(str, arguments)])
-        args.cache = args.cache or str(tmp_path / "cache")
-        return args.run(args, rest)
+        cache = ("--cache", tmp_path / "cache")
+        return cli.main(["cluster", *map(str, (*arguments, *cache))])
 
     return call
 

@@ -70,7 +70,7 @@ def test_experts_not_chosen_are_never_computed():
 
 def router(w, experts, **how):
     neurons = w.down.shape[1]
-    made = ExpertRouter(experts, w.down.shape[0], w.act, gated=w.blocks == 2, **how)
+    made = ExpertRouter(experts, w.down.shape[0], w.act, gated=w.halves == 2, **how)
     made.fill(*w.inputs.split(neurons))
     return made
 

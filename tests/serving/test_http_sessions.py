@@ -147,7 +147,7 @@ def test_what_sessions_keep_is_counted_and_bounded(server):
     assert sessions["evicted"] > 0
 
 
-def test_several_api_servers_are_refused(tmp_path):
+def test_several_api_servers_are_refused():
     done = subprocess.run(
         [*SERVE, "--api-server-count", "2", "--port", "1"],
         capture_output=True,

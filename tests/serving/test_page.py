@@ -260,7 +260,7 @@ def test_nothing_is_served_without_the_key(server):
 
 
 def test_the_page_names_no_other_host():
-    files = Path(__file__).parent.parent.parent / "pacellm_vllm" / "serving" / "page"
+    files = Path(__file__).parent.parent.parent / "pacellm_vllm" / "serving" / "viewer"
     for file in files.iterdir():
         assert "//" not in file.read_text().replace("http://www.w3.org/2000/svg", "").replace(
             "// ", ""

@@ -200,7 +200,7 @@ def test_what_is_read_fits_beside_the_answer(tokenizer):
         (own(7), {}, "a name of 1 to 256 characters"),
     ],
 )
-def test_what_is_refused_of_a_request(extra, sampling, why, tokenizer, refusing):
+def test_what_is_refused_of_a_request(extra, sampling, why, refusing):
     with pytest.raises((ValueError, VLLMValidationError), match=why):
         ask(refusing, [[5, 6]], [extra], **{"temperature": 1, **sampling})
 
@@ -211,7 +211,7 @@ def refusing():
         yield running
 
 
-def test_streamed_input_and_embeddings_are_refused(refusing, tokenizer):
+def test_streamed_input_and_embeddings_are_refused(refusing):
     import torch
 
     llm = refusing.llm.llm_engine
@@ -225,7 +225,7 @@ def test_streamed_input_and_embeddings_are_refused(refusing, tokenizer):
         refusing.llm.generate([{"prompt_embeds": torch.zeros(3, width)}], params, use_tqdm=False)
 
 
-def test_an_engine_without_sessions_refuses_them(tokenizer):
+def test_an_engine_without_sessions_refuses_them():
     with (
         engine(MODEL, MEMORY, skip_tokenizer_init=False) as running,
         pytest.raises(VLLMValidationError, match="keeps no sessions; serve with session_tokens"),

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 PAGE_ROUTE = "/plugins/pacellm/"
 MOST_WORDS = 65536
 
-_FILES = Path(__file__).parent / "page"
+_FILES = Path(__file__).parent / "viewer"
 _TYPES = {
     "index.html": "text/html",
     "page.js": "text/javascript",

@@ -1,4 +1,4 @@
-"""The FFN blocks of vLLM's decoders, dense or routed, and memory of the states that they return."""
+"""Whole FFNs of vLLM's decoders, dense or routed, and memory of the states that they return."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _SUM = ("block_sparse_moe", "shared_mlp")
 
 
 @dataclass(frozen=True)
-class FfnBlock:
+class WholeFfn:
     """The FFN of one decoder layer as the layer calls it: ``module``, which hangs at ``name``.
 
     Where the layer adds what the part ``added`` makes of the same states, the FFN is the sum.
@@ -28,22 +28,22 @@ class FfnBlock:
     added: Any = None
 
 
-def find_block(layer: DecoderLayer) -> FfnBlock:
-    """The one FFN block of ``layer``: its only part with weight matrices that is no attention.
+def find_whole(layer: DecoderLayer) -> WholeFfn:
+    """The one FFN of ``layer``: its only part with weight matrices that is no attention.
 
     Raises ``PaceConfigError`` when there is none, or several, of which it is not known what the
     layer does with them.
     """
     found = [
-        FfnBlock(f"{layer.name}.{name}", part)
+        WholeFfn(f"{layer.name}.{name}", part)
         for name, part in layer.parts().items()
         if any(parameter.ndim > 1 for parameter in part.parameters())
     ]
-    if tuple(block.name.removeprefix(f"{layer.name}.") for block in found) == _SUM:
+    if tuple(ffn.name.removeprefix(f"{layer.name}.") for ffn in found) == _SUM:
         first, last = found
-        return FfnBlock(last.name, last.module, first.module)
+        return WholeFfn(last.name, last.module, first.module)
     if len(found) != 1:
-        names = ", ".join(block.name.removeprefix(f"{layer.name}.") for block in found)
+        names = ", ".join(ffn.name.removeprefix(f"{layer.name}.") for ffn in found)
         raise PaceConfigError(
             f"pacellm: layer {layer.index} has {len(found)} parts beside its attention that could "
             f"be its FFN ({names or 'none'}), where memory of outputs needs one that returns what "
@@ -52,24 +52,24 @@ def find_block(layer: DecoderLayer) -> FfnBlock:
     return found[0]
 
 
-def check_reduced(block: FfnBlock, ranks: int) -> None:
+def check_reduced(whole: WholeFfn, ranks: int) -> None:
     """Refuse a dense FFN that leaves it to its caller to add up what tensor parallel ranks return.
 
     Others are found out in the first step (``PaceMemory.check_whole``).
     """
-    parts = [*block.module.children()]
+    parts = [*whole.module.children()]
     ends = [part for part in parts if isinstance(part, RowParallelLinear)]
     dense = all(isinstance(part, LinearBase) or not [*part.parameters()] for part in parts)
     if ranks > 1 and dense and ends and not any(end.reduce_results for end in ends):
         raise PaceConfigError(
-            f"pacellm: {block.name} returns on each tensor parallel rank a part of its output "
+            f"pacellm: {whole.name} returns on each tensor parallel rank a part of its output "
             "only, which memory of outputs cannot compare; set site to activation, or "
             "--tensor-parallel-size to 1."
         )
 
 
-class PaceBlock:
-    """Mixin: an FFN block whose result passes through ``memory``, whatever happens inside it."""
+class PaceWhole:
+    """Mixin: a whole FFN whose result passes through ``memory``, whatever happens inside it."""
 
     memory: PaceMemory
     ffn: Callable[..., Any]
@@ -100,19 +100,19 @@ class PaceNothing:
         return torch.zeros_like(states)
 
 
-def remember_output(block: FfnBlock, memory: PaceMemory) -> None:
-    """Make what ``block`` returns pass through ``memory``."""
-    ffn = _become(PaceBlock, block.module)
-    if block.added is not None:
-        ffn = _sum(_become(PaceNothing, block.added), ffn)
-    block.module.ffn = ffn
-    block.module.memory = memory
+def remember_output(whole: WholeFfn, memory: PaceMemory) -> None:
+    """Make what ``whole`` returns pass through ``memory``."""
+    ffn = _become(PaceWhole, whole.module)
+    if whole.added is not None:
+        ffn = _sum(_become(PaceNothing, whole.added), ffn)
+    whole.module.ffn = ffn
+    whole.module.memory = memory
 
 
 def _become(mixin: type, module: Any) -> Callable[..., Any]:
     """Put ``mixin`` before the class of ``module``; returns the forward that it had."""
     base = type(module)
-    # vLLM's Transformers backend gives routed blocks a forward of their own, which would hide ours.
+    # vLLM's Transformers backend gives routed FFNs a forward of their own, which would hide ours.
     own = vars(module).pop("forward", None)
     module.__class__ = type(f"Pace{base.__name__}", (mixin, base), {})
     return own or MethodType(base.forward, module)
