@@ -15,18 +15,18 @@ RULES = PaceConfig(preset="official", bank_size=5, segment_size=SEGMENT, max_ins
 LAYOUT = BankLayout.plan(RULES, WIDTH, torch.float32, 1024, DRAFTS)
 
 
-def cut(n, length, prompt=False):
-    pieces = cut_pieces([0, n], [length], LAYOUT, RULES, prefilling=[prompt])
+def cut(n, length):
+    pieces = cut_pieces([0, n], [length], LAYOUT, RULES)
     return [(piece.begin, piece.end, piece.position, piece.certain) for piece in pieces]
 
 
-def test_only_what_follows_the_sampled_token_of_a_short_step_may_be_rejected():
+def test_only_what_follows_the_first_token_of_a_short_step_may_be_rejected():
     assert cut(1, 21) == [(0, 1, 20, True)]
     assert cut(4, 24) == [(0, 1, 20, True), (1, 4, 21, False)]
     # The drafts are not cut where segments end: position 24 and 32 start new ones.
     assert cut(11, 33) == [(0, 1, 22, True), (1, 11, 23, False)]
     assert cut(12, 34) == [(0, 2, 22, True), (2, 10, 24, True), (10, 12, 32, True)]
-    assert cut(4, 26, prompt=True) == [(0, 2, 22, True), (2, 4, 24, True)]
+    assert cut(4, 26) == [(0, 1, 22, True), (1, 4, 23, False)]
 
 
 def test_a_layout_without_drafts_has_no_tail():

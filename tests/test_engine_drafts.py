@@ -115,6 +115,31 @@ def test_a_prompt_that_ends_where_banks_are_copied_leaves_no_copy_unwritten(chec
         assert running.all_blocks_are_back()
 
 
+def test_what_vllm_pads_a_single_token_with_stays_out_of_the_bank(checkpoint):
+    """One token left of a prompt takes as many rows as a step with drafts, and none of them stays.
+
+    It is the last one behind a prefix that was found, or a prompt that comes while others decode.
+    """
+    pace = {"preset": "official", "layers": [1, 3], **SHAPES["long segments"]}
+    settings, budget = SCHEDULES["chunks, cache"], 80
+    lengths = [65, 97, budget, 1]
+    *found, first, single = clear_cases(checkpoint(), pace, lengths, MAX_TOKENS)
+    with (
+        engine(checkpoint(), pace, speculative_config=ngram(), **settings) as running,
+        poisoned_pages(running),
+    ):
+        draft_from(running, [])
+        for prompt, truth, _ in found:
+            # Not as far as the next segment's end, whose bank would be left instead.
+            few = DRAFTS + 1
+            assert running.tokens([prompt], few) == [truth[:few]]
+            hits = running.metric("vllm:prefix_cache_hits")
+            assert running.tokens([prompt], MAX_TOKENS) == [truth]
+            assert running.metric("vllm:prefix_cache_hits") - hits == len(prompt) - 1
+        # The first one takes all of the first step.
+        assert running.tokens([first[0], single[0]], MAX_TOKENS) == [first[1], single[1]]
+
+
 def test_drafts_follow_each_requests_own_settings(checkpoint):
     oracle = OracleModel(checkpoint(), PACE)
     prompt, truths = clear_prompt(oracle, 90)

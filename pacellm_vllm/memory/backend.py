@@ -96,17 +96,12 @@ class BankMetadataBuilder(AttentionMetadataBuilder[BankMetadata]):
                 step = self._tables.of_batch(table, begins, ends, own, self.kv_cache_spec.grid)
             return BankMetadata(device=step)
         layout = self.kv_cache_spec.layout
-        prefilling: list[bool] = []
-        if layout.drafts:
-            assert common.is_prefilling is not None
-            prefilling = common.is_prefilling[:requests].tolist()
         pieces = cut_pieces(
             starts.tolist(),
             lengths.tolist(),
             layout,
             self._rules,
             own,
-            prefilling,
             self.kv_cache_spec.grid,
         )
         asked = {i: key for i, row in enumerate(rows) if (key := self._settings.asked(row))}

@@ -361,10 +361,7 @@ class PagedBankManager(CircularBufferManager):
         size = self._layout.segment_size
         computed = request.num_computed_tokens
         length = computed // size * size
-        # Of streamed input the last turn's answer is part of the prompt by now.
-        sampled = request.resumable or computed > request.num_prompt_tokens
-        drafts = self._layout.drafts if sampled else 0
-        if computed - drafts < length:
+        if computed - self._layout.drafts < length:
             return 0
         return length if length <= self._cache.hashed_tokens(request.block_hashes) else 0
 
@@ -376,8 +373,7 @@ class PagedBankManager(CircularBufferManager):
         request = request_in_hand()
         if self._grid is None or not self.enable_caching or request is None:
             return []
-        drafts = self._layout.drafts if computed >= request.num_prompt_tokens else 0
-        if not takes_copies(num_tokens - computed, drafts):
+        if not takes_copies(num_tokens - computed, self._layout.drafts):
             return []
         hashes = request.block_hashes
         known = min(self._cache.hashed_tokens(hashes), request.num_prompt_tokens)

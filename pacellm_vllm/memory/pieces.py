@@ -1,6 +1,6 @@
 """Piece: tokens of one request, in one segment if certain, which a step's batch is cut into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pacellm_vllm.memory.layout import BankLayout
@@ -35,18 +35,16 @@ def cut_pieces(
     layout: BankLayout,
     rules: MemoryRules,
     own: Mapping[int, MemoryRules] | None = None,
-    prefilling: Sequence[bool] = (),
     grid: SnapshotGrid | None = None,
 ) -> list[Piece]:
     """Cut a batch at request borders and segment ends.
 
     ``starts`` [requests + 1] are offsets into the batch, ``lengths`` [requests] each request's
-    tokens after this step, ``own`` the rules of those that have some of their own, ``prefilling``
-    which of the first began the step within their prompt, ``grid`` where banks are copied, if
-    anywhere. Requests without tokens give no piece.
+    tokens after this step, ``own`` the rules of those that have some of their own, ``grid`` where
+    banks are copied, if anywhere. Requests without tokens give no piece.
 
-    Drafts may be among the tokens of a step that is no longer than the token last sampled and
-    ``layout.drafts`` more, and outside of prompts.
+    Drafts may be among the tokens of a step that is no longer than one and ``layout.drafts`` more,
+    in a prompt too, whose last token vLLM pads with drafts that it rejects.
     """
     size = layout.segment_size
     pieces = []
@@ -54,10 +52,8 @@ def cut_pieces(
         begin, end = starts[request], starts[request + 1]
         position = length - (end - begin)
         mine = own.get(request, rules) if own else rules
-        prompt = request < len(prefilling) and prefilling[request]
-        drafts = 0 if prompt else layout.drafts
-        has_drafts = 1 < end - begin <= 1 + drafts
-        copies = grid if grid and takes_copies(end - begin, drafts) else None
+        has_drafts = 1 < end - begin <= 1 + layout.drafts
+        copies = grid if grid and takes_copies(end - begin, layout.drafts) else None
         last, end = end, begin + 1 if has_drafts else end
         while begin < end:
             n = min(end - begin, size - position % size)
