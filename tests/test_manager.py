@@ -6,6 +6,7 @@ from vllm.distributed.kv_events import BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -17,6 +18,7 @@ from vllm.v1.request import Request
 
 from pacellm_vllm.compat import key_hashes_of
 from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.memory.cache import SnapshotCache
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.spec import PagedBankManager, PagedBankSpec
 from pacellm_vllm.request import RequestSettings
@@ -482,3 +484,23 @@ def test_what_the_scheduler_refuses_names_the_request():
     )
     with pytest.raises(PaceConfigError, match=r"alpha = 7 .*from 0 to 1 \(request 'another'\)\.$"):
         manager.get_computed_blocks(unchecked)
+
+
+def test_a_hit_is_of_one_snapshot_where_another_of_its_prefix_was_evicted_in_part():
+    kv_cache_utils.init_none_hash(sha256)
+    layout = bank_spec().layout
+    pages = layout.committed_pages(SEGMENT)
+    pool = BlockPool(3 * pages, True, BLOCK)
+    cache = SnapshotCache(pool, layout, [BANK])
+    hashes = make_request("any", list(range(SEGMENT)), True).block_hashes
+    first = pool.get_new_blocks(pages)
+    cache.publish(first, hashes, SEGMENT)
+    pool.free_blocks(reversed(first))
+    # All but the first page of it: what is evicted first is what was freed first.
+    others = pool.get_new_blocks(pool.get_num_free_blocks() - 1)
+    assert cache.find(hashes, SEGMENT) is None
+    pool.free_blocks(others)
+    second = pool.get_new_blocks(pages)
+    cache.publish(second, hashes, SEGMENT)
+    found = cache.find(hashes, SEGMENT)
+    assert [block for [block] in found] == second

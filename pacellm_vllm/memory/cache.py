@@ -66,9 +66,15 @@ class SnapshotCache:
     def publish(
         self, pages: Iterable[KVCacheBlock], block_hashes: Sequence[BlockHash], length: int
     ) -> None:
-        """Let the snapshot after ``length`` tokens be found in ``pages``, which are all of it."""
+        """Let the snapshot after ``length`` tokens be found in ``pages``, which are all of it.
+
+        Of another one that was evicted in part the rest is found no more: the two need not be equal
+        bit for bit, and the older page would come first.
+        """
         [group] = self.groups
         for page, page_hash in zip(pages, self.page_hashes(block_hashes, length), strict=True):
+            while older := self.pool.get_cached_block(page_hash, self.groups):
+                self.pool.evict_blocks({block.block_id for block in older})
             group_hash = make_block_hash_with_group_id(page_hash, group)
             publish_block(self.pool, page, group_hash, length)
 
