@@ -101,7 +101,7 @@ class Bank:
         a, keys = a.float(), self.keys[: self.num_valid].float()
         a_norm = a.norm(dim=-1).clamp_min(EPS)
         key_norm = keys.norm(dim=-1).clamp_min(EPS)
-        return (a @ keys.T) / (a_norm[:, None] * key_norm[None, :])
+        return ((a @ keys.T) / (a_norm[:, None] * key_norm[None, :])).clamp(-1, 1)
 
     def unsound(self, a: Tensor) -> list[bool]:
         """Which of a [T, D] hold something that is not finite, or are too long to compare."""

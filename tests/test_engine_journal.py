@@ -255,6 +255,22 @@ def test_a_similarity_that_is_the_threshold_is_told_as_what_it_was_taken_for():
     assert [slot["source"] for slot in report["slots"]] == [0]
 
 
+def test_an_unsound_token_is_told_to_have_found_nothing():
+    """Read in a piece, where its row of slots is none that it found."""
+    rules = PaceConfig.from_sources({"theta_low": 0.3, "theta_high": 0.7, "segment_size": 2})
+    means, top = torch.tensor([float("nan"), 0.5]), torch.tensor([[1], [1]])
+    done = Committed(valid=2, filled=2, merged=[], replaced=[], dropped=0, usage=[1, 1])
+    journal = Journal()
+    empty = Progress(0, 0, 2, done, [float("-inf")] * 2, [[]] * 2)
+    journal.note("r\nx", 1, 0, rules.rules(), empty, [(1, 0.0), (0, 0.0)])
+    journal.note("r\nx", 1, 2, rules.rules(), Progress(0, 1, 0, None, means, top), [])
+    report = journal.report("r")[1]
+    assert report["kinds"] == "eeum"
+    assert report["similarity"][2:] == [0.0, 0.5]
+    assert report["slot"][2:] == [-1, 1]
+    assert report["source"][2:] == [-1, 1]
+
+
 def test_reports_of_many_commits_take_no_more_than_those_of_many_tokens():
     """Each keeps what every slot holds: with short segments that is most of it."""
     rules = PaceConfig.from_sources({"bank_size": 64, "segment_size": 8}).rules()

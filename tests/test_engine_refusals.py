@@ -5,16 +5,18 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from checkpoints import make_prompt
 from engines import NATIVE, engine
+from oracle import Bank, MemoryRules
 from transformers import Mamba2Config
 from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from pacellm_vllm.config import PaceConfigError
+from pacellm_vllm.config import PaceConfig, PaceConfigError
 from pacellm_vllm.models import checks
-from pacellm_vllm.models.checks import check_engine, refuse_configuration
+from pacellm_vllm.models.checks import check_engine, growth, refuse_configuration
 from pacellm_vllm.plugin import _check_not_configured
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -340,3 +342,25 @@ def test_features_this_machine_cannot_start(part, field, value, sentence, checkp
     with pytest.raises(PaceConfigError) as refusal:
         check_engine(config)
     assert f"does not work with {sentence}" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grows"),
+    [
+        *(({"preset": preset}, False) for preset in ("gentle", "official", "paper")),
+        ({"preset": "official", "alpha": 1, "noise": 0.5}, False),
+        ({"preset": "official", "alpha": 1, "noise": 0.6}, True),
+        ({"preset": "official", "alpha": 1, "noise": 0.6, "negative_k": 0}, False),
+        ({"preset": "paper", "alpha": 1, "noise": 1}, False),
+    ],
+)
+def test_settings_with_which_slots_grow_are_warned_of(settings, grows):
+    """Seen in a bank of one slot, which every token reads and is merged into."""
+    pace = {**settings, "bank_size": 1, "segment_size": 2, "theta_low": 0.5, "theta_high": 1}
+    config = PaceConfig.from_sources({"layers": [0], **pace})
+    assert bool(growth(config)) is grows
+    bank = Bank(MemoryRules.of(**pace), 2, torch.float64)
+    a = torch.tensor([[1.0, 0.0], [0.9, 0.1]], dtype=torch.float64)
+    for _ in range(700):
+        bank.update(a, bank.enhance(a)[0])
+    assert (bank.values.abs().max() > 100) == grows

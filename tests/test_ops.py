@@ -213,6 +213,13 @@ def test_widening_a_few_tokens_at_a_time_is_widening_all(dtype, monkeypatch):
     torch.testing.assert_close(some.mean_top, whole.mean_top)
 
 
+@pytest.mark.parametrize(("width", "page_bytes"), [(2730, 8192), (1366, 8192), (4098, 16384)])
+def test_rows_that_are_whole_words_are_not_split_into_half_words(width, page_bytes):
+    """Kernels read the header as words; none of these has a split into multiples of 16 bytes."""
+    layout = BankLayout.plan(rules(bank_size=100), width, torch.bfloat16, page_bytes)
+    assert layout.unit_bytes % 4 == 0
+
+
 def test_layouts_split_rows_that_a_page_cannot_hold():
     r = rules(bank_size=100)
     wide = BankLayout.plan(r, 18944, torch.bfloat16, page_bytes=32768)

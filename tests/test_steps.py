@@ -156,3 +156,21 @@ def test_sums_have_the_bits_of_any_other_cut():
         # The sums of a, which `paper` takes over every token whatever was decided.
         got, want = banks[i].read_sums(), truth[i].read_sums()
         assert torch.equal(got[::2], want[::2])
+
+
+@pytest.mark.parametrize("width", [4864, 18944])
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_a_threshold_of_one_is_above_every_similarity(width, preset):
+    """Tokens that equal a slot bit for bit, whose cosine comes out above 1 by rounding."""
+    r = rules(preset=preset, segment_size=4, bank_size=4, theta_low=1.0, theta_high=1.0, alpha=1.0)
+    layout = BankLayout.plan(r, width, torch.bfloat16, 1 << 16)
+    a = torch.randn(4, width, generator=torch.Generator().manual_seed(width)).bfloat16()
+    pieces, single = paged_store(layout, torch.bfloat16), paged_store(layout, torch.bfloat16)
+    for begin in range(0, 40, 4):
+        out, progress = advance(pieces, a, begin, r)
+        assert torch.equal(out, a)
+        assert (progress.high, progress.mid, progress.low) == (0, 0, 4)
+        for i in range(4):
+            out, [progress] = advance_steps([single], a[i : i + 1], [begin + i], [r])
+            assert torch.equal(out[0], a[i])
+            assert (progress.high, progress.mid, progress.low) == (0, 0, 1)

@@ -171,12 +171,14 @@ class LayerAnswer:
         found, top = progress.mean_top, progress.top
         means = found if isinstance(found, list) else found.tolist()
         slots = top if isinstance(top, list) else top.tolist()
-        for mean, row in zip(means, slots, strict=True):
-            self._kinds.append(ord(_kind(mean, rules)))
-            self._similarity.append(mean if row else 0.0)
-            self._slot.append(row[0] if row else _UNKNOWN)
-            known = row and row[0] < len(sources)
-            self._source.append(sources[row[0]] if known else _UNKNOWN)
+        for mean, ranked in zip(means, slots, strict=True):
+            kind = _kind(mean, rules)
+            near = ranked[0] if ranked and kind != "u" else _UNKNOWN
+            self._kinds.append(ord(kind))
+            self._similarity.append(mean if near != _UNKNOWN else 0.0)
+            self._slot.append(near)
+            known = 0 <= near < len(sources)
+            self._source.append(sources[near] if known else _UNKNOWN)
         if progress.committed is not None:
             self._commit(progress.committed, rules)
             self._nearest = nearest

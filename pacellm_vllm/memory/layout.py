@@ -68,13 +68,18 @@ class BankLayout:
             for parts in range(1, _MAX_PARTS + 1)
             if width % parts == 0 and width // parts * dtype.itemsize <= page_bytes
         ]
-        aligned = [layout for layout in layouts if layout.unit_bytes % _UNIT_ALIGNMENT == 0]
         if not layouts:
             raise ValueError(
                 f"pacellm: a KV cache page of {page_bytes} bytes is too small for rows of {width} "
                 f"x {dtype.itemsize} bytes; raise --block-size or choose fewer layers."
             )
-        return min(aligned or layouts, key=lambda layout: (layout.num_pages, layout.parts))
+        for alignment in (_UNIT_ALIGNMENT, _FP32_BYTES):
+            # Kernels read the header as words.
+            aligned = [layout for layout in layouts if layout.unit_bytes % alignment == 0]
+            if aligned:
+                layouts = aligned
+                break
+        return min(layouts, key=lambda layout: (layout.num_pages, layout.parts))
 
     @property
     def unit_elements(self) -> int:

@@ -28,6 +28,7 @@ from pacellm_vllm.models.compared import TEXTS_COMPARED, compared_as
 from pacellm_vllm.models.experts import check_experts
 from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, is_pace, pace_architecture
+from pacellm_vllm.ops.rules import UpdateRule
 from pacellm_vllm.platform import CPU_WORKER
 from pacellm_vllm.request import RequestSettings, is_ours, with_journal_key
 from pacellm_vllm.sentences import first_refusal
@@ -65,8 +66,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         set_cpu_worker(vllm_config, CPU_WORKER)
         _check_caching(vllm_config, config)
         watch_turns(_check_turn)
-    if layers and (harm := known_harm(config)):
-        logger.warning(harm)
+    for harm in (known_harm(config), growth(config)) if layers else ():
+        if harm:
+            logger.warning(harm)
     if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
         logger.warning(doubt)
     if config.experts is not None:
@@ -192,6 +194,19 @@ def known_harm(config: PaceConfig) -> str | None:
         "some models one of them is the attention sink, whose activation is enormous: with preset "
         "official SmolLM2-135M lost 0.43 nats a token from position 1024 to 4096, with paper 1.85; "
         "set clip to true or use preset gentle, unless you reproduce published results."
+    )
+
+
+def growth(config: PaceConfig) -> str | None:
+    """One sentence where slots may grow without bound; None where they cannot."""
+    rules = config.rules()
+    fed_back = rules.alpha * (rules.mid_weight + (rules.noise if rules.negative_k else 0.0))
+    if rules.update is UpdateRule.PAPER or fed_back <= 1:
+        return None
+    return (
+        f"pacellm: alpha x ({rules.mid_weight:g} + noise) = {fed_back:g} is above 1, so what is "
+        "merged into slots can grow from segment to segment, in float16 until it is no number; "
+        "set a smaller alpha or noise."
     )
 
 

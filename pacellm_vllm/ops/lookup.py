@@ -79,7 +79,8 @@ def twins_of(squares: torch.Tensor) -> list[int] | None:
 
 
 class Compared(NamedTuple):
-    """Of n tokens and m slots: ``sims`` [n, m] fp32, their cosines, NaN for unsound tokens;
+    """Of n tokens and m slots: ``sims`` [n, m] fp32, their cosines, NaN for unsound tokens, and
+    never above 1, where rounding would put a token that equals a slot above a threshold of 1;
     ``norms`` [n, 1] of tokens and ``key_norms`` [1, m] of keys, fp32; ``unsound`` [n, 1] bool.
     """
 
@@ -116,7 +117,7 @@ def compare(
     unsound = ~(parts[:n, m:] <= MOST_SQUARE)
     a_norm = parts[:n, m:].sqrt().clamp_min(NORM_FLOOR)
     key_norm = parts[n:, :m].sqrt().clamp_min(NORM_FLOOR)
-    sims = parts[:n, :m] / (a_norm * key_norm)
+    sims = (parts[:n, :m] / (a_norm * key_norm)).clamp_(-1, 1)
     return Compared(sims.masked_fill_(unsound, float("nan")), a_norm, key_norm, unsound)
 
 

@@ -95,7 +95,10 @@ def _find(
             continue
         norm = numbers[-1]
         norms = numbers[size : size + count]
-        row = [dot / (norm * key) for dot, key in zip(numbers[:count], norms, strict=True)]
+        row = [
+            min(max(dot / (norm * key), -1.0), 1.0)
+            for dot, key in zip(numbers[:count], norms, strict=True)
+        ]
         # Both keep the lower slot first among equals, as sorted() would.
         top = nlargest(own.top_k, range(count), key=row.__getitem__)
         mean = sum(row[slot] for slot in top) / len(top) if top else float("-inf")

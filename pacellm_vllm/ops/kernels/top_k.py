@@ -171,8 +171,9 @@ def top_k_kernel(
     token_norm = tl.maximum(tl.sqrt_rn(token_square), FLOOR)
     key_norms = tl.maximum(tl.sqrt_rn(key_squares), FLOOR)
     norms = key_norms * token_norm
+    cosines = tl.minimum(tl.maximum(tl.div_rn(dots, norms), -1.0), 1.0)
     # As integers, of which a warp finds the largest with one instruction. Adding 0 turns -0 into 0.
-    order = in_order((tl.div_rn(dots, norms) + 0.0).to(tl.int32, bitcast=True))
+    order = in_order((cosines + 0.0).to(tl.int32, bitcast=True))
 
     count = tl.minimum(valid, TOP)
     best, total = float("-inf"), 0.0
