@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,11 +55,22 @@ def read_texts(
 def measure(
     texts: Sequence[Text], name: str, answerer: Offline, records: Records, batch: int
 ) -> None:
-    """Score what ``records`` lack of configuration ``name``."""
+    """Score what ``records`` lack of configuration ``name``.
+
+    Raises ``EvalError`` where a token's loss is no number, as at positions that a model has none
+    for.
+    """
     missing = [text for text in texts if (name, text.id) not in records.done]
     for begin in range(0, len(missing), batch):
         some = missing[begin : begin + batch]
         for text, losses in zip(some, answerer.losses([t.ids for t in some]), strict=True):
+            broken = next((at for at, loss in enumerate(losses, 1) if not isfinite(loss)), None)
+            if broken is not None:
+                raise EvalError(
+                    f"pacellm: with {name} the token at position {broken} of {text.id} has a loss "
+                    "that is no number; where the model's own context ends before it, lower "
+                    "--tokens, or give --engine its hf_overrides for a longer one."
+                )
             rounded = [round(loss, 5) for loss in losses]
             records.add({"config": name, "id": text.id, "loss": rounded})
 

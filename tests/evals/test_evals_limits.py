@@ -1,12 +1,14 @@
 """What does not fit, never ends or says nothing is told, and not measured wrongly."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.evals.answers import Answer
+from pacellm_vllm.evals.loss import Text, measure
 from pacellm_vllm.evals.niah import Grid, make_items, run_grid
 from pacellm_vllm.evals.prompts import Fitter
 from pacellm_vllm.evals.records import EvalError, Records
@@ -88,3 +90,14 @@ def test_cut_and_empty_answers_are_counted(tokenizer, tmp_path):
 def test_how_a_benchmarks_answer_ended():
     outputs = [Answer("47", False), Answer("4", True), Answer(" ", False), (-1.5, True)]
     assert [_ended(output) for output in outputs] == ["whole", "cut", "empty", "whole"]
+
+
+def test_a_loss_that_is_no_number_is_not_kept(tmp_path):
+    """A position that a model has none for makes one, and means over it would be none either."""
+    texts = [Text("good", [1, 2, 3]), Text("long", [1, 2, 3, 4])]
+    losses = {3: [0.5, 0.25], 4: [0.5, 0.25, float("nan")]}
+    answerer = SimpleNamespace(losses=lambda asked: [losses[len(ids)] for ids in asked])
+    with Records(tmp_path / "items.jsonl", {}) as records:
+        with pytest.raises(EvalError, match="with off the token at position 3 of long"):
+            measure(texts, "off", answerer, records, batch=2)
+        assert list(records.done) == [("off", "good")]
