@@ -287,6 +287,15 @@ def test_stages_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
         check_engine(config)
 
 
+def test_batch_invariance_on_model_runner_v2_is_refused(checkpoint, monkeypatch):
+    config = engine_config(checkpoint())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    check_engine(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(PaceConfigError, match="batch-invariant mode on model runner V2: it wants"):
+        check_engine(config)
+
+
 def test_recurrent_layers_on_model_runner_v2_are_refused(checkpoint, monkeypatch):
     config = engine_config(checkpoint("lfm2"), architecture="PaceLfm2ForCausalLM")
     check_engine(config)

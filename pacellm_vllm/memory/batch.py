@@ -76,15 +76,18 @@ class BatchSettings(LogitsProcessorV1, LogitsProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        settings = RequestSettings.of(sampling_params.extra_args)
+        cls.check(RequestSettings.of(sampling_params.extra_args), sampling_params.n)
+
+    @classmethod
+    def check(cls, settings: RequestSettings, n: int) -> None:
+        """``PaceConfigError`` where a request for ``n`` answers asks for what cannot be told."""
         if not settings.report:
             return
         if cls.no_reports:
             raise PaceConfigError(f"pacellm: {cls.no_reports}; drop pacellm_report.")
-        if sampling_params.n > 1:
+        if n > 1:
             raise PaceConfigError(
-                f"pacellm: a report is about one answer, not n = {sampling_params.n}; drop "
-                "pacellm_report or n."
+                f"pacellm: a report is about one answer, not n = {n}; drop pacellm_report or n."
             )
 
     def is_argmax_invariant(self) -> bool:
@@ -121,8 +124,7 @@ class NoSettings(BatchSettings):
     """For an engine that has experts and no memory: refuses what would silently do nothing."""
 
     @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        settings = RequestSettings.of(sampling_params.extra_args)
+    def check(cls, settings: RequestSettings, n: int) -> None:
         if settings.of_memory():
             raise PaceConfigError(
                 "pacellm: this engine carries no memory that a request could set; serve it with "

@@ -5,6 +5,7 @@ per-request state that is no token-indexed cache: grouping, warm-up and sizing t
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
@@ -40,7 +41,7 @@ class PagedBankSpec(CircularBufferSpec):
     copied: bool
     other_blocks: int = 0
 
-    @property
+    @cached_property
     def grid(self) -> SnapshotGrid | None:
         """Where banks are copied; None where they are not."""
         return SnapshotGrid(self.layout, self.block_size) if self.copied else None

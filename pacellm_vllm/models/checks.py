@@ -79,8 +79,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     keep_booleans()
 
     def check(params: SamplingParams) -> None:
-        processor.validate_params(params)
-        check_request(RequestSettings.of(params.extra_args), config, params.n)
+        settings = RequestSettings.of(params.extra_args)
+        processor.check(settings, params.n)
+        check_request(settings, config, params.n)
 
     check_http_requests(is_ours, check)
     prepare_requests(_why_no_streams, _extra_args, _admit)
@@ -241,6 +242,12 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             bool(model.is_hybrid and vllm_config.use_v2_model_runner),
             "it does not say which request a row of a batch is of, and settings would be "
             "another's; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        "batch-invariant mode on model runner V2": (
+            envs.VLLM_BATCH_INVARIANT and vllm_config.use_v2_model_runner,
+            "it wants to know of every layer with a cache that a token's bits do not depend on its "
+            "batch, which was not looked at on a GPU; unset VLLM_BATCH_INVARIANT, or set "
+            "VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         "one KV cache manager for all kinds of layers": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
