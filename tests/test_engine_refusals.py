@@ -363,11 +363,15 @@ def test_features_this_machine_cannot_start(part, field, value, sentence, checkp
         ({"preset": "paper", "alpha": 1, "noise": 1}, False),
     ],
 )
-def test_settings_with_which_slots_grow_are_warned_of(settings, grows):
+def test_settings_with_which_slots_grow_are_warned_of(settings, grows, checkpoint, monkeypatch):
     """Seen in a bank of one slot, which every token reads and is merged into."""
     pace = {**settings, "bank_size": 1, "segment_size": 2, "theta_low": 0.5, "theta_high": 1}
     config = PaceConfig.from_sources({"layers": [0], **pace})
     assert bool(growth(config)) is grows
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
+    check_engine(engine_config(checkpoint(), {"layers": [0], **pace}))
+    assert any("can grow from segment to segment" in sentence for sentence in said) is grows
     bank = Bank(MemoryRules.of(**pace), 2, torch.float64)
     a = torch.tensor([[1.0, 0.0], [0.9, 0.1]], dtype=torch.float64)
     for _ in range(700):

@@ -73,13 +73,13 @@ class BankLayout:
                 f"pacellm: a KV cache page of {page_bytes} bytes is too small for rows of {width} "
                 f"x {dtype.itemsize} bytes; raise --block-size or choose fewer layers."
             )
-        for alignment in (_UNIT_ALIGNMENT, _FP32_BYTES):
+
+        def cost(layout: BankLayout) -> tuple[bool, bool, int, int]:
             # Kernels read the header as words.
-            aligned = [layout for layout in layouts if layout.unit_bytes % alignment == 0]
-            if aligned:
-                layouts = aligned
-                break
-        return min(layouts, key=lambda layout: (layout.num_pages, layout.parts))
+            aligned, words = (layout.unit_bytes % n == 0 for n in (_UNIT_ALIGNMENT, _FP32_BYTES))
+            return not aligned, not words, layout.num_pages, layout.parts
+
+        return min(layouts, key=cost)
 
     @property
     def unit_elements(self) -> int:

@@ -66,11 +66,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         set_cpu_worker(vllm_config, CPU_WORKER)
         _check_caching(vllm_config, config)
         watch_turns(_check_turn)
-    for harm in (known_harm(config), growth(config)) if layers else ():
-        if harm:
-            logger.warning(harm)
-    if layers and (doubt := not_compared(vllm_config.model_config.architecture)):
-        logger.warning(doubt)
+        doubt = not_compared(vllm_config.model_config.architecture)
+        for sentence in filter(None, (known_harm(config), growth(config), doubt)):
+            logger.warning(sentence)
     if config.experts is not None:
         check_experts(vllm_config, config.experts)
     add_worker_extension(vllm_config, REPORT_EXTENSION)

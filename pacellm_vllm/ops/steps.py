@@ -95,10 +95,10 @@ def _find(
             continue
         norm = numbers[-1]
         norms = numbers[size : size + count]
-        row = [
-            min(max(dot / (norm * key), -1.0), 1.0)
-            for dot, key in zip(numbers[:count], norms, strict=True)
-        ]
+        row = [dot / (norm * key) for dot, key in zip(numbers[:count], norms, strict=True)]
+        # Rare, and a call for each slot would take longer than all of the above.
+        if row and not -1 <= min(row) <= max(row) <= 1:
+            row = [min(max(cosine, -1.0), 1.0) for cosine in row]
         # Both keep the lower slot first among equals, as sorted() would.
         top = nlargest(own.top_k, range(count), key=row.__getitem__)
         mean = sum(row[slot] for slot in top) / len(top) if top else float("-inf")
