@@ -31,9 +31,12 @@ def blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-# vLLM collects garbage nine times an engine, from all that was imported: most of a test's time.
+# Collecting garbage from all that was imported is most of a test's time: vLLM does it nine times an
+# engine, and here it is done once. What is imported by now is never looked at.
 _collect = gc.collect
 gc.collect = lambda generation=2: _collect(min(generation, 1))
+gc.freeze()
+gc.freeze = gc.unfreeze = lambda: None
 
 # vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.
 registry._run_in_subprocess = lambda look: look()
