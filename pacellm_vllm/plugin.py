@@ -61,7 +61,9 @@ def _check_not_configured(vllm_config: "VllmConfig") -> None:
     additional, overrides = vllm_config.additional_config, vllm_config.model_config.hf_overrides
     named = overrides.get("architectures") if isinstance(overrides, dict) else None
     asked = next((name for name in named or () if name in ARCHITECTURES), None)
-    if asked or (isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None):
+    given = [where for where in (additional, overrides) if isinstance(where, dict)]
+    keys = [key for where in given for key, value in where.items() if value is not None]
+    if asked or any(str(key).lower().startswith(CONFIG_KEY) for key in keys):
         from pacellm_vllm.models.checks import refuse_configuration
 
         refuse_configuration(vllm_config, asked)

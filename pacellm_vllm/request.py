@@ -190,6 +190,23 @@ def is_ours(key: Any) -> bool:
     return _folded(key).startswith(CONFIG_KEY)
 
 
+def ours_in(given: Mapping[Any, Any] | None) -> Any:
+    """A key of ours in ``given``, or where it names extra arguments as another way in does."""
+    for key, value in (given or {}).items():
+        inner = _misplaced(key, value)
+        if is_ours(key) or inner is not None:
+            return key if inner is None else inner
+    return None
+
+
+def _misplaced(key: Any, value: Any) -> Any:
+    if key == "extra_body" and isinstance(value, Mapping):
+        return ours_in({name: value[name] for name in value if name != key})
+    if key in ("vllm_xargs", "extra_args") and isinstance(value, Mapping):
+        return next(filter(is_ours, value), None)
+    return None
+
+
 def settings_of(request: Any) -> RequestSettings:
     """Those of a vLLM ``Request``, read once: it is asked for them at every block.
 
@@ -248,6 +265,11 @@ def _given(extra_args: Any) -> dict[str, Any]:
         raise PaceConfigError(not_allowed("extra_args", extra_args, "an object", _WHERE))
     given: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
+        if (inner := _misplaced(key, value)) is not None:
+            raise PaceConfigError(
+                f"pacellm: {shown(inner)} stands within {shown(key)}, where nobody reads it; write "
+                "it beside it."
+            )
         if not is_ours(key):
             continue
         together = key == CONFIG_KEY

@@ -85,6 +85,13 @@ def test_wrong_requests_are_refused_in_one_sentence(settings, rest, sentence, ch
     assert "\n" not in str(refusal.value)
 
 
+def test_a_file_that_would_replace_the_flags_by_parts_is_refused(checkpoint, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 8000\nadditional_config.pacellm.alpha: 0.1\n")
+    with pytest.raises(PaceConfigError, match="which the memory's flags would replace"):
+        command.serve_arguments(str(checkpoint()), {"layers": [1]}, ["--config", str(file)])
+
+
 @pytest.mark.parametrize("text", ["a: [", "8000", "- port", "caf\xe9: \xff"])
 def test_a_file_of_flags_that_is_none_is_refused(text, tmp_path):
     file = tmp_path / "serve.yaml"

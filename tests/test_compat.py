@@ -30,6 +30,7 @@ from vllm.config import (
 )
 from vllm.config.mamba import MambaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.generate.generative_scoring.serving import GenerativeScoringRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -86,6 +87,7 @@ from vllm.v1.metrics.stats import IterationStats
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker import utils as worker_utils
+from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -94,6 +96,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import pacellm_vllm
 from pacellm_vllm import compat
+from pacellm_vllm.compat import patching
 from pacellm_vllm.compat.layers import packing
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.batch import NoSettings
@@ -388,6 +391,24 @@ def test_beam_search_still_drops_extra_arguments():
     assert "extra_args" not in BeamSearchParams.__struct_fields__
 
 
+class Patched:
+    def asked(self):
+        return ["vLLM"]
+
+
+def test_the_latest_engine_of_a_process_says_what_is_checked(monkeypatch):
+    """An earlier one may have been closed, and have had other settings."""
+    monkeypatch.setitem(patching.PATCHED, "a test", (f"{__name__}:Patched.asked",))
+    for name in ("first", "second"):
+        patching.patch("a test", lambda original, *args, name=name: [name, *original(*args)])
+    assert Patched().asked() == ["second", "vLLM"]
+
+
+def test_scoring_over_http_still_reads_no_settings():
+    assert GenerativeScoringRequest.model_config["extra"] == "allow"
+    assert "vllm_xargs" not in GenerativeScoringRequest.model_fields
+
+
 OPENAI = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
 SPEECH = (TranscriptionRequest, TranslationRequest)
 
@@ -536,6 +557,16 @@ def test_layers_that_share_caches_are_still_told_by_an_attribute_that_not_all_ha
     assert not compat.has_own_cache(shared)
     assert not hasattr(AttentionLayerBase, "kv_sharing_target_layer_name")
     assert compat.has_own_cache(object.__new__(StageWithoutMemory))
+
+
+def test_block_tables_still_name_blocks_that_a_window_let_go_of():
+    """``hides_freed_windows``: runner V1 has no cure, and V2's is the newest vLLM's."""
+    newest = vllm.__version__.startswith("0.33")
+    for v2 in (False, True):
+        config = SimpleNamespace(use_v2_model_runner=v2)
+        assert compat.hides_freed_windows(config) is (v2 and newest)
+    named = inspect.signature(MultiGroupBlockTable.commit_block_table).parameters
+    assert "num_computed_tokens" not in named
 
 
 def test_rows_of_requests_leaves_padding_out(monkeypatch):

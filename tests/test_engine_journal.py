@@ -231,6 +231,14 @@ def test_memory_of_reports_is_bounded():
     assert journal.report("44") is None
     journal.note("long\nx", 1, 0, rules, Progress(0, 0, 0, None, [0.1] * 101, [[0]] * 101), [])
     assert not any(journal.report(str(i)) for i in range(50))
+    # One that is still read is kept, and of two with one id the later one is told of.
+    for i in range(10):
+        journal.note("running\na", 1, i, rules, Progress(0, 0, 0, None, [i], [[0]]), [])
+        journal.note(f"{i}\nx", 1, 0, rules, Progress(0, 0, 0, None, [9], [[0]]), [])
+    assert len(journal.report("running")[1]["kinds"]) == 10
+    journal.note("running\nb", 1, 0, rules, Progress(0, 0, 0, None, [9], [[0]]), [])
+    journal.note("running\na", 1, 10, rules, Progress(0, 0, 0, None, [9], [[0]]), [])
+    assert len(journal.report("running")[1]["kinds"]) == 1
     # Of 64 experts each token takes 8 bytes, half of what a layer's memory takes.
     journal.note_experts("few\nx", 1, 0, torch.ones(150, 64, dtype=torch.bool))
     assert journal.experts("few", 1)["tokens"] == [150] * 64

@@ -70,5 +70,6 @@ def test_front_end_engine_core_and_workers_are_each_patched(method, checkpoint, 
         *PATCHED["check_http_requests"],
         *PATCHED["prepare_requests"],
         *PATCHED["refuse_in_beam_search"],
+        *PATCHED["refuse_in_scoring"],
         *PATCHED["watch_turns"],
     }

@@ -322,6 +322,43 @@ def test_an_architecture_that_vllm_puts_another_in_place_of_is_refused(checkpoin
         _check_not_configured(config)
 
 
+@pytest.mark.parametrize(
+    ("additional", "read"),
+    [
+        ({"pacellm_alpha": 0.5}, False),
+        ({"PaceLLM": {"alpha": 0.5}}, False),
+        ({"layers": [1]}, False),
+        ({"other": 1}, True),
+        ({"layers": [1], "pacellm": {"layers": [0]}}, True),
+    ],
+)
+def test_settings_of_an_engine_that_nobody_would_read_are_refused(additional, read, checkpoint):
+    config = engine_config(checkpoint())
+    config.additional_config = additional
+    if read:
+        check_engine(config)
+        return
+    with pytest.raises(PaceConfigError, match=f"'{next(iter(additional))}' of --additional-config"):
+        check_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("additional", "overrides"),
+    [
+        ({"pacellm": {}}, {}),
+        ({"pacellm_alpha": 0.5}, {}),
+        ({}, {"pacellm": {"layers": [1]}}),
+    ],
+)
+def test_settings_without_the_architecture_are_refused(additional, overrides, checkpoint):
+    config = EngineArgs(str(checkpoint()), skip_tokenizer_init=True).create_engine_config()
+    config.additional_config, config.model_config.hf_overrides = {"other": 1}, {"rope_theta": 2}
+    _check_not_configured(config)
+    config.additional_config, config.model_config.hf_overrides = additional, overrides
+    with pytest.raises(PaceConfigError, match="carries neither memory nor experts; add --hf-over"):
+        _check_not_configured(config)
+
+
 def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
     config = engine_config(checkpoint())
     parallel = config.parallel_config
@@ -339,6 +376,7 @@ def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
         ("parallel", "ubatch_size", 2, "dual-batch overlap or microbatches: parts of a"),
         ("parallel", "decode_context_parallel_size", 2, "context parallelism: a bank"),
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
+        ("parallel", "enable_fault_tolerance", True, "fault tolerance: a step that failed"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),
         ("cache", "kv_sharing_fast_prefill", True, "fast prefill: layers that share caches"),
         ("scheduler", "disable_hybrid_kv_cache_manager", True, "one KV cache manager for all"),

@@ -16,10 +16,12 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from pacellm_vllm.config import PaceConfig
+from pacellm_vllm.memory import plan
 from pacellm_vllm.memory.plan import (
     _attention_specs,
     bank_spec,
     blocks_beside,
+    check_windows,
     page_bytes,
     page_bytes_beside,
 )
@@ -140,3 +142,48 @@ def test_layers_without_a_cache_of_their_own_need_no_pages_and_windows_may_have_
     assert specs_of(a=Layer(spec), b=Layer(window), c=Layer(wider, "a")) == [spec, window]
     with pytest.raises(ValueError, match=r"has pages of \[32768, 65536\] bytes for \[16\] tokens"):
         specs_of(a=Layer(spec), b=Layer(wider))
+
+
+class Windowed(AttentionLayerBase):
+    """A layer of attention within a window, or of all that came before."""
+
+    def __init__(self, backend, spec):
+        self.backend, self.spec = backend, spec
+
+    def get_attn_backend(self):
+        return SimpleNamespace(get_name=lambda: self.backend)
+
+    def get_kv_cache_spec(self, vllm_config):
+        return self.spec
+
+
+WINDOW = SlidingWindowSpec(
+    block_size=BLOCK, num_kv_heads=4, head_size=128, dtype=torch.bfloat16, sliding_window=512
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "hides", "backends", "served"),
+    [
+        ("cuda", False, ("FLASH_ATTN", "FLASH_ATTN"), False),
+        ("cuda", False, ("FLASH_ATTN", "TRITON_ATTN"), True),
+        ("cuda", True, ("FLASH_ATTN", "FLASH_ATTN"), True),
+        ("cpu", False, ("CPU_ATTN", "CPU_ATTN"), True),
+    ],
+)
+def test_windows_whose_kernels_may_read_a_bank_are_refused(
+    device, hides, backends, served, monkeypatch
+):
+    full, windowed = backends
+    layers = {
+        "0": Windowed(full, attention(torch.bfloat16)),
+        "1": Windowed(windowed, WINDOW),
+    }
+    monkeypatch.setattr(plan, "layers_by_name", lambda _: layers)
+    monkeypatch.setattr(plan, "hides_freed_windows", lambda _: hides)
+    config = SimpleNamespace(device_config=SimpleNamespace(device_type=device))
+    if served:
+        check_windows(config)
+        return
+    with pytest.raises(ValueError, match="sliding windows on FLASH_ATTN here, which may"):
+        check_windows(config)

@@ -66,6 +66,12 @@ def test_so_is_one_of_the_object(key):
         ({"pacellm": '{"pi": 1}'}, "cannot set 'pi'; it can set enabled, alpha, noise, theta_"),
         ({"pacellm_alpha": 0.5, "pacellm": {"alpha": 0.5}}, "sets 'alpha' twice"),
         ({"pacellm": '{"alpha": 0.1, "alpha": 0.9}'}, "sets 'alpha' twice"),
+        (
+            {"vllm_xargs": {"a": 1, "pacellm_alpha": 1}},
+            "'pacellm_alpha' stands within 'vllm_xargs'",
+        ),
+        ({"extra_args": {"pacellm": {}}}, "'pacellm' stands within 'extra_args'"),
+        ({"extra_body": {"vllm_xargs": {"pacellm_alpha": 1}}}, "'pacellm_alpha' stands within 'e"),
     ],
 )
 def test_what_is_not_ours_to_set_is_refused(extra_args, words):
@@ -84,6 +90,7 @@ def test_what_is_not_ours_to_set_is_refused(extra_args, words):
         {"pacellm": '{"alpha": null}'},
         {"pacellm": "null"},
         {"pacellm_enabled": True},
+        {"vllm_xargs": {"alpha": 1}, "extra_args": 1, "extra_body": {"vllm_xargs": None}, "a": {}},
     ],
 )
 def test_what_is_none_of_ours_or_null_sets_nothing(extra_args):

@@ -34,6 +34,7 @@ from pacellm_vllm.compat.engine import (
 )
 from pacellm_vllm.compat.layers import (
     has_own_cache,
+    hides_freed_windows,
     layers_by_name,
     pack_cpu_attention,
     place_shared_layers,

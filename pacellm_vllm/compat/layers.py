@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,20 @@ def has_own_cache(layer: AttentionLayerBase) -> bool:
     Can go when ``AttentionLayerBase`` does.
     """
     return not getattr(layer, "kv_sharing_target_layer_name", None)
+
+
+def hides_freed_windows(vllm_config: VllmConfig) -> bool:
+    """Whether attention on a GPU is kept from blocks that a window has let go of.
+
+    Symptom: the scheduler frees them and the runner's block tables still name them, so a kernel may
+    load one in the tile where the window starts. It masks what it computes of it, but NaN it passes
+    on, and a bank's bytes, read as keys and values, may be NaN.
+    Can go when vLLM 0.32 and model runner V1 do.
+    """
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    told = inspect.signature(BlockTables.gather_block_tables).parameters
+    return vllm_config.use_v2_model_runner and "num_computed_tokens" in told
 
 
 def pack_cpu_attention(vllm_config: VllmConfig) -> None:

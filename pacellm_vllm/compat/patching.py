@@ -34,6 +34,10 @@ PATCHED = {
         "vllm.entrypoints.speech_to_text.translation.protocol:"
         "TranslationRequest.to_beam_search_params",
     ),
+    "refuse_in_scoring": (
+        "vllm.entrypoints.generate.generative_scoring.serving:"
+        "ServingGenerativeScoring.create_generative_scoring",
+    ),
     "prepare_requests": ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",),
     "watch_turns": ("vllm.v1.engine.async_llm:AsyncLLM._add_request",),
     "follow_answers": ("vllm.v1.engine.output_processor:OutputProcessor.add_request",),
@@ -68,11 +72,17 @@ PATCHED = {
 _TAKERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
 
 
+# By the same names; of several engines in a process the last one's.
+_wrappers: dict[str, Callable[..., Any]] = {}
+
+
 def patch(what: str, wrapper: Callable[..., Any]) -> None:
     """Make the functions that ``PATCHED`` lists for ``what`` call ``wrapper(original, ...)``.
 
-    Once each: the mark is our own, as vLLM may decorate the original with wrappers of its own.
+    Called again, the later ``wrapper`` is called instead. The mark is our own, as vLLM may decorate
+    the original with wrappers of its own.
     """
+    _wrappers[what] = wrapper
     for name in PATCHED[what]:
         module, _, path = name.partition(":")
         if module in _TAKERS and module not in sys.modules:
@@ -81,13 +91,13 @@ def patch(what: str, wrapper: Callable[..., Any]) -> None:
         owner = functools.reduce(getattr, outer, import_module(module))
         original = getattr(owner, last)
         if not getattr(original, "_pacellm_wrapped", False):
-            setattr(owner, last, _wrapped(original, wrapper))
+            setattr(owner, last, _wrapped(original, what))
 
 
-def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(original: Callable[..., Any], what: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+        return _wrappers[what](original, *args, **kwargs)
 
     wrapped._pacellm_wrapped = True  # type: ignore[attr-defined]
     return wrapped

@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 
 def check_http_requests(
-    is_ours: Callable[[Any], bool], check: Callable[[SamplingParams], None]
+    ours_in: Callable[[Any], Any], check: Callable[[SamplingParams], None]
 ) -> None:
     """Make bad settings of a request over HTTP a 4xx, before anything of a stream is sent.
 
-    ``is_ours`` tells our keys from others, ``check`` raises ``ValueError`` for bad ones.
+    ``ours_in`` tells one of our keys in what a request has beside its fields, ``check`` raises
+    ``ValueError`` for bad settings.
     Symptom: vLLM checks parameters when a streamed answer has begun, which then is a 200 with an
     error in it, or on ``/v1/responses`` breaks off; what stands beside ``vllm_xargs`` instead of in
-    it is ignored; and beam search drops ``vllm_xargs`` without a word.
+    it is ignored; and beam search and ``/generative_scoring`` drop them without a word.
     Can go when requests are admitted before their stream begins, unknown fields can be refused,
     and ``BeamSearchParams`` carries extra arguments.
     """
     from vllm.exceptions import VLLMValidationError
 
     def sampled(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-        for key in filter(is_ours, request.model_extra or ()):
+        if (key := ours_in(request.model_extra)) is not None:
             raise VLLMValidationError(
                 f"pacellm: {shown(key)} is not a field of a request; put it into vllm_xargs."
             )
@@ -42,14 +43,25 @@ def check_http_requests(
         return params
 
     def beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-        for key in filter(is_ours, {**(request.vllm_xargs or {}), **(request.model_extra or {})}):
+        if (
+            key := ours_in({**(request.model_extra or {}), "vllm_xargs": request.vllm_xargs})
+        ) is not None:
             raise VLLMValidationError(
                 f"pacellm: {shown(key)} is not supported with use_beam_search: vLLM does not pass "
                 "vllm_xargs on to beams; drop one of the two."
             )
         return original(request, *args, **kwargs)
 
+    def scored(original: Callable[..., Any], serving: Any, request: Any, *args: Any) -> Any:
+        if (key := ours_in(request.model_extra)) is not None:
+            raise VLLMValidationError(
+                f"pacellm: {shown(key)} is not read by this route, whose requests "
+                "have the settings of the engine; drop it."
+            )
+        return original(serving, request, *args)
+
     patch("check_http_requests", sampled)
+    patch("refuse_in_scoring", scored)
     patch("refuse_in_beam_search", beams)
 
 

@@ -162,7 +162,13 @@ def offline_engine(
             raise EvalError(
                 f"pacellm: {model} is a {base}, which carries no memory; compare off only."
             )
-        given["additional_config"] = {CONFIG_KEY: dict(memory)}
+        beside = given.get("additional_config") or {}
+        if CONFIG_KEY in beside:
+            raise EvalError(
+                f"pacellm: the engine's arguments hold {CONFIG_KEY} in additional_config, which "
+                "each configuration would replace; give it in --memory."
+            )
+        given["additional_config"] = {**beside, CONFIG_KEY: dict(memory)}
     named = base if memory is None else pace
     overrides = {**given.pop("hf_overrides", {}), "architectures": [named]}
     check_platform()

@@ -106,18 +106,23 @@ class Reorder:
     A layer's tensors are held back until its projections are there (gate, up and down, or up and
     down where FFNs are not ``gated``), from whichever shards: one or two layers at a time, since
     shards follow the layers. ``orders`` has the order of each finished layer, None where the
-    checkpoint had it already.
+    checkpoint had it already. Those of an earlier pass are kept to where neurons are clustered: a
+    bank knows neurons by their place.
     """
 
     def __init__(
-        self, plan: ExpertsPlan, observe: Observer | None = None, gated: bool = True
+        self,
+        plan: ExpertsPlan,
+        observe: Observer | None = None,
+        gated: bool = True,
+        orders: dict[int, torch.Tensor | None] | None = None,
     ) -> None:
         self._plan = plan
         self._gated = gated
         self._observe = observe
         self._layers = {layer: _Layer() for layer in plan.layers}
         self._cache = ResultCache(default_cache())
-        self.orders: dict[int, torch.Tensor | None] = {}
+        self.orders = {} if orders is None else orders
 
     def __call__(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """``weights`` with neurons in expert order.
@@ -169,6 +174,8 @@ class Reorder:
         source = self._plan.source
         if isinstance(source, StoredExperts):
             return source.order_for(index, gate)
+        if index in self.orders:
+            return self.orders[index]
         rows = [gate] if up is None else [gate, up]
         features = features_of(rows, source.features).cpu()
         try:

@@ -44,6 +44,7 @@ class Journal:
         self._most_tokens = most_tokens
         self._most_answers = most_answers
         self._tokens = 0
+        self._begun = 0
 
     def note(
         self,
@@ -97,13 +98,19 @@ class Journal:
 
     def _find(self, request_id: str) -> "Answer | None":
         begin = f"{request_id}\n"
-        keys = (key for key in reversed(self._answers) if key.startswith(begin))
-        return self._answers[key] if (key := next(keys, None)) else None
+        found = (answer for key, answer in self._answers.items() if key.startswith(begin))
+        return max(found, key=lambda answer: answer.number, default=None)
 
     def _answer(self, key: str) -> "Answer | None":
         if key in self._forgotten:
+            self._forgotten.move_to_end(key)
             return None
-        return self._answers.setdefault(key, Answer())
+        if key not in self._answers:
+            self._begun += 1
+            self._answers[key] = Answer(self._begun)
+        # Those that are still running are the last to be forgotten.
+        self._answers.move_to_end(key)
+        return self._answers[key]
 
     def _make_room(self, tokens: int) -> None:
         self._tokens += tokens
@@ -118,8 +125,9 @@ class Journal:
 
 @dataclass
 class Answer:
-    """One request's, by layer."""
+    """One request's, by layer; a later one's ``number`` is larger."""
 
+    number: int
     memory: "dict[int, LayerAnswer]" = field(default_factory=dict)
     experts: "dict[int, LayerExperts]" = field(default_factory=dict)
 

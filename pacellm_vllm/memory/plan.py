@@ -11,9 +11,14 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
-from pacellm_vllm.compat import has_own_cache, layers_by_name
+from pacellm_vllm.compat import has_own_cache, hides_freed_windows, layers_by_name
 from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.backend import BankBackend, takes_kernels
 from pacellm_vllm.memory.layout import BankLayout
@@ -31,6 +36,7 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     Raises ``ValueError`` when banks cannot live in this engine's KV cache pool.
     """
     check_layouts(vllm_config)
+    check_windows(vllm_config)
     attention = _attention_specs(vllm_config)
     block_size = attention[0].block_size
     size = config.segment_size
@@ -58,6 +64,24 @@ def plan_spec(vllm_config: VllmConfig, config: PaceConfig, width: int) -> PagedB
     if takes_kernels(vllm_config.device_config.device_type):
         check_kernels(spec.layout)
     return spec
+
+
+def check_windows(vllm_config: VllmConfig) -> None:
+    """Refuse attention that may read a bank in a block that its window has let go of.
+
+    Raises ``ValueError``. vLLM's Triton kernels leave out what lies before a window.
+    """
+    if not takes_kernels(vllm_config.device_config.device_type) or hides_freed_windows(vllm_config):
+        return
+    for layer in _attention_layers(vllm_config):
+        backend = layer.get_attn_backend().get_name()
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if isinstance(spec, SlidingWindowSpec) and backend != "TRITON_ATTN":
+            raise ValueError(
+                f"pacellm: memory does not work with sliding windows on {backend} here, which may "
+                "read what is a bank by now in the tile where a window starts; pass "
+                "--attention-backend TRITON_ATTN, or serve with vLLM 0.33 and its model runner V2."
+            )
 
 
 def check_kernels(layout: BankLayout) -> None:

@@ -30,7 +30,7 @@ from pacellm_vllm.models.settings import read_config
 from pacellm_vllm.models.table import ARCHITECTURES, WHY_NOT, is_pace, pace_architecture
 from pacellm_vllm.ops.rules import UpdateRule
 from pacellm_vllm.platform import CPU_WORKER
-from pacellm_vllm.request import RequestSettings, is_ours, with_journal_key
+from pacellm_vllm.request import RequestSettings, ours_in, with_journal_key
 from pacellm_vllm.sentences import first_refusal
 from pacellm_vllm.sessions.admission import admit, check_request, check_sessions, ended
 
@@ -81,7 +81,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         processor.check(settings, params.n)
         check_request(settings, config, params.n)
 
-    check_http_requests(is_ours, check)
+    check_http_requests(ours_in, check)
     prepare_requests(_why_no_streams, _extra_args, _admit)
     if config.session_tokens:
         check_sessions(vllm_config)
@@ -118,10 +118,13 @@ def _extra_args(vllm_config: VllmConfig, params: SamplingParams, request_id: str
     """What a request's extra arguments become; those of other engines stay as they are."""
     if not carries_memory(vllm_config):
         return params.extra_args
-    traced = (
-        is_traced(vllm_config) and params.n == 1 and not _settings_class(vllm_config).no_reports
-    )
+    traced = is_traced(vllm_config) and params.n == 1 and notes_tokens(vllm_config)
     return with_journal_key(params.extra_args, request_id, traced)
+
+
+def notes_tokens(vllm_config: VllmConfig) -> bool:
+    """Whether workers of an engine with memory note what it does to a request's tokens."""
+    return not _settings_class(vllm_config).no_reports
 
 
 def is_traced(vllm_config: VllmConfig) -> bool:
@@ -302,6 +305,11 @@ def _check_memory(vllm_config: VllmConfig) -> None:
             vllm_config.cache_config.kv_sharing_fast_prefill,
             "layers that share caches compute the last tokens of a prompt only, and banks need "
             "all; drop --kv-sharing-fast-prefill",
+        ),
+        "fault tolerance": (
+            parallel.enable_fault_tolerance,
+            "a step that failed leaves blocks in the prefix cache whose banks were never written; "
+            "drop --enable-fault-tolerance",
         ),
         # vLLM turns it into a KV transfer after this check.
         "KV offloading": (

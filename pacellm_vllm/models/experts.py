@@ -57,6 +57,7 @@ class ModelExperts:
         self.config = config
         self.plan = plan_experts(vllm_config, config)
         self.routed: dict[int, RoutedExperts] = {}
+        self._orders: dict[int, torch.Tensor | None] = {}
         self._way = way_of(vllm_config)
         self._gated = True
 
@@ -76,7 +77,7 @@ class ModelExperts:
 
     def reorder(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:
         """``weights`` with the neurons in expert order, whatever the number of ranks."""
-        pass_ = Reorder(self.plan, self._observe, self._gated)
+        pass_ = Reorder(self.plan, self._observe, self._gated, self._orders)
         yield from pass_(weights)
         check_agreement(pass_.orders)
         if get_tensor_model_parallel_rank() == 0:

@@ -5,14 +5,29 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig
+from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
 from pacellm_vllm.models.table import is_pace
+from pacellm_vllm.request import is_ours
+from pacellm_vllm.sentences import shown
 
 
 def additional_settings(vllm_config: VllmConfig) -> Any:
-    """What ``--additional-config`` holds for us, None if nothing."""
+    """What ``--additional-config`` holds for us, None if nothing.
+
+    Raises ``PaceConfigError`` for settings that stand beside it, which nothing would read.
+    """
     additional = vllm_config.additional_config
-    return additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    if not isinstance(additional, dict):
+        return None
+    # Other plugins have keys there, too: one named like a setting is ours where nothing else is.
+    ours = set() if CONFIG_KEY in additional else set(PaceConfig.model_fields)
+    for key in additional:
+        if key in ours or (is_ours(key) and key != CONFIG_KEY):
+            raise PaceConfigError(
+                f"pacellm: {shown(key)} of --additional-config is read by nobody; write "
+                f'{{"{CONFIG_KEY}": {{...}}}} around the settings of an engine.'
+            )
+    return additional.get(CONFIG_KEY)
 
 
 def beside_checkpoint(settings: Any, model: str) -> Any:

@@ -157,7 +157,8 @@ def _check_file(rest: Sequence[str]) -> None:
                 f"pacellm: --config {str(path)!r} is not YAML with a flag on each line, such as "
                 "port: 8000."
             )
-        names = {str(name).replace("_", "-") for name in found}
+        # vLLM lets additional-config.pacellm.alpha replace all that the flag says.
+        names = {str(name).replace("_", "-").partition(".")[0] for name in found}
         for name in _MERGED:
             if name.removeprefix("--") in names:
                 raise PaceConfigError(

@@ -39,8 +39,9 @@ class BankRecording:
         """Record the next request, which must run alone, in every layer with memory.
 
         Returns a sentence, and records nothing, where there is no memory, no known final norm, or
-        where memory runs as kernels.
+        where memory runs as kernels. A recording that nobody took away ends.
         """
+        self._end_recording()
         memories = memory_layers(self.vllm_config)
         if not memories:
             return "pacellm: no layer carries memory; name some with --layers."
@@ -63,10 +64,14 @@ class BankRecording:
         """Stop recording. By layer index: ``width``, how many tokens were ``unsound``, the
         ``commits``, and fp32 bytes of ``keys`` [slots, width] and of ``current`` [tokens, width],
         each with the ids of the ``words`` tokens that every row speaks for.
+
+        ``RuntimeError`` where the request did not run alone.
         """
         recorded = {}
-        for recorder in self._pacellm_recorders:
-            recorder.remove()
+        recorders = self._end_recording()
+        if any(recorder.disturbed for recorder in recorders):
+            raise RuntimeError("pacellm: a recorded request must run alone; set max_num_seqs to 1.")
+        for recorder in recorders:
             found: dict[str, Any] = {
                 "width": recorder.layer.width,
                 "unsound": recorder.unsound,
@@ -76,8 +81,14 @@ class BankRecording:
                 found[name] = rows.contiguous().numpy().tobytes()
                 found[f"{name}_words"] = decode(self.get_model(), recorder.layer, rows, words)
             recorded[recorder.layer.index] = found
-        self._pacellm_recorders = []
         return recorded
+
+    def _end_recording(self) -> "list[BankRecorder]":
+        recorders = getattr(self, "_pacellm_recorders", [])
+        for recorder in recorders:
+            recorder.remove()
+        self._pacellm_recorders = []
+        return recorders
 
 
 class BankRecorder:
@@ -95,6 +106,7 @@ class BankRecorder:
         self.commits: list[dict[str, Any]] = []
         self.keys = torch.zeros(0, layer.width)
         self.unsound = 0
+        self.disturbed = False
         self._pieces: list[torch.Tensor] = []
         self._kinds: Counter[str] = Counter()
         self._next = 0
@@ -108,11 +120,12 @@ class BankRecorder:
         return torch.cat(self._pieces)
 
     def note(self, a: torch.Tensor, done: Done) -> None:
-        """``RuntimeError`` where another request's tokens come between."""
+        """Where another request's tokens come between, the recording is ``disturbed`` and ends."""
         piece, progress, bank = done
         segment, offset = divmod(piece.position, self.layer.rules.segment_size)
-        if piece.position != self._next:
-            raise RuntimeError("pacellm: a recorded request must run alone; set max_num_seqs to 1.")
+        self.disturbed = self.disturbed or piece.position != self._next
+        if self.disturbed:
+            return
         if offset == 0:
             self._pieces, self._kinds = [], Counter()
         rows = a[piece.tokens].float().cpu()

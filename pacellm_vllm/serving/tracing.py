@@ -12,7 +12,7 @@ from pacellm_vllm.compat import (
     plugin_logger,
 )
 from pacellm_vllm.memory.journal import KINDS
-from pacellm_vllm.models.checks import can_report, carries_memory, is_traced
+from pacellm_vllm.models.checks import can_report, carries_memory, is_traced, notes_tokens
 from pacellm_vllm.serving.report import SUMMARIES_METHOD, merge_reports
 
 logger = plugin_logger()
@@ -41,6 +41,7 @@ class RequestSpans:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._asks = notes_tokens(engine.vllm_config)
         self._waits = asyncio.iscoroutinefunction(engine.collective_rpc)
         self._held: list[EndedSpan] = []
         self._writing: asyncio.Task[None] | None = None
@@ -49,6 +50,9 @@ class RequestSpans:
     def hold(self, request_id: str, cached_tokens: int, write: WriteSpan) -> None:
         """The span of a request."""
         span = (request_id, cached_tokens, write)
+        if not self._asks:
+            _write([span], [])
+            return
         if not self._waits:
             workers = self._engine.collective_rpc(SUMMARIES_METHOD, args=([request_id],))
             _write([span], [workers])

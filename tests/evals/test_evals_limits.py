@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pacellm_vllm.cli import main
-from pacellm_vllm.evals.answers import Answer
+from pacellm_vllm.evals.answers import Answer, offline_engine
 from pacellm_vllm.evals.loss import Text, measure
 from pacellm_vllm.evals.niah import Grid, make_items, run_grid
 from pacellm_vllm.evals.prompts import Fitter
@@ -90,6 +90,30 @@ def test_cut_and_empty_answers_are_counted(tokenizer, tmp_path):
 def test_how_a_benchmarks_answer_ended():
     outputs = [Answer("47", False), Answer("4", True), Answer(" ", False), (-1.5, True)]
     assert [_ended(output) for output in outputs] == ["whole", "cut", "empty", "whole"]
+
+
+def test_memory_among_the_engines_arguments_is_refused_and_the_rest_kept(tiny, monkeypatch):
+    """Each configuration would replace it."""
+
+    class Made(Exception):
+        pass
+
+    def made(**given):
+        raise Made(given["additional_config"])
+
+    monkeypatch.setattr("vllm.LLM", made)
+    other = {"other": 1}
+    for additional, raised, said in (
+        ({**other, "pacellm": {"segment_size": 256}}, EvalError, "hold pacellm in additional_conf"),
+        (other, Made, "{'other': 1, 'pacellm': {'alpha': 0.5}}"),
+        (None, Made, "{'pacellm': {'alpha': 0.5}}"),
+    ):
+        engine = {"additional_config": additional}
+        with (
+            pytest.raises(raised, match=said),
+            offline_engine(str(tiny), {"alpha": 0.5}, engine),
+        ):
+            pass
 
 
 def test_a_loss_that_is_no_number_is_not_kept(tmp_path):

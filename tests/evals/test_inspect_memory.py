@@ -12,10 +12,13 @@ import torch
 from oracle import OracleModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from vllm import SamplingParams
 
 from pacellm_vllm.cli import main
 from pacellm_vllm.evals import banks
+from pacellm_vllm.evals.answers import offline_engine
 from pacellm_vllm.evals.text import sentences
+from pacellm_vllm.serving.recorder import RECORD_METHOD, RECORDED_METHOD
 
 TINY = Path(__file__).parent.parent.parent / "scripts" / "tiny"
 ENGINE = {"dtype": "float32", "block_size": 16, "kv_cache_memory_bytes": 32 << 20}
@@ -105,6 +108,24 @@ def test_a_model_that_overflows_is_told_apart_from_an_empty_bank(tmp_path, monke
     assert inspect(write_text(tmp_path / "text.txt", 0), "--tokens", "70", model=model) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("pacellm: of 70 tokens layer 1 gave 70 activations that are not finite")
+
+
+def test_a_recording_that_is_not_taken_away_harms_nobody(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    params = SamplingParams(temperature=0, max_tokens=1)
+    prompt = {"prompt_token_ids": list(range(10, 80))}
+    engine = {**ENGINE, "max_model_len": 128, "enable_prefix_caching": False}
+    with offline_engine(str(TINY), {"segment_size": 64}, engine) as llm:
+        for _ in range(2):
+            assert llm.collective_rpc(RECORD_METHOD) == [None]
+            llm.generate([prompt], params, use_tqdm=False)
+        llm.generate([prompt], params, use_tqdm=False)
+        with pytest.raises(RuntimeError, match="a recorded request must run alone"):
+            llm.collective_rpc(RECORDED_METHOD, args=(1,))
+        assert llm.collective_rpc(RECORD_METHOD) == [None]
+        llm.generate([prompt], params, use_tqdm=False)
+        [recorded] = llm.collective_rpc(RECORDED_METHOD, args=(1,))
+    assert [len(layer["commits"]) for layer in recorded.values()] == [1, 1]
 
 
 def test_what_cannot_be_recorded_is_refused_in_a_sentence(tmp_path, capsys):

@@ -216,6 +216,21 @@ def test_only_some_layers():
     assert changed == {1}
 
 
+def test_weights_that_are_loaded_again_keep_their_order():
+    """A bank of before knows neurons by their place."""
+    weights, trained = state("llama"), state("llama")
+    for name, tensor in trained.items():
+        if "gate" in name:
+            tensor.copy_(tensor.flip(0))
+    orders = {}
+    list(Reorder(plan(num_experts=8), orders=orders)(weights.items()))
+    first = {layer: order.clone() for layer, order in orders.items()}
+    found = dict(Reorder(plan(num_experts=8), orders=orders)(trained.items()))
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        assert torch.equal(found[name], trained[name][first[layer]])
+
+
 @pytest.mark.parametrize(
     ("named", "ours", "served"),
     [

@@ -50,6 +50,26 @@ def test_an_empty_prompt_is_a_400(server, prompt):
     assert complete(server, prompt=prompt).status_code == 400
 
 
+@pytest.mark.parametrize("beside", [{"pacellm_alpha": 1}, {"vllm_xargs": {"pacellm_alpha": 1}}])
+def test_settings_of_a_score_are_a_400(server, beside):
+    body = {"model": "tiny", "query": "Sold", "items": [" his", " a"], "label_token_ids": [5, 6]}
+    url = f"{server}/generative_scoring"
+    assert requests.post(url, json=body, timeout=60).status_code == 200
+    answer = requests.post(url, json={**body, **beside}, timeout=60)
+    assert answer.status_code == 400
+    assert "pacellm: 'pacellm_alpha' is not read by this route" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"extra_args": {"pacellm_alpha": 1}}, {"extra_body": {"vllm_xargs": {"pacellm_alpha": 1}}}],
+)
+def test_settings_where_another_way_in_has_them_are_a_400(server, beside):
+    answer = complete(server, prompt=TEXT, **beside)
+    assert answer.status_code == 400
+    assert "'pacellm_alpha' is not a field of a request; put it into vllm_xargs" in answer.text
+
+
 @pytest.mark.parametrize("token", ["-1", "999999"])
 def test_a_bias_for_a_token_that_is_none_is_a_400(server, token):
     answer = complete(server, prompt="Hi", logit_bias={token: 5})
