@@ -1,15 +1,18 @@
-"""Runs a module with vLLM's processes forked, where it spawns them on a CPU.
+"""Runs a module with vLLM's processes forked, and its own from one that has imported vLLM.
 
-A spawned process imports vLLM again, which takes half a minute. tests/serving/test_http.py and
-tests/test_engine_processes.py spawn, as users do.
+A process that is started anew imports it again, which takes up to half a minute.
+tests/serving/test_http.py and tests/test_engine_processes.py start theirs as users do.
 """
 
 import ctypes
 import multiprocessing
+import os
 import runpy
 import sys
 from pathlib import Path
 
+# What a command imports before it knows what it serves.
+IMPORTED = ["pacellm_vllm.cli", "vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve"]
 HARD = 2  # omp_pause_resource_t, OpenMP 5.0
 
 
@@ -33,7 +36,22 @@ def fork():
     system_utils.get_mp_context = context
 
 
-if __name__ == "__main__":
+def start(module, words, log, environment):
+    """A ``multiprocessing.Process``, a session of its own, whose output goes to ``log``."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(IMPORTED)
+    running = server.Process(target=run, args=(module, [*map(str, words)], str(log), environment))
+    running.start()
+    return running
+
+
+def run(module, words, log, environment):
+    os.setsid()
+    with Path(log).open("w") as out:
+        for standard in (1, 2):
+            os.dup2(out.fileno(), standard)
+    os.environ.clear()
+    os.environ.update(environment)
     fork()
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import forked
 import requests
 
 PACELLM = [sys.executable, "-m", "pacellm_vllm.cli"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-# PACELLM with vLLM's processes forked, for tests of what servers say.
-FORKED = [sys.executable, str(Path(__file__).parent / "forked.py"), PACELLM[-1]]
+# For ``serving``: PACELLM in processes that are forked, for tests of what servers say.
+FORKED = ["forked", PACELLM[-1]]
 # Whatever other tests set in this process.
 ENV = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
@@ -47,17 +49,19 @@ def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     env = {name: value for name, value in ENV.items() if name != "VLLM_PLUGINS"} | environment
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    running: Any
+    if command[0] == FORKED[0]:
+        running = forked.start(command[1], command[2:], log, env)
+    else:
+        with log.open("w") as out:
+            output = {"stdout": out, "stderr": subprocess.STDOUT}
+            running = subprocess.Popen(command, **output, env=env, start_new_session=True)
     try:
         for _ in range(600):
-            assert running.poll() is None, log.read_text()[-3000:]
+            # As the other kind of process says it.
+            ended = running.exitcode if command[0] == FORKED[0] else running.poll()
+            assert ended is None, log.read_text()[-3000:]
             try:
                 requests.get(f"{url}/health", timeout=2).raise_for_status()
                 break
@@ -68,4 +72,5 @@ def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
         yield url
     finally:
         os.killpg(running.pid, signal.SIGTERM)
-        running.wait(timeout=60)
+        wait = running.join if command[0] == FORKED[0] else running.wait
+        wait(timeout=60)
