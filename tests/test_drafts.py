@@ -7,6 +7,7 @@ from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory.drafts import look_up_drafts, write_accepted
 from pacellm_vllm.memory.layout import BankLayout
 from pacellm_vllm.memory.pieces import cut_pieces
+from pacellm_vllm.memory.plain import PlainStep
 from pacellm_vllm.memory.store import PagedStore, unit_view
 from pacellm_vllm.ops.update import advance
 
@@ -85,3 +86,18 @@ def test_rejected_drafts_leave_the_bank_of_the_tokens_that_stayed(drafted, accep
         torch.testing.assert_close(got, want)
     words, expected = kept.read_words(), plain.read_words()
     assert torch.equal(words[:-5], expected[:-5])
+
+
+def test_accepted_drafts_are_told_when_they_are_written():
+    """Each token once, in the step that is sure of it."""
+    cache = torch.zeros(LAYOUT.num_pages + 1, 1, 1, LAYOUT.page_bytes, dtype=torch.uint8)
+    units = unit_view(cache, LAYOUT, torch.float32)
+    table = torch.arange(1, LAYOUT.num_pages + 1)[None]
+    a, told = torch.randn(40, WIDTH), []
+    # A prompt of 15, three drafts of which two are accepted, and the step after it.
+    for begin, end in ((0, 15), (15, 19), (18, 19)):
+        pieces = cut_pieces([0, end - begin], [end], LAYOUT, RULES)
+        step = PlainStep.of(table, pieces, speculative=True)
+        done = step.run(units, LAYOUT, a[begin:end], torch.empty(end - begin, WIDTH), None)
+        told.append(sum(each.high + each.mid + each.low for _, each, _ in done))
+    assert told == [15, 1, 3]

@@ -279,6 +279,33 @@ def test_an_unsound_token_is_told_to_have_found_nothing():
     assert report["source"][2:] == [-1, 1]
 
 
+def test_of_two_requests_with_one_id_the_later_one_is_told():
+    rules = PaceConfig.from_sources({"segment_size": 4}).rules()
+    journal = Journal()
+    for tokens, key in ((3, "r\ny"), (2, "r\nx")):
+        piece = Progress(0, 0, 0, None, [0.1] * tokens, [[0]] * tokens)
+        journal.note(key, 1, 0, rules, piece, [])
+    assert len(journal.report("r")[1]["kinds"]) == 2
+
+
+def test_a_request_that_goes_on_at_a_segments_end_keeps_its_commit_and_begins_nothing_anew():
+    """Preempted after 40 tokens, and found in the prefix cache up to the end of its segment."""
+    rules = PaceConfig.from_sources({"segment_size": 32}).rules()
+    journal = Journal()
+    done = Committed(valid=1, filled=1, merged=[], replaced=[], dropped=0, usage=[1])
+    first = Progress(0, 0, 32, done, [float("-inf")] * 32, [[]] * 32)
+    journal.note("r\nx", 1, 0, rules, first, [(0, 1.0)])
+    for _ in range(2):
+        rest = Progress(0, 0, 8, None, [0.1] * 8, [[0]] * 8)
+        journal.note("r\nx", 1, 32, rules, rest, [])
+    report = journal.report("r")[1]
+    assert [one["position"] for one in report["commits"]] == [32]
+    assert report["source"][32:] == [0] * 8
+    for position, tokens in ((0, 40), (32, 8)):
+        journal.note_experts("r\nx", 1, position, torch.ones(tokens, 3, dtype=torch.bool))
+    assert journal.experts("r", 1)["tokens"] == [40] * 3
+
+
 def test_reports_of_many_commits_take_no_more_than_those_of_many_tokens():
     """Each keeps what every slot holds: with short segments that is most of it."""
     rules = PaceConfig.from_sources({"bank_size": 64, "segment_size": 8}).rules()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from checkpoints import make_prompt
 from engines import NATIVE, engine
 from oracle import Bank, MemoryRules
 from transformers import Mamba2Config
+from vllm import SamplingParams
 from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -378,6 +380,7 @@ def test_tokens_shared_out_over_ranks_are_refused(checkpoint):
         ("parallel", "prefill_context_parallel_size", 2, "context parallelism: a bank"),
         ("parallel", "enable_fault_tolerance", True, "fault tolerance: a step that failed"),
         ("model", "enable_sleep_mode", True, "sleep mode: waking with banks"),
+        ("model", "is_encoder_decoder", True, "an encoder-decoder model: a bank knows one"),
         ("cache", "kv_sharing_fast_prefill", True, "fast prefill: layers that share caches"),
         ("scheduler", "disable_hybrid_kv_cache_manager", True, "one KV cache manager for all"),
     ],
@@ -389,6 +392,18 @@ def test_features_this_machine_cannot_start(part, field, value, sentence, checkp
     with pytest.raises(PaceConfigError) as refusal:
         check_engine(config)
     assert f"does not work with {sentence}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_reports_are_refused_where_kernels_run(kernels, checkpoint, monkeypatch):
+    monkeypatch.setattr(checks, "takes_kernels", lambda device_type: kernels)
+    config = engine_config(checkpoint())
+    check_engine(config)
+    [processor] = config.model_config.logits_processors
+    asking = SamplingParams(extra_args={"pacellm_report": True})
+    why = "kernels do not say what they decide for each token"
+    with pytest.raises(PaceConfigError, match=why) if kernels else nullcontext():
+        processor.validate_params(asking)
 
 
 @pytest.mark.parametrize(

@@ -292,3 +292,14 @@ def test_activations_of_several_widths_leave_the_outputs(widths, site, monkeypat
     if site == "output":
         with pytest.raises(PaceConfigError, match=r"FFNs of widths \[16, 32\]"):
             choose_site(activation, ffns)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "site"),
+    [((False, {16}), "activation"), ((True, set()), "output"), ((False, {32}), "output")],
+    ids=["activations", "none", "of another width"],
+)
+def test_a_stage_takes_what_every_stage_has(theirs, site, monkeypatch):
+    monkeypatch.setattr("pacellm_vllm.models.site.over_stages", lambda mine: [mine, theirs])
+    ffn = find_feed_forward(Decoder(plain()), 0)
+    assert choose_site(PaceConfig.from_sources({"site": "auto"}), [ffn]) == site

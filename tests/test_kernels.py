@@ -190,6 +190,20 @@ def test_a_round_names_the_pieces_of_several_tiles_and_first_those_that_commit()
     assert tables.tiles[tables.tiles[:, 0] == 2, 1:3].tolist() == [[105, 2], [107, 8]]
 
 
+def test_whole_graphs_hold_decode_steps_of_kernels_only():
+    """Of other steps the rounds differ in number, and the plain ops loop on the host."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from pacellm_vllm.memory.backend import BankMetadataBuilder
+
+    for device, support in (
+        ("cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ("cpu", AttentionCGSupport.NEVER),
+    ):
+        config = SimpleNamespace(device_config=SimpleNamespace(device_type=device))
+        assert BankMetadataBuilder.get_cudagraph_support(config, None) == support
+
+
 def test_a_captured_step_touches_nobody():
     """Dummy steps replay captured graphs while the block table still holds somebody's blocks."""
     from pacellm_vllm.config import PaceConfig

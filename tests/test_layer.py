@@ -7,6 +7,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
+from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.memory import layer
 from pacellm_vllm.memory.layer import PaceMemory
 
@@ -72,6 +73,27 @@ def test_a_layer_that_is_given_some_of_the_tokens_only_is_an_error(rows):
     else:
         with pytest.raises(RuntimeError, match="was given 2 of the step's 3 tokens"):
             PaceMemory.run(memory, a, a, metadata)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["outputs", "activations"])
+def test_the_first_step_of_several_ranks_looks_at_outputs_only(whole, monkeypatch):
+    """Of activations each rank holds a share; a profiling run is a step, too."""
+    layers = {}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers, splitting_ops=None),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+    monkeypatch.setattr(layer, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(layer, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(layer, "tensor_model_parallel_all_reduce", lambda x: x + 5)
+    memory = PaceMemory(PaceConfig(), 1, 8, NAME, whole=whole)
+    context = SimpleNamespace(attn_metadata=None, no_compile_layers=layers)
+    a = torch.randn(3, 8)
+    with override_forward_context(context):
+        if whole:
+            with pytest.raises(RuntimeError, match="on each tensor parallel rank a part"):
+                memory(a)
+        assert torch.equal(memory(a), a)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["the whole", "a part"])

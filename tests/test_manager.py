@@ -3,6 +3,8 @@
 import pytest
 import torch
 from vllm.distributed.kv_events import BlockStored
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -31,7 +33,7 @@ HASHER, PLAIN_HASHER = (kv_cache_utils.get_request_block_hasher(BLOCK, sha256) f
 key_hashes_of(HASHER)
 
 
-def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=True):
+def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=True, layers=2):
     rules = PaceConfig.from_sources({"bank_size": bank_size, "segment_size": segment}).rules()
     return PagedBankSpec(
         block_size=BLOCK,
@@ -40,7 +42,7 @@ def bank_spec(page_bytes=4096, drafts=0, bank_size=23, segment=SEGMENT, caching=
         dtype=torch.uint8,
         layout=BankLayout.plan(rules, 344, torch.float32, page_bytes, drafts),
         rules=rules,
-        num_layers=2,
+        num_layers=layers,
         max_model_len=2048,
         max_step_tokens=512,
         copied=caching,
@@ -114,7 +116,9 @@ def run(manager, request, chunk):
     return hit
 
 
-def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=False, hasher=HASHER):
+def make_request(
+    name, tokens, caching, extra=None, max_tokens=64, resumable=False, hasher=HASHER, **more
+):
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
@@ -122,7 +126,12 @@ def make_request(name, tokens, caching, extra=None, max_tokens=64, resumable=Fal
         pooling_params=None,
         resumable=resumable,
         block_hasher=hasher if caching else None,
+        **more,
     )
+
+
+def picture(name):
+    return MultiModalFeatureSpec(None, "image", name, PlaceholderRange(0, SEGMENT))
 
 
 def held(manager, request, group):
@@ -283,6 +292,24 @@ def test_copies_of_a_forward_that_never_ran_are_not_found():
     assert all(block.ref_cnt == 0 for block in manager.block_pool.blocks if not block.is_null)
 
 
+def test_copies_at_a_boundary_that_no_forward_has_crossed_are_not_found():
+    manager = make_manager(400, caching=True)
+    every = bank_spec().grid.interval
+    tokens = list(range(2 * every))
+    victim = make_request("victim", tokens, caching=True)
+    manager.new_step_starts()
+    place(manager, victim, every)
+    own = held(manager, victim, BANK)[: bank_spec().layout.committed_pages(every)]
+    manager.new_step_starts()
+    manager.allocate_slots(victim, every)
+    assert any(columns(manager, victim))
+    # Preempted in the step that would have made the copies.
+    manager.free(victim)
+    found, hit, _ = manager.get_computed_blocks(make_request("again", tokens, caching=True))
+    assert hit == every
+    assert found.get_block_ids()[BANK] == own
+
+
 @pytest.mark.parametrize("chunk", [2, 7, 64, 100, 512, 2000])
 @pytest.mark.parametrize(("bank_size", "segment"), [(23, 64), (100, 64), (23, 512), (60, 16)])
 def test_a_shared_prefix_is_found_however_it_was_read(chunk, bank_size, segment):
@@ -337,6 +364,33 @@ def test_restores_in_one_step_are_few_and_the_rest_come_next():
         steps.append((len(placed), len(copies)))
     pages = bank_spec().layout.committed_pages(8 * SEGMENT)
     assert steps == [(3, 3 * pages), (3, 3 * pages), (1, pages)]
+
+
+def test_snapshots_larger_than_a_step_may_restore_come_one_a_step():
+    manager = make_manager(4000, caching=True, layers=10**6)
+    tokens = list(range(9 * SEGMENT))
+    run(manager, make_request("first", tokens, True), 512)
+    second, third = (make_request(name, tokens, True) for name in ("second", "third"))
+    manager.new_step_starts()
+    assert place(manager, second, 512) == 8 * SEGMENT
+    assert place(manager, third, 512) is None
+    manager.new_step_starts()
+    assert place(manager, third, 512) == 8 * SEGMENT
+
+
+def test_snapshots_are_counted_one_by_one():
+    manager = make_manager(400, caching=True)
+    bank = manager.coordinator.single_type_managers[BANK]
+    every, tokens = bank_spec().grid.interval, list(range(9 * SEGMENT))
+    assert len(tokens) // every == 2
+    for i in range(2):
+        run(manager, make_request(f"{i}", tokens, True), 512)
+        counts = bank.counts()
+        # At two boundaries of the prompt, and at its end.
+        assert (counts.published, counts.evicted) == (3, 0)
+    assert (counts.hit, counts.hit_tokens) == (1, 2 * every)
+    manager.block_pool.get_new_blocks(manager.block_pool.get_num_free_blocks())
+    assert bank.counts().evicted == 3
 
 
 @pytest.mark.parametrize("groups", [1, 6])
@@ -442,6 +496,22 @@ def test_block_hashes_tell_settings_apart():
     assert hashes[5] == hashes[6] == hashes[0]
     for i in range(len(hashes[0])):
         assert len({blocks[i] for blocks in hashes[:4]}) == 4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [{"cache_salt": salt} for salt in ("one", "two")],
+        [{"lora_request": LoRARequest(name, i, name)} for i, name in enumerate("ab", 1)],
+        [{"mm_features": [picture(name)]} for name in "ab"],
+    ],
+    ids=["salt", "LoRA", "picture"],
+)
+def test_a_requests_own_settings_do_not_hide_what_else_its_hashes_tell_apart(keys):
+    make_manager(60, caching=True)
+    extra = {"pacellm_alpha": 0.5}
+    one, two = (make_request("r", [7] * SEGMENT, True, extra, **key).block_hashes for key in keys)
+    assert set(one).isdisjoint(two)
 
 
 def test_a_requests_settings_are_read_once(monkeypatch):

@@ -1,5 +1,6 @@
 """How banks' pages fit beside those of a quantised KV cache, as vLLM's own planner sees it."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from price_of_memory import MODELS, kv_cache_configs, requests_at_once
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVQuantMode,
@@ -24,6 +26,7 @@ from pacellm_vllm.memory.plan import (
     check_windows,
     page_bytes,
     page_bytes_beside,
+    plan_spec,
 )
 
 CONFIG = PaceConfig.from_sources({"layers": [12, 26]})
@@ -116,6 +119,30 @@ def test_stages_with_windows_in_some_layers_or_with_shared_caches_are_refused():
         assert sentence in str(refusal.value)
 
 
+@pytest.mark.parametrize("width", [62, 61])
+def test_rows_of_half_words_are_refused_where_kernels_would_read_them(width):
+    config = PaceConfig.from_sources({"layers": [1], "bank_size": 7, "segment_size": 64})
+    model = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: 2, dtype=torch.bfloat16, max_model_len=1024
+    )
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            static_forward_context={"attn": Layer(attention(torch.bfloat16))}
+        ),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+        model_config=model,
+        num_speculative_tokens=0,
+    )
+    for device in ("cpu", "cuda"):
+        vllm_config.device_config = SimpleNamespace(device_type=device)
+        refused = device == "cuda" and width == 61
+        why = "must be words of 4 bytes, not 61 x 2 bytes; set bank_dtype to float32"
+        with pytest.raises(ValueError, match=why) if refused else nullcontext():
+            assert plan_spec(vllm_config, config, width).layout.width == width
+
+
 class Layer(AttentionLayerBase):
     """Attention with a cache of such pages, or with that of another layer."""
 
@@ -123,7 +150,7 @@ class Layer(AttentionLayerBase):
         self.spec, self.kv_sharing_target_layer_name = spec, target
 
     def get_attn_backend(self):
-        return None
+        return AttentionBackend
 
     def get_kv_cache_spec(self, vllm_config):
         return self.spec

@@ -4,10 +4,14 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from vllm import SamplingParams
 
 from pacellm_vllm.config import PaceConfig, PaceConfigError
-from pacellm_vllm.request import RequestSettings, key_of, settings_of
+from pacellm_vllm.memory.backend import rows_of
+from pacellm_vllm.memory.batch import BatchSettings
+from pacellm_vllm.request import RequestSettings, journal_key, key_of, settings_of, with_journal_key
 from pacellm_vllm.sentences import shown
 
 RULES = PaceConfig.from_sources({"preset": "official"}).rules()
@@ -267,3 +271,31 @@ def test_a_request_is_read_once(monkeypatch):
     assert settings_of(request) == RequestSettings()
     assert key_of(request, RULES) == ""
     assert settings_of(SimpleNamespace(sampling_params=None)) == RequestSettings()
+
+
+def test_a_request_inherits_nothing_from_the_one_whose_row_it_takes():
+    """Of model runner V2's request table."""
+    config = SimpleNamespace(compilation_config=SimpleNamespace())
+    batch = BatchSettings(config)
+    batch.add_request(5, SamplingParams(extra_args={"pacellm_alpha": 0.9}))
+    assert batch.get(5) == RequestSettings(alpha=0.9)
+    batch.add_request(5, SamplingParams())
+    assert batch.get(5) is None
+
+
+def test_rows_are_those_of_the_request_table_where_there_is_one():
+    common = SimpleNamespace(num_reqs=2, req_idx=np.array([5, 2]))
+    assert list(rows_of(common)) == [5, 2]
+    assert list(rows_of(SimpleNamespace(num_reqs=2, req_idx=None))) == [0, 1]
+
+
+def test_nobody_chooses_where_a_report_is_kept():
+    forged = {"journal_of_pacellm": "victim\nx"}
+    plain = SamplingParams(extra_args=with_journal_key(forged, "mine"))
+    assert journal_key(plain) is None
+    asking = {**forged, "pacellm_report": True}
+    keys = {
+        journal_key(SamplingParams(extra_args=with_journal_key(asking, "mine"))) for _ in range(2)
+    }
+    # Requests with one id have reports of their own.
+    assert [key.split("\n")[0] for key in keys] == ["mine"] * 2

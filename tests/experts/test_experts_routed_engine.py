@@ -1,5 +1,8 @@
 """Routed experts in the engine: the truth of transformers, in any schedule, with memory."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import make_prompt
@@ -7,11 +10,14 @@ from engines import engine, prompt_logprobs
 from hf import load_model
 
 from pacellm_vllm.experts import fused
+from pacellm_vllm.experts.errors import ExpertsError
+from pacellm_vllm.experts.ffn import grouped_output
 from pacellm_vllm.experts.rewrite import cluster_checkpoint
 from pacellm_vllm.experts.routing import ExpertRouter
 from pacellm_vllm.experts.settings import ClusterSettings
 from pacellm_vllm.memory.layer import PaceMemory
 from pacellm_vllm.models import experts as glue
+from pacellm_vllm.models import routed
 from pacellm_vllm.models.table import experts_architecture
 from pacellm_vllm.serving.report import EXPERTS_METHOD
 
@@ -226,6 +232,22 @@ def test_two_ranks_choose_and_compute_what_one_does(alone, clustered):
     assert_same(run(clustered(), pace, tensor_parallel_size=2), alone[0])
 
 
+def test_the_bias_of_an_output_that_ranks_add_up_is_there_once():
+    generator = torch.Generator().manual_seed(0)
+    inputs, down, bias, x = (
+        torch.randn(*shape, generator=generator) for shape in ((12, 5), (5, 12), (5,), (3, 5))
+    )
+    chosen, total = torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 5)
+    for rank, mine in enumerate((slice(6), slice(6, 12))):
+        ffn = SimpleNamespace(
+            input=SimpleNamespace(weight=inputs[mine], bias=None),
+            output=SimpleNamespace(weight=down[:, mine], bias=bias, tp_rank=rank),
+            activation=torch.relu,
+        )
+        total += grouped_output(x, routed._weights(ffn), chosen)
+    torch.testing.assert_close(total, torch.relu(x @ inputs.T) @ down.T + bias)
+
+
 def test_mass_in_another_schedule_and_what_the_report_says_of_it(clustered, monkeypatch):
     pace = {**MEMORY, "experts": {"mass": 0.7}}
     with engine(clustered(), pace=pace, max_num_seqs=1) as running:
@@ -246,3 +268,33 @@ def test_mass_in_another_schedule_and_what_the_report_says_of_it(clustered, monk
         assert report[layer]["tokens"] == len(mine)
         assert report[layer]["share"] == pytest.approx(float(mine.float().mean()))
         assert 0.2 < report[layer]["share"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("theirs", "agree"),
+    [
+        ({0: [0, 1, 2], 3: None}, True),
+        ({0: [0, 2, 1], 3: None}, False),
+        ({1: [0, 1, 2], 3: None}, False),
+        ({0: [0, 1, 2]}, False),
+    ],
+    ids=["alike", "other order", "other layer", "fewer layers"],
+)
+def test_ranks_that_clustered_to_different_orders_are_refused(theirs, agree, monkeypatch):
+    said = []
+
+    def gather(found, mine, group):
+        said.append(mine)
+        found[:] = [said[0], mine]
+
+    monkeypatch.setattr(glue, "get_tensor_model_parallel_world_size", lambda: 2)
+    group = SimpleNamespace(world_size=2, cpu_group=None)
+    monkeypatch.setattr(glue, "get_tp_group", lambda: group)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    mine, theirs = (
+        {layer: order and torch.tensor(order) for layer, order in orders.items()}
+        for orders in ({0: [0, 1, 2], 3: None}, theirs)
+    )
+    glue.check_agreement(mine)
+    with nullcontext() if agree else pytest.raises(ExpertsError, match="to different orders"):
+        glue.check_agreement(theirs)

@@ -24,16 +24,27 @@ class Pool:
     """``requests`` banks of one layer scattered over a pool of NaN bytes; row 0 of ``table`` on.
 
     The block table has two rows more than requests: a null one, and a last one of invalid ids.
+    Banks that are ``far`` lie 2**31 words and more behind the pool's first, in a pool that takes
+    addresses and hardly any memory: it is not filled.
     """
 
-    def __init__(self, rules, width, dtype, requests, page_bytes=2048, bank_dtype=None, seed=0):
+    def __init__(
+        self, rules, width, dtype, requests, page_bytes=2048, bank_dtype=None, seed=0, far=False
+    ):
         self.rules, self.requests = rules, requests
         self.layout = layout = BankLayout.plan(rules, width, bank_dtype or dtype, page_bytes)
         blocks, stride = 2 * requests * layout.num_pages + 1, page_bytes + 512
-        self.bytes = torch.full((blocks, stride), 0xFF, dtype=torch.uint8)
+        skipped = 0
+        if far:
+            skipped, stride = 32, 2**28
+            self.bytes = torch.empty((skipped + blocks, stride), dtype=torch.uint8)
+        else:
+            self.bytes = torch.full((blocks, stride), 0xFF, dtype=torch.uint8)
         view = self.bytes[:, None, None, 256 : 256 + page_bytes]
         self.units = unit_view(view, layout, bank_dtype or dtype)
-        ids = 1 + torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(seed))
+        ids = (
+            skipped + 1 + torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(seed))
+        )
         held = ids[: requests * layout.num_pages].view(requests, -1)
         self.table = torch.full((requests + 2, layout.num_pages + 3), 1 << 30, dtype=torch.int32)
         self.table[:requests, : layout.num_pages] = held

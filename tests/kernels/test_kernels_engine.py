@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import make_prompt
-from engines import engine, prompt_logprobs
+from engines import engine, poisoned_pages, prompt_logprobs
 from vllm import SamplingParams
 
 from pacellm_vllm.memory import backend, layer
@@ -17,6 +17,9 @@ PACE = {
 # Chunks that cross segment ends, several requests a step, one that takes no memory, and decode
 # steps that cross a segment end.
 PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 37), (2, 30), (3, 5))]
+# Shares with the first one what lies before the boundary at which its banks were copied; without
+# these its answer is another.
+SHARING = [*PROMPTS[0][:34], *PROMPTS[0][16:19]]
 OWN = [None, {"pacellm_alpha": 0.9}, {"pacellm_enabled": False}]
 SAMPLING = {
     "temperature": 0,
@@ -28,7 +31,10 @@ SAMPLING = {
 
 
 def answers(path):
-    with engine(path, pace=PACE, max_num_batched_tokens=40) as running:
+    with (
+        engine(path, pace=PACE, max_num_batched_tokens=40) as running,
+        poisoned_pages(running),
+    ):
         outputs = running.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS],
             [SamplingParams(extra_args=own, **SAMPLING) for own in OWN],
@@ -41,8 +47,14 @@ def answers(path):
             assert running.llm.collective_rpc("pacellm_memory_record")[0].startswith(
                 "pacellm: banks"
             )
+        [warm] = running.generate([SHARING], 1, logprobs=0)
+        assert warm.num_cached_tokens == running.memories()[1].spec.grid.interval
+        [said] = warm.outputs[0].logprobs
+        tokens.append([*said])
         assert running.all_blocks_are_back()
-    return tokens, [prompt_logprobs(output) for output in outputs], counts, kernels
+    logprobs = [prompt_logprobs(output) for output in outputs]
+    logprobs.append([found.logprob for found in said.values()])
+    return tokens, logprobs, counts, kernels
 
 
 def test_an_engine_with_kernels_says_what_one_with_plain_ops_says(checkpoint, monkeypatch):

@@ -122,6 +122,15 @@ def test_bits_do_not_depend_on_how_many_programs_share_d(monkeypatch):
     torch.testing.assert_close(outputs[0][13:], truth, rtol=1e-5, atol=1e-5)
 
 
+def test_banks_are_found_however_far_into_a_pool_they_lie():
+    """Offsets of 2**31 and more are no 32-bit numbers; wrapped ones crash the process."""
+    r = rules(bank_size=7, segment_size=12, max_insertions=3)
+    stream = activations(30, 62)
+    (got,) = Pool(r, 62, torch.float32, 1, 8192, far=True).drive([stream], [[14], [1], [15]])
+    want, _ = drive(DenseStore(r, 62), stream, r)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rounds", [0, 2**31 - 2, 2**32 - 2, 2**63 - 9])
 def test_the_last_commit_is_known_after_any_number_of_rounds(rounds):
     """Every token is low: a request's first commit leaves 4 slots, its second all 7."""

@@ -1,6 +1,7 @@
 """Sessions over HTTP: chat, streams, tenants, what is refused, and what is reported."""
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -114,13 +115,29 @@ def test_tenants_have_sessions_of_their_own(server, tokenizer):
             assert (f"{place} is {NUMBERS[place]}" in tokenizer.decode(got)) == (place in told)
 
 
+def running(server):
+    """How many requests the engine has."""
+    lines = requests.get(f"{server}/metrics", timeout=60).text.splitlines()
+    name = "vllm:num_requests_running"
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def wait_until(so):
+    deadline = time.monotonic() + 60
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_client_that_hangs_up_leaves_nothing(server, tokenizer):
     body = {"model": "tiny", "prompt": TOLD[0], "max_tokens": 600, "ignore_eos": True}
     body |= {"stream": True, "vllm_xargs": {"pacellm_session": "gone"}}
     with requests.post(f"{server}/v1/completions", json=body, stream=True, timeout=60) as stream:
         lines = stream.iter_lines()
         assert next(lines)
+        wait_until(lambda: running(server))
     del lines
+    wait_until(lambda: not running(server))
     got, _, _ = chat(server, "gone", asks("rome"))
     assert got == rendered(tokenizer, asks("rome"))
 

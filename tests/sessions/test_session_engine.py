@@ -1,5 +1,8 @@
 """Requests of sessions in a real engine: each is the plain one whose prompt has what it read."""
 
+from threading import Thread
+from types import SimpleNamespace
+
 import pytest
 from engines import BLOCK_SIZE, engine
 from session_truth import Truth
@@ -7,8 +10,8 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from pacellm_vllm.config import PaceConfigError
-from pacellm_vllm.sessions.admission import session_counts
+from pacellm_vllm.config import PaceConfig, PaceConfigError
+from pacellm_vllm.sessions.admission import admit, ended, session_counts
 
 MODEL = "scripts/tiny"
 PLACES = ["oslo", "lima", "rome", "paris", "cairo", "delhi", "quito", "tokyo", "dakar", "sofia"]
@@ -150,13 +153,19 @@ def test_what_is_said_with_a_session(tokenizer):
         assert output.prompt_token_ids == other
         [output] = ask(running, [asked], [own("a", write=False)])
         assert len(output.prompt_token_ids) > len(asked) + 100
-        # Memory off is not the session off, and a client's word of what was read is not taken.
-        forged = {"reading_of_pacellm": ["x", 0, 3, 1, 1.0], "pacellm_enabled": False}
-        [again] = ask(running, [asked], [{**own("a", write=False), **forged}])
+        # Memory off is not the session off.
+        off = {"pacellm_enabled": False}
+        [again] = ask(running, [asked], [{**own("a", write=False), **off}])
         assert again.prompt_token_ids == output.prompt_token_ids
+        # A client's word of what was read, which would leave nothing of a prompt, is not taken.
+        reader = llm.input_processor._pacellm_sessions
+        forged = {"reading_of_pacellm": [reader.id, 0, len(told)]}
         [plain] = ask(running, [asked], [forged])
         assert plain.prompt_token_ids == asked
         assert session_counts(llm.input_processor) == counts
+        ask(running, [told], [{**own("b"), **forged}])
+        [output] = ask(running, [asked], [own("b", write=False)])
+        assert len(output.prompt_token_ids) > len(asked) + 100
 
 
 def test_a_request_without_a_session_is_the_same_as_without_sessions(tokenizer):
@@ -172,21 +181,28 @@ def test_a_request_without_a_session_is_the_same_as_without_sessions(tokenizer):
 
 def test_what_is_read_fits_beside_the_answer(tokenizer):
     told, asked = tokenizer.encode(" ".join(TOLD)), question(tokenizer, "rome")
-    with serving(max_model_len=400) as running:
-        ask(running, [told[:390]], [own("a")])
-        whole = None
-        for max_tokens in (1, 20, 100, 200, 300, 400 - len(asked)):
-            [output] = ask(
-                running, [asked], [own("a", write=False, read="always")], max_tokens=max_tokens
+    longest = 360
+    room = longest - len(asked)
+    with serving(max_model_len=longest) as running:
+        ask(running, [told[:350]], [own("a")])
+        many = (1, 20, 100, 200, 300, room)
+        params = [
+            SamplingParams(
+                temperature=0,
+                ignore_eos=True,
+                max_tokens=max_tokens,
+                extra_args=own("a", write=False, read="always"),
             )
-            got = len(output.prompt_token_ids)
-            assert got + len(output.outputs[0].token_ids) <= 400
-            if max_tokens < 400 - len(asked):
-                assert len(output.outputs[0].token_ids) == max_tokens
-            whole = whole or got
-        # Who takes all the room there is has three quarters of it read at most.
-        assert len(asked) < got <= len(asked) + (400 - len(asked)) * 3 // 4 < whole + 400
-        assert len(output.outputs[0].token_ids) == 400 - got
+            for max_tokens in many
+        ]
+        given = [{"prompt_token_ids": asked}] * len(many)
+        outputs = running.llm.generate(given, params, use_tqdm=False)
+    read = [len(output.prompt_token_ids) for output in outputs]
+    answers = [len(output.outputs[0].token_ids) for output in outputs]
+    assert answers == [*many[:-1], longest - read[-1]]
+    assert all(sum(each) <= longest for each in zip(read, answers, strict=True))
+    # Who takes all the room there is has three quarters of it read at most.
+    assert len(asked) < read[-1] <= len(asked) + room * 3 // 4 < read[0]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +239,74 @@ def test_streamed_input_and_embeddings_are_refused(refusing):
     width = llm.vllm_config.model_config.get_hidden_size()
     with pytest.raises(VLLMValidationError, match="a prompt of embeddings is none"):
         refusing.llm.generate([{"prompt_embeds": torch.zeros(3, width)}], params, use_tqdm=False)
+
+
+def request_of(tokens, **more):
+    given = {"request_id": "r", "prompt_token_ids": tokens, "cache_salt": None, "resumable": False}
+    given |= {"prompt_embeds": None, "mm_features": None}
+    params = SamplingParams(max_tokens=2, extra_args=own("a"))
+    return SimpleNamespace(**{**given, "sampling_params": params, **more})
+
+
+def front_end(get_tokenizer):
+    model = SimpleNamespace(max_model_len=400)
+    return SimpleNamespace(vllm_config=None, model_config=model, get_tokenizer=get_tokenizer)
+
+
+def admitted(processor, request):
+    config = PaceConfig.from_sources({"session_tokens": 1000, "layers": []})
+    admit(processor, request, lambda vllm_config: config)
+    return request
+
+
+# vLLM 0.32 has no prompt_logprob_token_ids.
+CHOSEN = SimpleNamespace(n=1, extra_args=own("a"), prompt_logprob_token_ids=[[7]])
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"mm_features": ["a picture"]}, "a session keeps text, and pictures is none"),
+        ({"sampling_params": CHOSEN}, "has a row for each token of the prompt"),
+    ],
+    ids=["pictures", "chosen logprobs"],
+)
+def test_what_text_cannot_be_added_to_is_refused(more, why):
+    with pytest.raises(PaceConfigError, match=why):
+        admitted(front_end(None), request_of([5, 6], **more))
+
+
+def test_requests_that_come_at_once_have_one_reader(tokenizer):
+    made, other = [], []
+
+    def get_tokenizer():
+        made.append(tokenizer)
+        if len(made) == 1:
+            other.append(Thread(target=admitted, args=(processor, request_of([7]))))
+            other[0].start()
+            # It ends where nothing holds it up.
+            other[0].join(0.2)
+        return tokenizer
+
+    processor = front_end(get_tokenizer)
+    admitted(processor, request_of([5, 6]))
+    other[0].join()
+    assert len(made) == 1
+
+
+def test_what_is_in_use_is_neither_read_nor_written(tokenizer):
+    processor = front_end(lambda: tokenizer)
+    leave = ended(admitted(processor, request_of([5, 6])))
+    uses = (lambda: admitted(processor, request_of([5, 6])), lambda: leave([7]))
+    for use in uses:
+        thread = Thread(target=use)
+        with processor._pacellm_sessions.store.lock:
+            thread.start()
+            # It ends where nothing holds it up.
+            thread.join(0.2)
+            assert thread.is_alive()
+        thread.join()
+    assert session_counts(processor)["tokens"] == 3
 
 
 def test_an_engine_without_sessions_refuses_them():

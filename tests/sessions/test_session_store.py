@@ -234,6 +234,19 @@ def test_a_short_page_that_a_prompt_has_is_not_read_again():
     assert reader.read(KEY, [*told, *asked], 10**9, "always").pages == 0
 
 
+def test_pages_that_were_read_stay_longer():
+    tokenizer = AutoTokenizer.from_pretrained("scripts/tiny")
+    kept = SessionStore(2, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+    told = [tokenizer.encode(f"The magic number of {place} is 42.") for place in PLACES[:3]]
+    kept.add(KEY, told[0], [])
+    kept.add(OTHER, told[1], [])
+    asked = tokenizer.encode("What about oslo and its number?")
+    assert SessionReader(kept, tokenizer).read(KEY, asked, 10**9, "always").pages == 1
+    kept.add(OTHER, told[2], [])
+    assert texts(kept) == [told[0]]
+    assert texts(kept, OTHER) == [told[2]]
+
+
 def prompt_of(kind, seed, tokenizer, said):
     """Token ids: of a text that tells something, of a question, or of all that was said and it."""
     rng = random.Random(seed)
