@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import fuzz_engine
 import pytest
 from fuzz.breaks import BREAKS
 from fuzz.cases import FEATURES, PLAIN, RequestCase, Turn, make_case
 from fuzz.drive import Answer, Record, Talk
 from fuzz.events import Subscriber
 from fuzz.hits import faults_of_hits
-from fuzz.judge import _wrong_token
+from fuzz.judge import _wrong_token, judge
+from fuzz.models import Models
 from fuzz.own import are_vllms
 from fuzz.truth import GAP, Reading, Truth
 from oracle import OracleModel
@@ -212,15 +214,18 @@ def test_a_fault_is_vllms_only_if_it_is_the_same_without_memory(faults, plain, v
     assert are_vllms(faults, plain) == vllms
 
 
-def test_breaks_are_those_the_command_knows():
-    said = fuzz("--help").stdout
+def test_breaks_are_those_the_command_knows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz_engine.py", "--help"])
+    with pytest.raises(SystemExit):
+        fuzz_engine.main()
+    said = capsys.readouterr().out
     assert all(name in said for name in BREAKS)
 
 
 def test_a_few_engines_answer_as_the_oracle_does(tmp_path):
-    done = fuzz("--engines", 4, "--seed", 40, "--models", tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "4 of 4 engines, 0 failed" in done.stdout
+    verdicts = [judge(seed, Models(tmp_path), plain=False) for seed in range(40, 44)]
+    assert [verdict.faults for verdict in verdicts] == [[]] * 4
+    assert all(verdict.counts["requests"] for verdict in verdicts)
 
 
 def test_a_fault_is_found_and_said_how_to_see_again(tmp_path):
