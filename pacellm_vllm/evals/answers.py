@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pacellm_vllm.compat import checkpoint_config, close, config_of
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig
+from pacellm_vllm.config import CONFIG_KEY
+from pacellm_vllm.evals.arguments import trusted
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import Setting
 from pacellm_vllm.platform import check_platform
@@ -137,7 +138,7 @@ def answering(
     if setting.name in servers:
         url, name = servers[setting.name], args.served_model_name or args.model
         server = Server(url, name, args.api_key)
-        server.check(setting, expected_config(args.model, setting.memory))
+        server.check(setting, expected_config(args.model, setting.memory, trusted(args)))
         yield server
         return
     with offline_engine(args.model, setting.memory, engine) as llm:
@@ -207,11 +208,10 @@ def expected_config(
 
     Raises ``PaceConfigError`` for one that it would refuse.
     """
-    from pacellm_vllm.models.settings import as_json, beside_checkpoint
+    from pacellm_vllm.models.settings import as_json, config_with
 
     if memory is None:
         return None
     config = checkpoint_config(model, trust_remote_code)
-    stored = beside_checkpoint(getattr(config, CONFIG_KEY, None), model)
     layers = config.get_text_config().num_hidden_layers
-    return as_json(PaceConfig.from_sources(stored, memory), layers)
+    return as_json(config_with(config, model, memory), layers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacellm_vllm.config import CONFIG_KEY, PaceConfig
+from pacellm_vllm.config import PaceConfig
 from pacellm_vllm.evals.records import EvalError
 from pacellm_vllm.evals.settings import CONFIG_NAMES, parse_object
 from pacellm_vllm.flags import given_settings
@@ -159,16 +159,21 @@ def servers_of(urls: Sequence[str] | None, names: Sequence[str]) -> dict[str, st
     return servers
 
 
-def read_tokenizer(model: str) -> Any:
-    """The tokenizer of a checkpoint; ``EvalError`` where there is none."""
+def trusted(args: argparse.Namespace) -> bool:
+    """Whether the checkpoint's own code may run, as ``--engine`` says."""
+    return bool(given(args, "engine").get("trust_remote_code", False))
+
+
+def read_tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer of ``args.model``; ``EvalError`` where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(args.model, trust_remote_code=trusted(args))
     except (OSError, ValueError) as error:
         raise EvalError(
-            f"pacellm: the tokenizer of {model!r} cannot be read ({first_line(error)}); MODEL must "
-            "be a checkpoint directory or a hub name."
+            f"pacellm: the tokenizer of {args.model!r} cannot be read ({first_line(error)}); MODEL "
+            "must be a checkpoint directory or a hub name."
         ) from None
 
 
@@ -178,15 +183,14 @@ def read_model(args: argparse.Namespace) -> tuple[Any, PaceConfig]:
     ``EvalError`` where either cannot be read.
     """
     from pacellm_vllm.compat import checkpoint_config
+    from pacellm_vllm.models.settings import config_with
 
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = read_tokenizer(args)
     try:
-        hf_config = checkpoint_config(args.model)
+        hf_config = checkpoint_config(args.model, trusted(args))
     except (OSError, ValueError) as error:
         raise EvalError(
             f"pacellm: the configuration of {args.model!r} cannot be read ({first_line(error)}); "
             "MODEL must be a checkpoint directory or a hub name."
         ) from None
-    return tokenizer, PaceConfig.from_sources(
-        getattr(hf_config, CONFIG_KEY, None), given_settings(args)
-    )
+    return tokenizer, config_with(hf_config, args.model, given_settings(args))

@@ -71,7 +71,7 @@ def started(
         "server": bool(getattr(args, "base_url", None)),
         **more,
     }
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = read_tokenizer(args)
     check_settings(args.model, settings, described["engine"])
     if grid.chat:
         require_chat_template(tokenizer)

@@ -12,6 +12,7 @@ from pacellm_vllm.evals.arguments import (
     given,
     read_tokenizer,
     require_room,
+    trusted,
 )
 from pacellm_vllm.evals.records import Records
 from pacellm_vllm.evals.settings import parse_settings
@@ -44,10 +45,9 @@ def run(args: argparse.Namespace) -> int:
     require_matplotlib()
     settings = parse_settings(args.configs, given(args, "memory"))
     names = [setting.name for setting in settings]
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = read_tokenizer(args)
     given_engine = given(args, "engine")
-    trusted = bool(given_engine.get("trust_remote_code", False))
-    served = [expected_config(args.model, setting.memory, trusted) for setting in settings]
+    served = [expected_config(args.model, setting.memory, trusted(args)) for setting in settings]
     require_room(args.model, given_engine, args.tokens + 1, "a text (--tokens)")
     texts = read_texts(args.text, args.texts, args.tokens, tokenizer, args.seed)
     described = {

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.needles != 1:
         raise EvalError("pacellm: --needles: sessions hide one needle at each depth; drop it.")
-    empty = Asked(read_tokenizer(args.model), args.chat).prompt(())
+    empty = Asked(read_tokenizer(args), args.chat).prompt(())
     kept = tokens_kept(max(args.lengths), args.piece, len(empty))
     memory = {"layers": [], "session_tokens": 2 * kept, **given(args, "memory")}
     # What is no number is refused with the other settings.

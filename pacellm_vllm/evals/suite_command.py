@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from pacellm_vllm.evals.suite_report import as_markdown, write_report
     from pacellm_vllm.evals.tasks import Library
 
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = read_tokenizer(args)
     check_settings(args.model, settings, given(args, "engine"))
     library = Library(tasks, args.model, data, args.lengths)
     ask = Ask("", args.max_length, chat, args.num_fewshot)

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from pacellm_vllm.evals.arguments import given
+from pacellm_vllm.evals.arguments import given, trusted
 from pacellm_vllm.evals.grid_command import add_grid, measure, started
 from pacellm_vllm.evals.records import EvalError, write_whole
 from pacellm_vllm.evals.settings import OFF, Setting, parse_object
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
             f"pacellm: --samples {args.samples} leaves nothing to confirm a choice with; it must "
             "be at least 2."
         )
-    trusted = bool(given(args, "engine").get("trust_remote_code", False))
-    _, pace = architectures(args.model, trusted)
+    _, pace = architectures(args.model, trusted(args))
     tried = combinations(parse_object(args.tried, "--try"), given(args, "memory"), args.product)
     settings = [Setting(OFF, None), *tried]
     with started(args, settings) as (grid, tokenizer, records, _):

@@ -44,8 +44,14 @@ def beside_checkpoint(settings: Any, model: str) -> Any:
 def read_config(vllm_config: VllmConfig) -> PaceConfig:
     """The engine's PaceConfig: checkpoint config.json, then ``--additional-config``."""
     model = vllm_config.model_config
-    checkpoint = beside_checkpoint(getattr(model.hf_config, CONFIG_KEY, None), model.model)
-    return PaceConfig.from_sources(checkpoint, additional_settings(vllm_config))
+    return config_with(model.hf_config, model.model, additional_settings(vllm_config))
+
+
+def config_with(hf_config: Any, model: str, ours: Any) -> PaceConfig:
+    """What an engine of ``model`` comes to that is given ``{"pacellm": ours}``."""
+    return PaceConfig.from_sources(
+        beside_checkpoint(getattr(hf_config, CONFIG_KEY, None), model), ours
+    )
 
 
 def as_json(config: PaceConfig, num_layers: int) -> dict[str, Any]:

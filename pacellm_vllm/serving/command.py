@@ -13,6 +13,7 @@ import yaml
 
 from pacellm_vllm.compat import checkpoint_config
 from pacellm_vllm.config import CONFIG_KEY, PaceConfig, PaceConfigError
+from pacellm_vllm.models.settings import config_with
 from pacellm_vllm.models.table import WHY_NOT, pace_architecture
 from pacellm_vllm.sentences import first_line
 
@@ -53,7 +54,7 @@ def serve_arguments(model: str, settings: dict[str, Any], rest: Sequence[str]) -
         )
     ours = {**ours, **settings}
     layers = getattr(hf_config.get_text_config(), "num_hidden_layers", None)
-    config = PaceConfig.from_sources(getattr(hf_config, CONFIG_KEY, None), ours)
+    config = config_with(hf_config, model, ours)
     if layers is not None:
         config.resolve_layers(layers)
     overrides = {**overrides, "architectures": [architecture]}

@@ -1,17 +1,21 @@
 """The pieces of an evaluation: intervals, records, items, scores, choices."""
 
+import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from servers import printed_by
 
+from pacellm_vllm import compat
 from pacellm_vllm.cli import main
 from pacellm_vllm.config import PaceConfigError
 from pacellm_vllm.evals.answers import Answer, expected_config
+from pacellm_vllm.evals.arguments import add_engine, read_model
 from pacellm_vllm.evals.bootstrap import paired_difference
 from pacellm_vllm.evals.niah import Grid, exact_match, make_items
 from pacellm_vllm.evals.records import EvalError, Records
@@ -19,6 +23,7 @@ from pacellm_vllm.evals.rouge import rouge_l_recall
 from pacellm_vllm.evals.sessions import run_sessions, tokens_kept
 from pacellm_vllm.evals.settings import Setting, parse_settings
 from pacellm_vllm.evals.sweep import choose, combinations
+from pacellm_vllm.flags import add_settings
 from pacellm_vllm.sessions.store import SessionStore
 
 
@@ -293,6 +298,30 @@ def test_memory_alone_is_what_a_preset_names_on_a_clustered_checkpoint_too(tiny,
     found = expected_config(str(tmp_path), gentle.memory)
     assert (found["experts"], found["preset"]) == (None, "gentle")
     assert found["layers"]
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_model_is_read_as_its_engine_will_read_it(trust, tiny, tmp_path, monkeypatch):
+    config = json.loads((Path(tiny) / "config.json").read_text())
+    config["pacellm"] = {"layers": [1], "experts": {"path": "stored"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = {}
+    tokenizers = SimpleNamespace(from_pretrained=lambda model, **words: told.update(words))
+    monkeypatch.setattr("transformers.AutoTokenizer", tokenizers)
+    read = compat.checkpoint_config
+    monkeypatch.setattr(
+        compat, "checkpoint_config", lambda model, code: told.update(code=code) or read(model, code)
+    )
+    engine = json.dumps({"trust_remote_code": trust})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    add_engine(parser, "")
+    add_settings(parser)
+    args = parser.parse_args([str(tmp_path), "--alpha", "0.5", "--engine", engine])
+    _, found = read_model(args)
+    assert told == {"trust_remote_code": trust, "code": trust}
+    assert (found.layers, found.alpha) == ((1,), 0.5)
+    assert found.experts.path == str(tmp_path / "stored")
 
 
 @pytest.mark.parametrize(
