@@ -3,8 +3,8 @@
 import hashlib
 
 import torch
+from hf import load_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from pacellm_vllm.experts import cache
 from pacellm_vllm.experts.cluster import cluster
@@ -14,7 +14,7 @@ SETTINGS = ClusterSettings(8)
 
 
 def logits(path):
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = load_model(path, dtype=torch.float32)
     tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(tokens).logits
