@@ -136,3 +136,24 @@ def test_pages_are_claimed_as_tokens_need_them(checkpoint):
             held.append(used - blocks(16 * (len(held) + 1)))
         assert held == [layout.pages_for(tokens) for tokens in (16, 32, 48, 64, 80)]
         assert held[0] < held[2] == layout.num_pages
+
+
+def test_blocks_that_a_window_lets_go_of_are_never_read(checkpoint):
+    """By then a bank may lie in them, and NaN passes through what masks them."""
+    [case] = clear_cases(checkpoint("gemma2"), PACE, [220], MAX_TOKENS)
+    settings = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
+    with (
+        engine(checkpoint("gemma2"), PACE, **settings) as running,
+        poisoned_pages(running) as poisoned,
+    ):
+        freed = []
+        step = running.core.step_fn
+
+        def counted():
+            freed.append(len(poisoned))
+            return step()
+
+        running.core.step_fn = counted
+        assert running.tokens([case[0]], MAX_TOKENS) == [case[1]]
+        # While the request ran, not only where it ended.
+        assert freed[-1] - freed[0] >= 4
