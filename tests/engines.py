@@ -1,5 +1,6 @@
 """Real engines for tests: in this process, on tiny checkpoints, with what a test wants to see."""
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -36,6 +37,8 @@ def blocks(tokens: int) -> int:
 _collect = gc.collect
 gc.collect = lambda generation=2: _collect(min(generation, 1))
 gc.freeze()
+# Or what is made in C++ complains at the end of being left.
+atexit.register(gc.unfreeze)
 gc.freeze = gc.unfreeze = lambda: None
 
 # vLLM looks at each class of model in a process of its own, lest CUDA begin in this one.

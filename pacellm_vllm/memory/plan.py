@@ -71,17 +71,19 @@ def check_windows(vllm_config: VllmConfig) -> None:
 
     Raises ``ValueError``. vLLM's Triton kernels leave out what lies before a window.
     """
-    if not takes_kernels(vllm_config.device_config.device_type) or hides_freed_windows(vllm_config):
+    if not takes_kernels(vllm_config.device_config.device_type):
         return
-    for layer in _attention_layers(vllm_config):
-        backend = layer.get_attn_backend().get_name()
-        spec = layer.get_kv_cache_spec(vllm_config)
-        if isinstance(spec, SlidingWindowSpec) and backend != "TRITON_ATTN":
-            raise ValueError(
-                f"pacellm: memory does not work with sliding windows on {backend} here, which may "
-                "read what is a bank by now in the tile where a window starts; pass "
-                "--attention-backend TRITON_ATTN, or serve with vLLM 0.33 and its model runner V2."
-            )
+    backends = {
+        layer.get_attn_backend().get_name()
+        for layer in _attention_layers(vllm_config)
+        if isinstance(layer.get_kv_cache_spec(vllm_config), SlidingWindowSpec)
+    }
+    if (others := backends - {"TRITON_ATTN"}) and not hides_freed_windows(vllm_config):
+        raise ValueError(
+            f"pacellm: memory does not work with sliding windows on {min(others)} here, which may "
+            "read what is a bank by now in the tile where a window starts; pass "
+            "--attention-backend TRITON_ATTN, or serve with vLLM 0.33 and its model runner V2."
+        )
 
 
 def check_kernels(layout: BankLayout) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from servers import ENV, FORKED, serving
+from servers import ENV, FORKED, PACELLM, serving
 from session_truth import Truth
 from test_session_engine import NUMBERS, PLACES, TOLD
 from transformers import AutoTokenizer
@@ -166,7 +166,7 @@ def test_what_sessions_keep_is_counted_and_bounded(server):
 
 def test_several_api_servers_are_refused():
     done = subprocess.run(
-        [*SERVE, "--api-server-count", "2", "--port", "1"],
+        [*PACELLM, *SERVE[len(FORKED) :], "--api-server-count", "2", "--port", "1"],
         capture_output=True,
         text=True,
         check=False,
