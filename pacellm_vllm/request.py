@@ -193,9 +193,10 @@ def is_ours(key: Any) -> bool:
 def ours_in(given: Mapping[Any, Any] | None) -> Any:
     """A key of ours in ``given``, or where it names extra arguments as another way in does."""
     for key, value in (given or {}).items():
-        inner = _misplaced(key, value)
-        if is_ours(key) or inner is not None:
-            return key if inner is None else inner
+        if is_ours(key):
+            return key
+        if (inner := _misplaced(key, value)) is not None:
+            return inner
     return None
 
 

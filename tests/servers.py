@@ -53,15 +53,15 @@ def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     running: Any
     if command[0] == FORKED[0]:
         running = forked.start(command[1], command[2:], log, env)
+        ended, wait = lambda: running.exitcode, running.join
     else:
         with log.open("w") as out:
             output = {"stdout": out, "stderr": subprocess.STDOUT}
             running = subprocess.Popen(command, **output, env=env, start_new_session=True)
+        ended, wait = running.poll, running.wait
     try:
         for _ in range(600):
-            # As the other kind of process says it.
-            ended = running.exitcode if command[0] == FORKED[0] else running.poll()
-            assert ended is None, log.read_text()[-3000:]
+            assert ended() is None, log.read_text()[-3000:]
             try:
                 requests.get(f"{url}/health", timeout=2).raise_for_status()
                 break
@@ -72,5 +72,4 @@ def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
         yield url
     finally:
         os.killpg(running.pid, signal.SIGTERM)
-        wait = running.join if command[0] == FORKED[0] else running.wait
         wait(timeout=60)

@@ -146,11 +146,12 @@ def test_rows_of_half_words_are_refused_where_kernels_would_read_them(width):
 class Layer(AttentionLayerBase):
     """Attention with a cache of such pages, or with that of another layer."""
 
-    def __init__(self, spec, target=None):
+    def __init__(self, spec, target=None, backend=AttentionBackend):
         self.spec, self.kv_sharing_target_layer_name = spec, target
+        self.backend = backend
 
     def get_attn_backend(self):
-        return AttentionBackend
+        return self.backend
 
     def get_kv_cache_spec(self, vllm_config):
         return self.spec
@@ -169,19 +170,6 @@ def test_layers_without_a_cache_of_their_own_need_no_pages_and_windows_may_have_
     assert specs_of(a=Layer(spec), b=Layer(window), c=Layer(wider, "a")) == [spec, window]
     with pytest.raises(ValueError, match=r"has pages of \[32768, 65536\] bytes for \[16\] tokens"):
         specs_of(a=Layer(spec), b=Layer(wider))
-
-
-class Windowed(AttentionLayerBase):
-    """A layer of attention within a window, or of all that came before."""
-
-    def __init__(self, backend, spec):
-        self.backend, self.spec = backend, spec
-
-    def get_attn_backend(self):
-        return SimpleNamespace(get_name=lambda: self.backend)
-
-    def get_kv_cache_spec(self, vllm_config):
-        return self.spec
 
 
 WINDOW = SlidingWindowSpec(
@@ -203,8 +191,8 @@ def test_windows_whose_kernels_may_read_a_bank_are_refused(
 ):
     full, windowed = backends
     layers = {
-        "0": Windowed(full, attention(torch.bfloat16)),
-        "1": Windowed(windowed, WINDOW),
+        "0": Layer(attention(torch.bfloat16), backend=SimpleNamespace(get_name=lambda: full)),
+        "1": Layer(WINDOW, backend=SimpleNamespace(get_name=lambda: windowed)),
     }
     monkeypatch.setattr(plan, "layers_by_name", lambda _: layers)
     monkeypatch.setattr(plan, "hides_freed_windows", lambda _: hides)
